@@ -1,0 +1,1 @@
+"""Pooled attention over token spans, its exact gradient, layer mixtures and their loss."""
