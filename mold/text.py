@@ -1,0 +1,352 @@
+"""Steps and key words on characters, and characters to token spans.
+
+Both are found once, on the text, and mapped to the tokens of each model by the offsets of its fast tokenizer, so that
+teacher and student agree on the number of steps and key words whatever their tokenizers are. Every interval is
+half-open; every function takes time linear in the text. Source: MoLSAKI, EMNLP 2025, section "Stepwise Attention".
+"""
+# ruff: noqa: RUF001 - the look-alike signs below are the ones that texts hold
+
+import re
+import reprlib
+import unicodedata
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Span = tuple[int, int]  # half-open [start, end)
+
+# Thai, kana, Han and Hangul: words there stand without spaces, so a neighbouring letter is no part of the word.
+_UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_VULGAR = "¼-¾⅐-⅞↉"
+_LETTER = rf"[^\W\d_{_VULGAR}{_UNSPACED}]"
+_ALPHANUMERIC = rf"[^\W_{_UNSPACED}]"
+_WORD_BORDER = rf"(?:(?<!{_ALPHANUMERIC})|(?!{_ALPHANUMERIC}))"
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What opens a line without being key information, and headings such as "Step 1:" anywhere.
+_BLANK = r"[^\S\n]"
+_MARKER = re.compile(
+    rf"""
+    ^ (?: {_BLANK}*
+        (?: [-*•–—>]+ (?=\s)  |  \#+ (?=\s)                             # bullets, Markdown headings and quotes
+          | [*_]*                                                       # Markdown emphasis: **1.** **Step 1:**
+            (?: \(? \d{{1,2}} [.)] [*_]* (?= {_BLANK}+\S | {_LETTER})   # 1.  2)  (3)  1.Take
+              | \(? [A-Za-z]  [.)] [*_]* (?= {_BLANK}+\S )              # a.  b)  (C)
+              | step {_BLANK}+ \d+ [a-z]? (?: {_BLANK}* (?: [:)–—-] | \.(?!\d) ) [*_]* | (?= {_BLANK}* $ ) )
+            )
+        )
+    )+ {_BLANK}*
+    | \bstep\s+\d+[a-z]?\s*:
+    """,
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+
+# --- sentences ---
+
+_CLOSING = r"""[)\]}"'”’»›」』】）*_]*"""
+# CJK text has no space after its full stop.
+_SENTENCE_END = re.compile(rf"(?P<mark>[。！？]+|[.!?…]+(?={_CLOSING}(?:\s|$)))(?P<closing>{_CLOSING})")
+_WORD_BEFORE = re.compile(rf"(?:(?P<previous>\w+)\s+)?(?P<digit>\d?)(?P<word>{_LETTER}+(?:\.{_LETTER}+)*)$")
+_WORD_AFTER = re.compile(r"""[\s("'“‘«\[*_]*(\w*)""")
+_REACH = 32  # characters looked at on each side of a period: longer than any abbreviation
+
+_NEVER_LAST = _words("mr mrs ms dr st prof rev capt vs e.g i.e cf")
+_LAST_BEFORE_CAPITAL = _words(
+    "etc a.m p.m approx inc co ltd corp jr sr dept ave blvd avg incl oz ft lb lbs min hr hrs sec yd yds mi pt qt gal "
+    "ph.d tsp tbsp wk wks yr yrs sq mph"
+)
+_BEFORE_NUMBER = _words("No Nos Fig Eq Vol Ch pp Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec")
+_SYMBOLS = ("Sm", "Sc", "So")
+_NO_SENTENCE_START = tuple("=+×÷,;:")
+# After a single letter or "U.S." these open a sentence ("The answer is A. This ..."); other capitals go on with a name.
+_OPENERS = _words(
+    "A After All Also An And Another As At Because Both But By Each Even Every Finally First For From He Hence Her His "
+    "How However I If In It Its Let My Next No Not Now On Once One Only Option Or Our Second She Since So That The "
+    "Their Then There Therefore These They This Those Thus To We What When Where Which While Who With You Your"
+)
+_LABELS = "ABCDEXYZ"  # choices and unknowns ("in box B. Tom"): initials only behind another name ("Mary B. Smith")
+
+# --- numbers ---
+
+# A word is consumed whole, so that the digits glued behind its letters are never seen; the x of "3x4" is no word.
+_WORD = rf"(?!(?<=[\d{_VULGAR}])x\.?\d){_LETTER}[^\W{_UNSPACED}]*(?:(?<=\d)\.\d+)*"
+_PLAIN = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?: ?[{_VULGAR}])?|(?<![\d.])\.\d+|[{_VULGAR}]"
+_FRACTION = r"(?:(?P<whole>\d{1,3}+)[ \u00a0])?(?P<top>\d{1,9}+)[/⁄](?P<bottom>\d{1,9}+)(?![.,/⁄]?\d)"
+_WORD_OR_NUMBER = re.compile(rf"(?P<word>{_WORD})|(?P<fraction>{_FRACTION})|{_PLAIN}", re.IGNORECASE)
+_PLAIN_NUMBER = re.compile(_PLAIN)
+# A hyphen before a letter ("1/2-inch"), an x inside a word and the ** of Markdown are no operators.
+_OPERATOR_BEFORE = re.compile(rf"(?:[-+−×÷·/=]|(?<!\*)\*|(?<!{_LETTER})x)[\s(]*$", re.IGNORECASE)
+_OPERATOR_AFTER = re.compile(rf"[\s)]*(?:[+−×÷·/=]|\*(?!\*)|[-x](?!{_LETTER}))", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The steps and key words of one example, on characters.
+
+    Args:
+        steps: character spans without surrounding whitespace; step 0 is the question.
+        key_words: character spans in order of position, none overlapping another.
+    """
+
+    steps: tuple[Span, ...]
+    key_words: tuple[Span, ...]
+
+
+def split_sentences(text: str, start: int = 0, end: int | None = None) -> list[Span]:
+    """Split `text[start:end]` into sentences.
+
+    A sentence ends at the end of a line, at `.`, `!`, `?`, `…` (with the quotes and brackets that close behind it)
+    before whitespace, and at `。！？` anywhere. No end is: the period of an abbreviation, an initial or a list marker
+    at the start of a line; a mark inside a quotation or bracket after which the sentence goes on in lower case
+    ('"Is it 5?" she asked'); any mark before an operator or comma. Punctuation without a letter, digit or symbol joins
+    the sentence before it, or the one behind it where it is the first.
+
+    Args:
+        text: the whole text.
+        start: first character of the region; counts as the start of a line.
+        end: end of the region, in characters; the end of the text by default.
+
+    Returns:
+        Character spans of `text`, in order, not overlapping, without surrounding whitespace; together they hold every
+        non-whitespace character of the region. Empty where the region is.
+
+    Raises:
+        ValueError: `start` and `end` are no region of the text.
+
+    Source: the paper splits at periods; the exceptions are ours.
+    """
+    region = _region(text, start, end)
+    sentences: list[Span] = []
+    begun = False  # whether a piece had content: until then, stray punctuation is the beginning of the first sentence
+    for piece in _pieces(region):
+        first, last = _trim(region, piece)
+        if first == last:
+            continue
+        has_content = any(char.isalnum() or unicodedata.category(char) in _SYMBOLS for char in region[first:last])
+        if sentences and not (begun and has_content):
+            sentences[-1] = (sentences[-1][0], last)
+        else:
+            sentences.append((first, last))
+        begun = begun or has_content
+    return [(start + first, start + last) for first, last in sentences]
+
+
+def find_numbers(text: str, start: int = 0, end: int | None = None) -> list[Span]:
+    """Find the numbers of `text[start:end]`, without sign, currency or percent sign.
+
+    One number is: digits of any script with thousands separators and decimals (`1,200.50`, `.5`); a proper fraction
+    that is no part of a calculation (`1/2 of`, but three numbers in `(1/2) * 8`); a mixed number
+    (`2 1/2`, `2½`). Parts of dates, times and ranges are numbers of their own. No number is: digits behind a letter
+    (`R2D2`, `x_1`; but `3x4` has two, and letters of scripts without spaces do not count), superscripts, written-out
+    numbers, the list marker at the start of a line (`1. Take`) and the number of a heading (`Step 1:`).
+
+    Args:
+        text: the whole text.
+        start: first character of the region; counts as the start of a line.
+        end: end of the region, in characters; the end of the text by default.
+
+    Returns:
+        Character spans of `text`, in order, not overlapping.
+
+    Raises:
+        ValueError: `start` and `end` are no region of the text.
+
+    Source: the paper takes every number, by a regular expression; the rules are ours.
+    """
+    region = _region(text, start, end)
+    masked = _MARKER.sub(lambda marker: " " * len(marker[0]), region)
+    spans: list[Span] = []
+    position = 0
+    while match := _WORD_OR_NUMBER.search(masked, position):
+        if match["fraction"] and not _is_fraction(masked, match):
+            match = _PLAIN_NUMBER.match(masked, match.start())
+        position = match.end()
+        if not match.groupdict().get("word"):
+            spans.append((start + match.start(), start + match.end()))
+    return spans
+
+
+def find_keywords(text: str, keywords: Sequence[str], start: int = 0, end: int | None = None) -> list[Span]:
+    """Find every whole-word occurrence of the keywords in `text[start:end]`, whatever the case.
+
+    A match may carry a plural or possessive ending (`cats`, `boxes`, `cat's`); whitespace in a keyword matches any run
+    of it. Where several keywords start at one place the longest wins; of two that overlap, the one that starts first.
+
+    Args:
+        text: the whole text.
+        keywords: words or phrases; repeated ones count once, none at all finds nothing.
+        start: first character of the region.
+        end: end of the region, in characters; the end of the text by default.
+
+    Returns:
+        Character spans of `text`, in order, not overlapping.
+
+    Raises:
+        TypeError: `keywords` is one string, or holds something else than strings.
+        ValueError: a keyword is empty, or `start` and `end` are no region of the text.
+
+    Source: the paper's keywords for commonsense questions; how they are matched is ours.
+    """
+    if isinstance(keywords, str):
+        raise TypeError(f"keywords must be a sequence of strings, was the string {keywords!r}")
+    phrases = set()
+    for keyword in keywords:
+        if not isinstance(keyword, str):
+            raise TypeError(f"keywords must hold strings only, holds {keyword!r}")
+        if not keyword.strip():
+            raise ValueError(f"keywords must hold no empty keyword, holds {keyword!r}")
+        phrases.add(" ".join(keyword.split()))
+    region = _region(text, start, end)
+    if not phrases:
+        return []
+    longest_first = sorted(phrases, key=lambda phrase: (-len(phrase), phrase))
+    alternatives = "|".join(_phrase_pattern(phrase) for phrase in longest_first)
+    pattern = re.compile(f"{_WORD_BORDER}(?i:{alternatives}){_WORD_BORDER}")
+    return [(start + match.start(), start + match.end()) for match in pattern.finditer(region)]
+
+
+def segment(text: str, question: Span, rationale: Span, keywords: Sequence[str] | None = None) -> Segments:
+    """Split an example into steps and key words.
+
+    Args:
+        text: the whole text, with everything that the models read.
+        question: characters of the question; it is step 0.
+        rationale: characters of the rationale; each of its sentences is one step.
+        keywords: what to look for in question and rationale; None takes every number.
+
+    Returns:
+        The steps and key words; every occurrence is one key word, and there may be none.
+
+    Raises:
+        TypeError: `keywords` is one string, or holds something else than strings.
+        ValueError: question or rationale is empty, outside the text, or they overlap; a keyword is empty.
+
+    Source: MoLSAKI, EMNLP 2025, section "Stepwise Attention"; M1 and M2 of its equation 2.
+    """
+    for name, span in (("question", question), ("rationale", rationale)):
+        if not _region(text, *span).strip():
+            raise ValueError(f"{name} must hold text, characters {span[0]} to {span[1]} are {text[slice(*span)]!r}")
+    if max(question[0], rationale[0]) < min(question[1], rationale[1]):
+        raise ValueError(f"question and rationale must not overlap, were {question} and {rationale}")
+    steps = [_trim(text, question), *split_sentences(text, *rationale)]
+    key_words: list[Span] = []
+    for region in (question, rationale):
+        key_words += find_numbers(text, *region) if keywords is None else find_keywords(text, keywords, *region)
+    return Segments(tuple(steps), tuple(sorted(key_words)))
+
+
+def token_spans(spans: Sequence[Span], offsets: Sequence[tuple[int, int]], text: str) -> list[Span]:
+    """Map character spans to token spans.
+
+    A token belongs to a span when they share a non-whitespace character: [i, j) with i the first and j - 1 the last
+    such token. A token that covers two spans belongs to both.
+
+    Args:
+        spans: character spans of `text`, in any order.
+        offsets: the fast tokenizer's `offset_mapping` for `text`, in characters; (0, 0) for special tokens and padding.
+        text: the text that was tokenised, as one sequence.
+
+    Returns:
+        One token span for each span, in their order.
+
+    Raises:
+        ValueError: a span holds no character, or a character at its border that no token covers (truncation cut it);
+            `offsets` go backwards or beyond the text, so they are not those of `text`.
+
+    Source: trimmed of whitespace, the starts and the ends of the tokens are both in order, and a trimmed token and a
+        trimmed span that overlap share the first character of their overlap, which is none of whitespace.
+    """
+    indices: list[int] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    for index, (first, last) in enumerate(offsets):
+        if not 0 <= first <= last <= len(text):
+            raise ValueError(f"offsets must lie in the text of {len(text)} characters, token {index} has {first, last}")
+        first, last = _trim(text, (first, last))
+        if first == last:
+            continue
+        if starts and (first < starts[-1] or last < ends[-1]):
+            raise ValueError(f"offsets must not go backwards, token {index} covers {text[first:last]!r} at {first}")
+        indices.append(index)
+        starts.append(first)
+        ends.append(last)
+
+    result: list[Span] = []
+    for span in spans:
+        _region(text, *span)
+        first, last = _trim(text, span)
+        left = bisect_right(ends, first)  # the first token that ends behind the span's first character
+        right = bisect_left(starts, last)  # behind the last token that starts before the span's end
+        if first == last or left >= right or starts[left] > first or ends[right - 1] < last:
+            share = "no token covers" if first == last or left >= right else "the tokens cover only a part of"
+            shown = reprlib.repr(text[first:last])
+            raise ValueError(f"spans must be covered by tokens, {share} {shown}, characters {span[0]} to {span[1]}")
+        result.append((indices[left], indices[right - 1] + 1))
+    return result
+
+
+def _region(text: str, start: int, end: int | None) -> str:
+    end = len(text) if end is None else end
+    if not 0 <= start <= end <= len(text):
+        raise ValueError(f"start and end must lie in the text of {len(text)} characters, were {start} and {end}")
+    return text[start:end]
+
+
+def _trim(text: str, span: Span) -> Span:
+    piece = text[span[0] : span[1]]
+    first = span[0] + len(piece) - len(piece.lstrip())
+    return first, first + len(piece.strip())
+
+
+def _pieces(region: str) -> Iterator[Span]:
+    """Cut the region at line ends and sentence ends; pieces keep their whitespace and may hold nothing else."""
+    for line in re.finditer(r"[^\n]+", region):
+        start, end = line.span()
+        marker = _MARKER.match(region, start, end)
+        content = marker.end() if marker else start
+        for match in _SENTENCE_END.finditer(region, content, end):
+            before = region[max(content, match.start() - _REACH) : match.start()]
+            after = region[match.end() : min(end, match.end() + _REACH)]
+            if not _goes_on(before, match["mark"], match["closing"], after):
+                yield start, match.end()
+                start = match.end()
+        yield start, end
+
+
+def _goes_on(before: str, mark: str, closing: str, after: str) -> bool:
+    """Say whether the sentence goes on behind the mark."""
+    following = _WORD_AFTER.match(after)[1]
+    if (closing and following[:1].islower()) or after.lstrip().startswith(_NO_SENTENCE_START):
+        return True
+    match = _WORD_BEFORE.search(before)
+    if mark != "." or not match or not after.strip():
+        return False
+    word = match["word"]
+    name_follows = following[:1].isupper() and following not in _OPENERS
+    if word.lower() in _NEVER_LAST:
+        return not match["digit"]  # "31st." is no saint
+    if word.lower() in _LAST_BEFORE_CAPITAL or word.lower().rpartition(".")[2] in _LAST_BEFORE_CAPITAL:
+        return not following[:1].isupper()
+    if word in _BEFORE_NUMBER:
+        return following[:1].isdigit()
+    if len(word) == 1:
+        previous = match["previous"] or ""
+        is_initial = word.isupper() and word != "I" and name_follows
+        return is_initial and (word not in _LABELS or (previous[:1].isupper() and previous != following))
+    return all(len(part) == 1 for part in word.split(".")) and following not in _OPENERS
+
+
+def _is_fraction(masked: str, match: re.Match) -> bool:
+    if int(match["top"]) >= int(match["bottom"]):
+        return False
+    before = masked[max(0, match.start() - _REACH) : match.start()]
+    return bool(match["whole"]) or not (_OPERATOR_BEFORE.search(before) or _OPERATOR_AFTER.match(masked, match.end()))
+
+
+def _phrase_pattern(phrase: str) -> str:
+    words = r"\s+".join(re.sub("['’]", "['’]", re.escape(word)) for word in phrase.split())
+    return words + ("(?:['’]s|e?s(?:['’]s)?)?" if re.match(_LETTER, phrase[-1]) else "")
