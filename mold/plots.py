@@ -1,9 +1,8 @@
-"""Pictures of a training run: attention maps, layer weights, loss curves.
+"""Pictures of a training run, as matplotlib Figures: attention maps, layer weights, loss curves.
 
-matplotlib is an extra (`report`) and is imported when the first figure is made. Figures are plain `Figure` objects on
-an Agg canvas, without pyplot, so nothing here touches a user's own plots. Layout is in inches and reckoned from the
-labels' display width, not measured: the SVG keeps its text as text, and the viewer's font sets CJK and emoji that
-matplotlib's has no glyph for.
+matplotlib is an extra (`report`), imported when the first figure is made, without pyplot and its global state. Layout
+is in inches and reckoned from the labels' display width, not measured: the SVG keeps its text as text, and the viewer's
+fonts set the CJK and emoji that matplotlib's has no glyph for.
 """
 
 import io
@@ -14,12 +13,12 @@ import warnings
 
 import numpy as np
 
-# Stand-ins that the report swaps for its own light and dark colours: used for nothing else in a figure.
+# The report swaps the colours of THEME for its own light and dark ones.
 INK, MUTED, FAINT = "#1f2329", "#69707b", "#d3d7dd"
 ON_PALE_CELL, ON_DEEP_CELL = "#12202e", "#fdfeff"
-THEME = {INK: "ink", MUTED: "muted", FAINT: "faint", ON_PALE_CELL: "pale", ON_DEEP_CELL: "deep"}
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLUE, ORANGE, VERMILION, GREY = "#0072b2", "#e69f00", "#d55e00", "#9aa1ab"
+THEME = {INK: "ink", MUTED: "muted", FAINT: "faint", ON_PALE_CELL: "pale", ON_DEEP_CELL: "deep", BLUE: "accent"}
 SCALE = ["#eff4f9", "#b5d3e7", "#5fa2cc", "#1f6ca8", "#0a3a6b"]
 
 FONT = 8.0
@@ -35,7 +34,6 @@ def attention_heat_map(attention, steps, key_words, title="", row_norm="l1"):
 
     Args: attention [S, M]; steps S texts; key_words M texts; row_norm "l1" shows each step's attention as shares of
     its sum over the key words, "none" as it is.
-    Returns: a matplotlib Figure.
     Raises: ValueError if the sizes do not agree or row_norm is unknown; ImportError without matplotlib.
     """
     return _map_figure([(title, attention)], steps, key_words, row_norm)
@@ -60,10 +58,7 @@ def attention_comparison(map_entry, row_norm="l1"):
 
 
 def teacher_student_layer_weights(map_entry):
-    """How one example's mixture weighs the layers: the teacher's, and the student's before and after training.
-
-    Returns: a matplotlib Figure of two bar panels; the dashed lines are the uniform weights 1 / L.
-    """
+    """The layer weights of one example: teacher's, student's before and after. Dashed: all alike, 1 / L."""
     figure = _figure(PANELS_WIDTH, 1.75)
     student = [("before", "student_layer_weights_before", GREY), ("after", "student_layer_weights_after", BLUE)]
     panels = [("teacher layers", [("teacher", "teacher_layer_weights", ORANGE)]), ("student layers", student)]
@@ -78,8 +73,7 @@ def teacher_student_layer_weights(map_entry):
         axes.set_xlim(-0.6, len(weights) - 0.4)
         axes.set_xticks(range(0, len(weights), math.ceil(len(weights) / 16)))
         axes.locator_params(axis="y", nbins=4)
-        if len(bars) > 1:
-            _legend(axes)
+    axes.legend(fontsize=7.5, frameon=False, labelcolor=INK, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.94))
     return figure
 
 
@@ -87,7 +81,6 @@ def layer_weights_over_training(metrics):
     """The router's mean weight of every student layer over the training steps.
 
     Args: metrics: rows of `metrics.jsonl` in the order of their steps; those without `router_weights` are passed over.
-    Returns: a matplotlib Figure.
     Raises: ValueError if no row has router weights or their numbers differ.
     """
     rows = [row for row in metrics if row.get("router_weights") is not None]
@@ -98,8 +91,7 @@ def layer_weights_over_training(metrics):
     layers = weights.shape[1]
     # Logging steps need not be even: every column of the picture takes the logged step nearest to it.
     first, last = (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
-    columns = min(len(steps), 400)
-    middles = first + (np.arange(columns) + 0.5) * (last - first) / columns
+    middles = first + (np.arange(400) + 0.5) * (last - first) / 400
     nearest = np.searchsorted((steps[1:] + steps[:-1]) / 2, middles)
     height, top = min(max(0.16 * layers, 1.0), 4.5), _top(weights)
     figure = _figure(PANELS_WIDTH, height + 0.85)
@@ -114,21 +106,18 @@ def layer_weights_over_training(metrics):
 def loss_curves(metrics):
     """A panel for every term that was logged, training as a line, evaluation as points.
 
-    Where more than 100 steps were logged, the strong line is a running mean and the pale one is what was logged. The
-    axis is logarithmic where all values are positive and span more than a factor of 30. A value that is not finite is
-    a cross at its step, and is counted.
+    Above 100 logged steps the strong line is a running mean, the pale one what was logged. An axis is logarithmic if
+    its values are positive and span more than a factor of 30. A value that is not finite is a cross at its step.
 
     Args: metrics: rows of `metrics.jsonl` in the order of their steps.
     Raises: ValueError if there is nothing to draw.
     """
     series = [(title, _series(metrics, name), _series(metrics, f"eval_{name}")) for name, title in PANELS.items()]
-    series = [
-        (title, training, evaluation) for title, training, evaluation in series if training.size + evaluation.size
-    ]
+    series = [panel for panel in series if panel[1].size or panel[2].size]
     if not series:
         raise ValueError(f"metrics: was {len(metrics)} rows without a loss, must have at least one")
     lines = -(-len(series) // 3)
-    figure = _figure(PANELS_WIDTH, 2.3 * lines)
+    figure = _figure(PANELS_WIDTH, 2.3 * lines + 0.2)
     for place, (title, training, evaluation) in enumerate(series):
         line, column = divmod(place, 3)
         finite = np.concatenate([training[1], evaluation[1]])
@@ -136,15 +125,15 @@ def loss_curves(metrics):
         log = finite.size and finite.min() > 0 and finite.max() > 30 * finite.min()
         title += " (log)" if log else ""
         axes = _axes(figure, 0.55 + column * 3.3, (lines - 1 - line) * 2.3 + 0.45, 2.75, 1.5, title, "step")
-        if training.shape[1] > 100:
+        if training.shape[1] > 100 and title != PANELS["learning_rate"]:
             axes.plot(*training, color=BLUE, linewidth=0.7, alpha=0.3)
             training = np.stack([training[0], _running_mean(training[1], training.shape[1] // 50)])
         marker = "o" if np.isfinite(training[1]).sum() == 1 else None
         axes.plot(*training, color=BLUE, marker=marker, ms=4, label="training")
         if evaluation.size:
             axes.plot(*evaluation, color=VERMILION, marker="o", ms=4, lw=0.9, ls=(0, (2, 2)), label="evaluation")
-        if place == 0 and evaluation.size:
-            axes.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="upper right")
+        if evaluation.size and not figure.legends:
+            figure.legend(*axes.get_legend_handles_labels(), fontsize=7.5, frameon=False, labelcolor=INK, ncols=2)
         axes.set_yscale("log" if log else "linear")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axes.yaxis.set_minor_formatter(lambda value, _: "")
@@ -163,8 +152,7 @@ def figure_to_svg(figure):
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mold"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(out, format="svg", metadata=without)
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :]
+    return "<svg" + out.getvalue().partition("<svg")[2]
 
 
 def _map_figure(panels, steps, key_words, row_norm):
@@ -186,9 +174,8 @@ def _map_figure(panels, steps, key_words, row_norm):
     labels = [_wrapped(step, 32, 2 if s <= 14 else 1) for step in steps]
     words = [_wrapped(word, 14, 1)[0] for word in key_words]
     left = 0.4 + CHARACTER * max(_units(line) for lines in labels for line in lines)
-    room = PANELS_WIDTH - left - 0.6
+    room, longest = PANELS_WIDTH - left - 0.6, CHARACTER * max(_units(word) for word in words)
     width = max(room, 0.13 * m) if stacked else min(max(0.45 * m, 1.75), room / 3 - 0.2)
-    longest = CHARACTER * max(_units(word) for word in words)
     turned = longest > 0.92 * width / m
     height, above, below, foot = cell_height * s, 0.45, (longest if turned else 0.15) + 0.12, 0.22
     figure = _figure(left + across * (width + 0.2) + 0.55, foot + down * (above + height + below))
@@ -200,31 +187,29 @@ def _map_figure(panels, steps, key_words, row_norm):
         axes.imshow(_colours(maps[i], top, blank_zeros=True), aspect="auto", interpolation="none")
         axes.set_xticks(range(m))
         axes.set_xticklabels(words, rotation=90 if turned else 0, parse_math=False)
-        axes.set_yticks([])
-        axes.tick_params(length=0)
+        axes.tick_params(length=0, labelleft=False)
         for j in range(m):
-            where = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(str(j + 1), (j, -0.5), fontsize=5.5, color=MUTED, **where)
+            axes.text(j, -0.5 - 0.03 / cell_height, str(j + 1), fontsize=5.5, color=MUTED, ha="center")
         if stacked or i == 0:
-            _step_labels(figure, labels, y, height, left)
-        if width / m >= 0.22 and cell_height >= 0.2:
-            _write_values(axes, maps[i], top)
+            _step_labels(axes, labels, left)
+        if width / m >= 0.22 and cell_height >= 0.2 and top > 0.1:
+            for (row, column), value in np.ndenumerate(maps[i]):
+                text = "" if value == 0 else f"{value:.2f}".removeprefix("0").replace("nan", "NaN")
+                colour = ON_PALE_CELL if value <= 0.35 * top else ON_DEEP_CELL
+                axes.text(column, row, text, fontsize=6.5, color=colour, ha="center", va="center")
     _colour_bar(figure, figure.get_figwidth() - 0.6, foot + below, min(height, 2.4), top)
-    note = "colour: " + ("share of the step's attention to key words" if row_norm == "l1" else "attention")
-    note += "; hatched: none, the key word comes after the step"
-    note += "" if np.isfinite(maps).all() else "; orange-red: NaN"
+    note = "colour: share of the step's attention to key words" if row_norm == "l1" else "colour: attention"
+    note += "; hatched: none, the key word comes after the step" + ("; orange-red: NaN" if np.isnan(maps).any() else "")
     figure.text(left / figure.get_figwidth(), 0.05 / figure.get_figheight(), note, fontsize=7, color=MUTED)
     return figure
 
 
 def _figure(width, height):
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "mold-distill[report]"') from error
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
     figure.patch.set_alpha(0)
     return figure
 
@@ -239,10 +224,6 @@ def _axes(figure, left, bottom, width, height, title="", xlabel="", ylabel="", p
     axes.set_xlabel(xlabel, fontsize=FONT, color=MUTED)
     axes.set_ylabel(ylabel, fontsize=FONT, color=MUTED)
     return axes
-
-
-def _legend(axes):
-    axes.legend(fontsize=7.5, frameon=False, labelcolor=INK, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.94))
 
 
 def _printable(text):
@@ -260,17 +241,12 @@ def _wrapped(text, width, lines):
     return textwrap.wrap(text, width, max_lines=lines, placeholder="\N{HORIZONTAL ELLIPSIS}") or [""]
 
 
-def _step_labels(figure, labels, bottom, height, left):
-    axes = _axes(figure, 0, bottom, left, height)
-    axes.set_axis_off()
-    axes.set_xlim(0, left)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    apart = 0.135 * len(labels) / height
+def _step_labels(axes, labels, left):
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
     for i, lines in enumerate(labels):
-        axes.text(0.2, i, str(i + 1), fontsize=6, color=MUTED, ha="right", va="center")
-        for j, line in enumerate(lines):
-            at = i + (j - (len(lines) - 1) / 2) * apart
-            axes.text(0.3, at, line, fontsize=FONT, color=INK, va="center", parse_math=False)
+        axes.annotate(str(i + 1), (0, i), (72 * (0.2 - left), 0), ha="right", fontsize=6, color=MUTED, **where)
+        text = axes.annotate("\n".join(lines), (0, i), (72 * (0.3 - left), 0), fontsize=FONT, color=INK, **where)
+        text.set_parse_math(False)
 
 
 def _top(values):
@@ -284,8 +260,7 @@ def _colours(values, top, blank_zeros=False):
 
     scale = LinearSegmentedColormap.from_list("mold", SCALE)
     rgba = scale(np.sqrt(np.clip(np.nan_to_num(values, posinf=0, neginf=0) / top, 0, 1)))
-    if blank_zeros:
-        rgba[values == 0] = 0
+    rgba[(values == 0) & blank_zeros] = 0
     rgba[~np.isfinite(values)] = to_rgba(VERMILION)
     return rgba
 
@@ -302,20 +277,13 @@ def _colour_bar(figure, left, bottom, height, top):
     axes.tick_params(length=0, labelsize=7)
 
 
-def _write_values(axes, values, top):
-    for (i, j), value in np.ndenumerate(values):
-        if value != 0:
-            text = f"{value:.2f}".removeprefix("0") if np.isfinite(value) else "NaN"
-            colour = ON_PALE_CELL if value <= 0.35 * top else ON_DEEP_CELL
-            axes.text(j, i, text, fontsize=6.5, color=colour, ha="center", va="center")
-
-
 def _series(metrics, name):
     rows = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
     return np.array(rows, float).reshape(-1, 2).T
 
 
 def _running_mean(values, window):
+    """Of the finite values; one that is not stays as it is."""
     finite, kernel = np.isfinite(values), np.ones(window)
     sums = np.convolve(np.where(finite, values, 0), kernel, "same")
     return np.where(finite, sums / np.maximum(np.convolve(finite, kernel, "same"), 1), values)
@@ -326,6 +294,6 @@ def _mark_not_finite(axes, at, values, place):
     if not wrong.any():
         return
     axes.plot(at[wrong], [0.95] * wrong.sum(), "x", color=VERMILION, ms=5, transform=axes.get_xaxis_transform())
-    name = "NaN" if np.isnan(values).any() else "infinite"
-    text = f"{name} at {place} {at[wrong][0]:.0f}" + (f" and {wrong.sum() - 1} more" if wrong.sum() > 1 else "")
+    text = f"{values[wrong][0]} at {place} {at[wrong][0]:.0f}".replace("nan", "NaN")
+    text += f" and {wrong.sum() - 1} more" if wrong.sum() > 1 else ""
     axes.text(0.03, 0.85, text, transform=axes.transAxes, fontsize=7.5, color=VERMILION, va="top")

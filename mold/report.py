@@ -8,6 +8,7 @@ from pathlib import Path
 from . import plots
 
 MAPS_OPEN, MAPS_SHOWN, PREDICTIONS_SHOWN = 2, 12, 12
+LAYER_WEIGHTS = ("teacher_layer_weights", "student_layer_weights_before", "student_layer_weights_after")
 WHAT_IS_IN = {
     "attention_maps.json": "attention maps",
     "metrics.jsonl": "router weights and loss curves",
@@ -33,23 +34,22 @@ def write_report(run_folder):
         raise ImportError('the report needs jinja2: pip install "mold-distill[report]"') from error
     folder = Path(run_folder)
     summary = _read_json(folder / "summary.json")
-    notes = [
-        f"{name} is not in this folder: no {what}." for name, what in WHAT_IS_IN.items() if not _there(folder, name)
-    ]
-    metrics = _merged(folder / "metrics.jsonl", notes)
-    maps = _read_json(folder / "attention_maps.json") if _there(folder, "attention_maps.json") else []
+    there = {name: folder / name for name in WHAT_IS_IN if (folder / name).is_file()}
+    notes = [f"{name} is not in this folder: no {what}." for name, what in WHAT_IS_IN.items() if name not in there]
+    metrics = _merged(there.get("metrics.jsonl"), notes)
+    maps = _read_json(there["attention_maps.json"]) if "attention_maps.json" in there else []
 
     def svg(figure):
         return Markup(_themed(plots.figure_to_svg(figure), figure.get_figwidth()))  # the figures' own SVG, not input
 
     shown = []
     for entry in maps[:MAPS_SHOWN]:
-        layers = all(entry.get(name) for name in ("teacher_layer_weights", "student_layer_weights_after"))
-        weights = svg(plots.teacher_student_layer_weights(entry)) if layers else None
+        weighed = all(entry.get(name) for name in LAYER_WEIGHTS)
+        weights = svg(plots.teacher_student_layer_weights(entry)) if weighed else None
         shown.append({"entry": entry, "map": svg(plots.attention_comparison(entry)), "weights": weights})
     has_router = any(row.get("router_weights") is not None for row in metrics)
     has_losses = any(
-        row.get(name) is not None for row in metrics for key in plots.PANELS for name in (key, f"eval_{key}")
+        row.get(when + name) is not None for row in metrics for name in plots.PANELS for when in ("", "eval_")
     )
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
@@ -63,9 +63,9 @@ def write_report(run_folder):
         maps_left_out=len(maps) - len(shown),
         router=svg(plots.layer_weights_over_training(metrics)) if has_router else None,
         losses=svg(plots.loss_curves(metrics)) if has_losses else None,
-        config=(folder / "config.yaml").read_text("utf-8") if _there(folder, "config.yaml") else None,
+        config=there["config.yaml"].read_text("utf-8", errors="replace") if "config.yaml" in there else None,
         css=Markup(CSS),
-        **_predictions(folder, notes),
+        **_predictions(there, notes),
         notes=notes,
     )
     path = folder / "report.html"
@@ -107,10 +107,6 @@ def read_json_lines(path, notes):
     return rows
 
 
-def _there(folder, name):
-    return (folder / name).is_file()
-
-
 def _read_json(path):
     try:
         return json.loads(path.read_bytes())
@@ -122,7 +118,7 @@ def _merged(path, notes):
     """Rows in the order of their steps. A resumed run logs steps again: its last row counts, training and evaluation
     apart, because both may be logged at one step."""
     last = {}
-    for i, row in enumerate(read_json_lines(path, notes) if path.is_file() else [], 1):
+    for i, row in enumerate(read_json_lines(path, notes) if path else [], 1):
         if not isinstance(row.get("step"), int | float):
             raise ValueError(f"{path.name}, row {i}: step was {row.get('step')!r}, must be a number")
         last[row["step"], any(key.startswith("eval_") for key in row)] = row
@@ -133,19 +129,13 @@ def _change(row):
     before, after = row.get("before"), row.get("after")
     change = verdict = None
     if before is not None and after is not None:
-        change = float(after) - float(before)
-        if math.isnan(change):
-            verdict = "worse" if math.isnan(float(after)) else None
-        elif change:
+        change = after - before
+        if math.isnan(after) and not math.isnan(before):
+            verdict = "worse"
+        elif change and not math.isnan(change):
             verdict = "better" if (change > 0) == (row["better"] == "higher") else "worse"
-    text = number(change) if change is None or change != change or change < 0 else f"+{number(change)}"
-    return {
-        "metric": row["metric"],
-        "before": before,
-        "after": after,
-        "change": text.replace("-", "\N{MINUS SIGN}"),
-        "verdict": verdict,
-    }
+    sign = "+" if change is not None and change > 0 else ""
+    return {**row, "change": sign + number(change).replace("-", "\N{MINUS SIGN}"), "verdict": verdict or ""}
 
 
 def _sentence(summary):
@@ -163,27 +153,24 @@ def _sentence(summary):
     return text + "."
 
 
-def _predictions(folder, notes):
+def _predictions(there, notes):
     """The first problems as they come, not chosen, and how many of all turned right or wrong."""
-    names = [name for name in ("before", "after") if _there(folder, f"predictions_{name}.jsonl")]
-    when = {
-        name: {row["id"]: row for row in read_json_lines(folder / f"predictions_{name}.jsonl", notes)} for name in names
-    }
+    files = {when: there.get(f"predictions_{when}.jsonl") for when in ("before", "after")}
     problems = {}
-    for name in names:
-        for identity, row in when[name].items():
-            problems.setdefault(identity, {"question": row["question"], "answer": row["answer"]})[name] = row
-    both = [p for p in problems.values() if "before" in p and "after" in p]
-    turns = [("wrong, then right", False, True), ("right, then wrong", True, False)]
-    turns += [("right both times", True, True), ("wrong both times", False, False)]
-    counts = [
-        (text, sum((p["before"]["correct"], p["after"]["correct"]) == (b, a) for p in both)) for text, b, a in turns
+    for when, path in files.items():
+        for row in read_json_lines(path, notes) if path else []:
+            problem = problems.setdefault(row["id"], {"question": row["question"], "answer": row["answer"]})
+            problem[when] = row
+    turns = [
+        (p["before"]["correct"], p["after"]["correct"]) for p in problems.values() if "before" in p and "after" in p
     ]
+    names = {(False, True): "turned right", (True, False): "turned wrong"}
+    names |= {(True, True): "were right both times", (False, False): "wrong both times"}
     return {
-        "times": names,
+        "times": [when for when, path in files.items() if path],
         "problems": list(problems.values())[:PREDICTIONS_SHOWN],
         "num_problems": len(problems),
-        "counts": counts if both else [],
+        "counts": [(name, turns.count(turn)) for turn, name in names.items()] if turns else [],
     }
 
 
@@ -197,9 +184,9 @@ def _themed(svg, inches):
 
 CSS = """
 :root { color-scheme: light dark; --page: #fff; --panel: #f6f7f9; --ink: #1f2329; --muted: #69707b; --faint: #dde1e6;
-  --pale: #12202e; --deep: #fdfeff; --better: #0b6e4f; --worse: #b3261e; --accent: #1f6ca8 }
+  --pale: #12202e; --deep: #fdfeff; --better: #0b6e4f; --worse: #b3261e; --accent: #0072b2 }
 @media (prefers-color-scheme: dark) { :root { --page: #14171b; --panel: #1c2026; --ink: #e6e9ed; --muted: #9aa3af;
-  --faint: #353b44; --pale: #e9f1f8; --deep: #0c1116; --better: #5fd0a5; --worse: #ff8a80; --accent: #7cb8e6 }
+  --faint: #353b44; --pale: #e9f1f8; --deep: #0c1116; --better: #5fd0a5; --worse: #ff8a80; --accent: #5cb3ea }
   .plot image { filter: invert(1) hue-rotate(180deg) } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
@@ -211,13 +198,16 @@ h3 { font-size: 1rem; margin: 0 0 .25rem }
 p { max-width: 46rem; margin: .4rem 0; overflow-wrap: anywhere } .lead { font-size: 1.125rem }
 .muted, .note { color: var(--muted); font-size: .875rem }
 table { border-collapse: collapse; font-size: .925rem } .wide { overflow-x: auto }
-th, td { text-align: left; vertical-align: top; padding: .45rem 1.25rem .45rem 0; border-bottom: 1px solid var(--faint) }
+th, td { text-align: left; vertical-align: top;
+  padding: .45rem 1.25rem .45rem 0; border-bottom: 1px solid var(--faint) }
 th { font-weight: 500; color: var(--muted); font-size: .8125rem; white-space: nowrap }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .better { color: var(--better) } .worse { color: var(--worse) } .strong { font-weight: 600 }
 .card { border: 1px solid var(--faint); border-radius: .6rem; padding: 1rem 1.1rem; margin: 1rem 0 }
-.plot { overflow-x: auto; margin: .75rem 0 0 } .plot svg { display: block } .plot text { font-family: inherit !important }
-summary { cursor: pointer; color: var(--accent); font-size: .875rem } summary.title { color: var(--ink); font-size: 1rem }
+.plot { overflow-x: auto; margin: .75rem 0 0 } .plot svg { display: block }
+.plot text { font-family: inherit !important }
+summary { cursor: pointer; color: var(--accent); font-size: .875rem }
+summary.title { color: var(--ink); font-size: 1rem }
 pre { background: var(--panel); padding: .75rem .9rem; border-radius: .4rem; font-size: .8125rem; line-height: 1.5;
   white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0 }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 0 1rem }
@@ -243,7 +233,7 @@ TEMPLATE = """<!DOCTYPE html>
 {% for row in rows %}
 <tr><td>{{ row.metric }}</td><td class="number">{{ row.before | number }}</td>
 <td class="number strong">{{ row.after | number }}</td>
-<td class="number {{ row.verdict or '' }}">{{ row.change }}</td><td class="{{ row.verdict or '' }}">{{ row.verdict or '' }}</td></tr>
+<td class="number {{ row.verdict }}">{{ row.change }}</td><td class="{{ row.verdict }}">{{ row.verdict }}</td></tr>
 {% endfor %}
 </table></div>
 {% else %}<p class="muted">summary.json holds no measurements.</p>{% endif %}
@@ -278,15 +268,16 @@ three maps share one colour scale. KL: how far the student's rows are from the t
 <h2>Predictions</h2>
 {% if problems %}
 <p class="muted">The first {{ problems | length }} of {{ num_problems }} held-out problems, in their order.
-{% if counts %}Of all: {% for text, count in counts %}{{ count }} {{ text }}{{ ", " if not loop.last else "." }}{% endfor %}{% endif %}</p>
+{% for name, count in counts %}{{ count }} {{ name }}{{ "." if loop.last else ", " }}{% endfor %}</p>
 <div class="wide"><table class="problems">
 <tr><th>question</th><th>gold</th>{% for time in times %}<th>{{ time }}</th>{% endfor %}</tr>
 {% for problem in problems %}
 <tr class="first"><td class="question">{{ problem.question }}</td><td>{{ problem.answer }}</td>
-{% for time in times %}{% set row = problem[time] %}
-<td>{% if row %}<span class="{{ 'better' if row.correct else 'worse' }}" title="{{ 'right' if row.correct else 'wrong' }}">
-{{ '\N{CHECK MARK}' if row.correct else '\N{BALLOT X}' }}</span> {{ row.prediction if row.prediction is not none else 'no answer' }}
-{% else %}\N{EN DASH}{% endif %}</td>
+{% for time in times %}{% set row = problem.get(time) %}
+<td>{% if not row %}\N{EN DASH}
+{% elif row.correct %}<span class="better" title="right">\N{CHECK MARK}</span>
+{% else %}<span class="worse" title="wrong">\N{BALLOT X}</span>{% endif %}
+&nbsp;{{ "no answer" if row and row.prediction is none else row.prediction }}</td>
 {% endfor %}</tr>
 <tr class="again"><td colspan="{{ 2 + times | length }}"><details><summary>completions</summary><div class="two">
 {% for time in times %}{% if problem[time] %}
