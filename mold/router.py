@@ -1,0 +1,58 @@
+"""The student's layer router: how much each student layer counts in the mixture (MoLSAKI, equation 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+
+class LayerRouter(nn.Module):
+    """Softmax over the student's layers, from the pooled values of all of them.
+
+    h_l = norm_weight o features_l,   p = softmax((W concat(h_1 .. h_L) + b) / tau)
+
+    features_l is the sum over valid tokens of the RMS-normalised values of layer l (see `LayerAttention`); one norm
+    weight is shared by all layers. Parameters and arithmetic are float32 whatever the model's dtype is. W and b start at
+    zero: training starts from the uniform mixture.
+
+    Args:
+        num_layers: L.
+        value_dim: key/value heads x head dimension of a layer.
+        tau: temperature > 0 (the paper's tau_2).
+    """
+
+    def __init__(self, num_layers: int, value_dim: int, tau: float = 0.5):
+        super().__init__()
+        if not tau > 0:
+            raise ValueError(f"tau: is {tau}, must be greater than 0")
+        self.tau = tau
+        self.norm_weight = nn.Parameter(torch.ones(value_dim))
+        self.projection = nn.Linear(num_layers * value_dim, num_layers)
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    @classmethod
+    def for_config(cls, config: PretrainedConfig, tau: float = 0.5) -> LayerRouter:
+        """The router that fits a model's configuration."""
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, heads * head_dim, tau)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Layer weights [B, L] from one features tensor [B, value_dim] a layer.
+
+        Raises:
+            ValueError: the number of layers or their width is not the router's.
+        """
+        expected = (self.projection.out_features, self.norm_weight.shape[0])
+        found = (len(features), features[0].shape[-1] if len(features) else 0)
+        if found != expected:
+            raise ValueError(f"features: {found[0]} layers of width {found[1]}, must be {expected[0]} of {expected[1]}")
+        # Autocast would run the projection in bfloat16; the layer weights are decided in full precision.
+        with torch.autocast(features[0].device.type, enabled=False):
+            dtype = self.norm_weight.dtype
+            pooled = torch.cat([feature.to(dtype) * self.norm_weight for feature in features], dim=-1)
+            return (self.projection(pooled) / self.tau).softmax(-1)

@@ -1,0 +1,285 @@
+"""The stages of a run: read, extract, train, evaluate, report. Each goes on where a killed one stopped.
+
+A run folder holds config.yaml, before.json, metrics.jsonl, checkpoints, the trained student with its router,
+predictions, attention_maps.json, summary.json and report.html.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import mold
+from mold.config import DataOptions, MoldConfig, StudentOptions, TeacherOptions
+from mold.data import Example, read_examples, split_examples
+from mold.evaluate import accuracy, generate_predictions, write_jsonl
+from mold.models import load_model, spread_layers, take_layers
+from mold.problems import generate_problems
+from mold.signals import SignalCache, SignalSettings, extract_signals, write_atomically
+from mold.trainer import ROUTER_FILE, MoldTrainer
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Options:
+    """All options of a run, as the command line has them."""
+
+    data: DataOptions
+    teacher: TeacherOptions
+    student: StudentOptions
+    training: MoldConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def signals_folder(self) -> Path:
+        return Path(self.teacher.signals_dir or self.folder / "signals")
+
+    def as_dict(self) -> dict:
+        """What decides the run, for config.yaml: the options that are not at their default."""
+        chosen = {}
+        for group in (self.data, self.teacher, self.student, self.training):
+            defaults = {f.name: f.default for f in fields(group)}
+            values = group.to_dict() if isinstance(group, MoldConfig) else asdict(group)
+            chosen |= {k: v for k, v in values.items() if k in defaults and v != defaults[k] and k != "logging_dir"}
+        return json.loads(json.dumps(chosen, default=str))
+
+
+def load_examples(options: DataOptions) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; a question is never in both."""
+    wanted = None if options.num_train is None else options.num_train + options.num_eval
+    if options.dataset == "generated":
+        examples = generate_problems(wanted or 240 + options.num_eval, options.data_seed)
+    else:
+        examples = read_examples(options.dataset, options.dataset_format, rationales=options.rationales)
+    if options.num_eval >= len(examples):
+        raise ValueError(f"num_eval: is {options.num_eval}, must be less than the {len(examples)} examples there are")
+    train, held_out = split_examples(examples, options.num_eval, options.data_seed)
+    if options.num_train is not None and options.num_train > len(train):
+        raise ValueError(f"num_train: is {options.num_train}, but only {len(train)} examples are left to train on")
+    return train[: options.num_train], held_out
+
+
+def load_teacher(options: Options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The attention's teacher."""
+    name = options.teacher.teacher_model_name_or_path
+    if name is None:
+        raise ValueError("teacher_model_name_or_path: is not given, must name the attention's teacher")
+    return load_model(name, revision=options.teacher.teacher_model_revision, dtype=options.teacher.teacher_dtype)
+
+
+def extract(options: Options, examples: list[Example], teacher=None) -> SignalCache:
+    """The teacher's signals of all examples, extracted where the cache does not have them yet."""
+    model, tokenizer = teacher or load_teacher(options)
+    settings = SignalSettings.of(
+        model,
+        options.teacher.teacher_model_name_or_path,
+        options.training.template,
+        options.training.row_reduction,
+        options.teacher.teacher_model_revision,
+    )
+    return extract_signals(
+        model.to(options.training.device),
+        tokenizer,
+        examples,
+        options.signals_folder,
+        settings,
+        batch_size=options.teacher.extract_batch_size,
+        shard_size=options.teacher.extract_shard_size,
+        max_length=options.training.max_length,
+        progress=not options.training.disable_tqdm,
+    )
+
+
+def load_signals(options: Options) -> SignalCache:
+    """The cache that `mold extract` made, if it is of the teacher and settings of these options."""
+    signals = SignalCache(options.signals_folder)
+    expected = {"template": options.training.template, "row_reduction": options.training.row_reduction}
+    if options.teacher.teacher_model_name_or_path is not None:
+        expected["teacher"] = options.teacher.teacher_model_name_or_path
+    signals.require(**expected)
+    return signals
+
+
+def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student: a model of its own, or the teacher with fewer layers."""
+    student = options.student
+    if student.model_name_or_path is not None:
+        init = dict(options.training.model_init_kwargs or {})
+        model, tokenizer = load_model(
+            student.model_name_or_path, revision=student.model_revision, dtype=student.model_dtype, **init
+        )
+    else:
+        if student.student_num_layers is None:
+            raise ValueError(
+                "model_name_or_path: is not given, must name the student (or set student_num_layers to make one from "
+                "the teacher's layers)"
+            )
+        model, tokenizer = teacher or load_teacher(options)
+    if student.student_num_layers is not None:
+        model = take_layers(model, spread_layers(model.config.num_hidden_layers, student.student_num_layers))
+    return model.to(getattr(torch, student.model_dtype)), tokenizer
+
+
+def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
+    """Train the student and evaluate it before and after; a second call goes on where a killed one stopped.
+
+    Args:
+        options: of the run.
+        teacher: (model, tokenizer) if it is loaded already and the student is made from it.
+        seconds: of earlier stages, for the summary.
+
+    Returns:
+        The summary, as written to summary.json.
+    """
+    folder, seconds = options.folder, dict(seconds or {})
+    _claim_folder(options)
+    train_examples, held_out = load_examples(options.data)
+    signals = load_signals(options) if options.training.beta > 0 or options.signals_folder.exists() else None
+    student, tokenizer = make_student(options, teacher)
+    trainer = MoldTrainer(
+        student, options.training, train_examples, held_out, processing_class=tokenizer, signals=signals
+    )
+    start = time.perf_counter()
+    before_file = folder / "before.json"
+    if before_file.is_file():
+        before = json.loads(before_file.read_text())
+    else:
+        before = _evaluate(options, trainer, held_out, "before")
+        before["gradient_norms"] = trainer.term_gradient_norms(
+            trainer.train_dataset[: options.training.per_device_train_batch_size]
+        )
+        write_atomically(before_file, json.dumps(before).encode())
+    evaluated = time.perf_counter()
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    seconds["train"] = time.perf_counter() - evaluated
+    after = _evaluate(options, trainer, held_out, "after")
+    seconds["evaluate"] = time.perf_counter() - start - seconds["train"]
+    _write_maps(folder, before["maps"], after["maps"], {e.id: e for e in held_out})
+    summary = _summarise(options, trainer, before, after, seconds)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def evaluate(options: Options) -> dict:
+    """Evaluate a trained (or any) student on the held-out examples; writes eval.json and its predictions."""
+    _, held_out = load_examples(options.data)
+    signals = load_signals(options) if options.signals_folder.exists() else None
+    student, tokenizer = make_student(options)
+    if signals is None:
+        options.training.beta = 0.0
+    trainer = MoldTrainer(
+        student, options.training, eval_dataset=held_out, processing_class=tokenizer, signals=signals
+    )
+    router = Path(options.student.model_name_or_path or "") / ROUTER_FILE
+    if router.is_file():
+        trainer.mold_loss.router.load_state_dict(load_file(router))
+    elif signals is not None:
+        logger.warning(f"{router} does not exist: the attention loss is that of an untrained router")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    result = _evaluate(options, trainer, held_out, "eval")
+    metrics = result["metrics"] | {"accuracy": result["accuracy"], "num_eval": len(held_out)}
+    write_atomically(options.folder / "eval.json", json.dumps(metrics, indent=1).encode())
+    return metrics
+
+
+def _claim_folder(options: Options) -> None:
+    """Write config.yaml, or refuse a folder that holds a run of other options."""
+    path, mine = options.folder / "config.yaml", options.as_dict()
+    if path.is_file():
+        theirs = yaml.safe_load(path.read_text())
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"output_dir: {options.folder} holds a run with {key}={theirs.get(key)!r}, this one has "
+                    f"{mine.get(key)!r}; choose another folder, or delete that one"
+                )
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, yaml.safe_dump(mine, allow_unicode=True).encode())
+
+
+def _evaluate(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:
+    """Losses, predictions (written) and maps of the held-out examples."""
+    metrics = trainer.evaluate()
+    predictions = generate_predictions(
+        trainer.model,
+        trainer.processing_class,
+        examples,
+        options.training.template,
+        batch_size=options.student.generate_batch_size,
+        max_new_tokens=options.student.max_new_tokens,
+        progress=not options.training.disable_tqdm,
+    )
+    write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
+    with_signal = [item for item in trainer.eval_dataset if item["signal"] is not None]
+    maps = trainer.attention_maps(with_signal[: options.student.num_maps])
+    return {"metrics": metrics, "accuracy": accuracy(predictions), "maps": maps}
+
+
+def _write_maps(folder: Path, before: list[dict], after: list[dict], examples: dict[str, Example]) -> None:
+    entries = []
+    for old, new in zip(before, after, strict=True):
+        example = examples[new["id"]]
+        entry = {k: new[k] for k in ("id", "steps", "key_words", "teacher", "teacher_layer_weights")}
+        entry |= {"question": example.question, "rationale": example.rationale}
+        for when, values in (("before", old), ("after", new)):
+            entry[f"student_{when}"] = values["student"]
+            entry[f"student_layer_weights_{when}"] = values["student_layer_weights"]
+            entry[f"kl_{when}"] = values["kl"]
+        entries.append(entry)
+    write_atomically(folder / "attention_maps.json", json.dumps(entries).encode())
+
+
+def _summarise(options: Options, trainer: MoldTrainer, before: dict, after: dict, seconds: dict) -> dict:
+    names = {
+        "eval_loss_attention": "attention KL",
+        "eval_loss_rationale": "rationale loss",
+        "eval_loss_answer": "answer loss",
+        "eval_loss": "loss",
+    }
+    rows = [
+        {"metric": name, "before": before["metrics"][key], "after": after["metrics"][key], "better": "lower"}
+        for key, name in names.items()
+        if key in after["metrics"]
+    ]
+    rows.append(
+        {"metric": "accuracy", "before": before["accuracy"], "after": after["accuracy"], "better": "higher"}
+    )
+    layers = trainer.model.config.num_hidden_layers
+    teacher = options.teacher.teacher_model_name_or_path
+    return {
+        "model": options.student.model_name_or_path or f"{teacher} with {layers} layers",
+        "teacher": teacher or (trainer.signals.settings.teacher if trainer.signals else None),
+        "rows": rows,
+        "num_train": len(trainer.train_dataset),
+        "num_eval": len(trainer.eval_dataset),
+        "num_without_signal": sum(item["signal"] is None for item in trainer.train_dataset),
+        "gradient_norms": before["gradient_norms"],
+        "seconds": seconds,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that matter to a result."""
+    return {
+        "mold": mold.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,248 @@
+"""Teacher signals: the teacher's stepwise attention of every layer, extracted once and cached on disk.
+
+A cache is a folder of safetensors shards and a manifest.json. A shard is written whole, then the manifest that names
+it, each by an atomic rename: whatever moment a run is killed, the manifest names only whole shards and the next run
+goes on behind them. The manifest holds what decides a signal (teacher, weights, template, segmentation, ...), a hash of
+every example's text and of every shard's bytes; all are checked before a signal is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mold.attention_interface import stack_attention, use_mold_attention
+from mold.data import Example, text_hash
+from mold.encoding import Collator, EncodedExample, check_tokenizer, encode_example
+from mold.text import SEGMENTATION_VERSION
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SignalSettings:
+    """Everything beside an example's text that decides its signal. Two caches with equal settings are the same."""
+
+    teacher: str
+    revision: str | None
+    weights: str
+    dtype: str
+    template: str
+    row_reduction: str
+    segmentation: int = SEGMENTATION_VERSION
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, name: str, template: str, row_reduction: str, revision: str | None = None
+    ) -> SignalSettings:
+        """The settings of a loaded teacher."""
+        revision = revision or getattr(model.config, "_commit_hash", None)
+        return cls(name, revision, weights_fingerprint(model), str(model.dtype), template, row_reduction)
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the names, shapes and up to 64 evenly spaced values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class SignalCache:
+    """A verified cache of teacher signals.
+
+    Args:
+        folder: written by `extract_signals`.
+
+    Raises:
+        ValueError: no cache there, or one of another format, or a shard that is missing or altered; names the file.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        manifest = _read_manifest(self.folder)
+        if manifest is None:
+            raise ValueError(f"signals: {self.folder} holds no {MANIFEST}; run `mold extract` first")
+        self.settings = SignalSettings(**manifest["settings"])
+        self._examples = manifest["examples"]
+        self._signals = {}
+        for name, digest in manifest["shards"].items():
+            path = self.folder / name
+            if not path.is_file():
+                raise ValueError(f"signals: {path} is missing; delete the folder and extract again")
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise ValueError(f"signals: {path} was altered since it was written; delete the folder, extract again")
+            self._signals.update(load(data))
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def require(self, **settings) -> None:
+        """Raise a ValueError that names the first setting (see SignalSettings) that is not as given."""
+        for name, value in settings.items():
+            if (found := getattr(self.settings, name)) != value:
+                raise ValueError(
+                    f"signals: {self.folder} was extracted with {name}={found!r}, must be {value!r}; "
+                    "change the option or extract into another folder"
+                )
+
+    def signal(self, example: Example, encoded: EncodedExample) -> torch.Tensor | None:
+        """The teacher's stepwise attention of an example, float32 [L1, S, M]; None if it has no key words.
+
+        Raises:
+            ValueError: the cache has no signal of this example, or one of another text, or one whose steps and key
+                words are not the student's; names the example.
+        """
+        entry = self._examples.get(example.id)
+        if entry is None:
+            raise ValueError(f"example {example.id}: has no teacher signal in {self.folder}; run `mold extract` on it")
+        if entry["text"] != text_hash(example, self.settings.template):
+            raise ValueError(f"example {example.id}: its text is not the one that {self.folder} was extracted from")
+        found, expected = (entry["steps"], entry["key_words"]), (len(encoded.row_spans), len(encoded.key_spans))
+        if found != expected:
+            raise ValueError(
+                f"example {example.id}: the teacher's signal has {found[0]} steps and {found[1]} key words, the "
+                f"student's text {expected[0]} and {expected[1]}"
+            )
+        return self._signals[example.id] if entry["key_words"] else None
+
+
+@torch.no_grad()
+def extract_signals(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    folder: str | os.PathLike,
+    settings: SignalSettings,
+    *,
+    batch_size: int = 8,
+    shard_size: int = 64,
+    max_length: int | None = None,
+    progress: bool = True,
+) -> SignalCache:
+    """Extract the stepwise attention of every example, or of those a killed run has left.
+
+    Args:
+        model: the teacher; its attention is switched to "mold".
+        tokenizer: the teacher's, a fast one.
+        examples: with distinct ids.
+        folder: of the cache; made if missing.
+        settings: what the cache is made with, `SignalSettings.of(model, ...)`.
+        batch_size: examples a forward.
+        shard_size: examples a file.
+        max_length: most tokens an example may have.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The verified cache.
+
+    Raises:
+        ValueError: the folder holds a cache of other settings or another text of an example; the examples, the
+            tokenizer or the model cannot be used (see `encode_example`, `use_mold_attention`); or the teacher's
+            attention is not finite.
+    """
+    folder = Path(folder)
+    check_tokenizer(tokenizer)
+    use_mold_attention(model).eval()
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = {"format": FORMAT_VERSION, "settings": dataclasses.asdict(settings), "shards": {}, "examples": {}}
+    else:
+        SignalCache(folder).require(**dataclasses.asdict(settings))
+    remaining = []
+    for example in examples:
+        known = manifest["examples"].get(example.id)
+        if known is None:
+            encoded = encode_example(
+                example, tokenizer, settings.template, append_eos=False, max_length=max_length
+            )
+            remaining.append((example, encoded))
+        elif known["text"] != text_hash(example, settings.template):
+            raise ValueError(f"example {example.id}: its text is not the one that {folder} was extracted from")
+    collate = Collator(pad_token_id=tokenizer.eos_token_id)
+    with tqdm(total=len(examples), desc="Teacher signals", disable=not progress) as bar:
+        bar.update(len(examples) - len(remaining))
+        for start in range(0, len(remaining), shard_size):
+            shard = remaining[start : start + shard_size]
+            tensors = {}
+            # Examples of like length share a batch: less padding.
+            by_length = sorted(shard, key=lambda pair: len(pair[1].input_ids))
+            for first in range(0, len(by_length), batch_size):
+                encoded = [pair[1] for pair in by_length[first : first + batch_size]]
+                tensors |= _stepwise_attention(model, collate, encoded, settings.row_reduction)
+                bar.update(len(encoded))
+            name = f"shard-{len(manifest['shards']):05d}.safetensors"
+            data = save(tensors)
+            write_atomically(folder / name, data)
+            manifest["shards"][name] = hashlib.sha256(data).hexdigest()
+            for example, encoded in shard:
+                manifest["examples"][example.id] = {
+                    "text": text_hash(example, settings.template),
+                    "steps": len(encoded.row_spans),
+                    "key_words": len(encoded.key_spans),
+                }
+            write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    return SignalCache(folder)
+
+
+def _stepwise_attention(model, collate, encoded, row_reduction) -> dict[str, torch.Tensor]:
+    encoded = [example for example in encoded if example.key_spans]
+    if not encoded:
+        return {}
+    batch = {k: v.to(model.device) for k, v in collate([{"example": example} for example in encoded]).items()}
+    # The backbone alone: the teacher's logits are not needed.
+    out = model.base_model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        row_spans=batch["row_spans"],
+        key_spans=batch["key_spans"],
+        row_reduction=row_reduction,
+        output_attentions=True,
+        use_cache=False,
+    )
+    attention = stack_attention(out.attentions).float().cpu()
+    if not attention.isfinite().all():
+        wrong = [e.id for i, e in enumerate(encoded) if not attention[:, i].isfinite().all()]
+        raise ValueError(f"example {wrong[0]}: the teacher's attention is not finite; is its dtype {model.dtype} wide enough?")
+    return {
+        example.id: attention[:, index, : len(example.row_spans), : len(example.key_spans)].contiguous()
+        for index, example in enumerate(encoded)
+    }
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is either there, whole and on disk, or not there at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _read_manifest(folder: Path) -> dict | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"signals: {path} is no JSON ({error}); delete the folder and extract again") from error
+    if manifest.get("format") != FORMAT_VERSION:
+        raise ValueError(f"signals: {path} has format {manifest.get('format')}, must be {FORMAT_VERSION}")
+    return manifest

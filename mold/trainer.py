@@ -1,0 +1,404 @@
+"""MoldTrainer: transformers' Trainer with the three losses of the method."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from mold.attention_interface import attention_dropout_option, stack_attention, use_mold_attention
+from mold.config import MoldConfig
+from mold.data import Example
+from mold.encoding import Collator, encode_example
+from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
+from mold.signals import SignalCache, write_atomically
+from mold_kernels import layer_mixture_kl, teacher_layer_weights
+
+logger = logging.get_logger(__name__)
+
+ROUTER_FILE = "mold_router.safetensors"
+COMPLETE_FILE = "mold_complete.json"
+"""Written last into a checkpoint; one without it was cut short and is never resumed from."""
+METRICS_FILE = "metrics.jsonl"
+TERMS = ("rationale", "answer", "attention")
+
+
+class MoldTrainer(Trainer):
+    """Trains a student on rationales, answers and its teacher's stepwise attention.
+
+    Args:
+        model: the student, or a name or folder for `from_pretrained`.
+        args: options.
+        train_dataset: examples, or rows with the fields of `mold.data.Example`.
+        eval_dataset: likewise; None: no evaluation.
+        processing_class: the student's tokenizer, a fast one; loaded with the model when that is a name.
+        signals: the teacher's signals of all examples; None trains on cross-entropy alone and needs beta=0.
+        callbacks: as of Trainer.
+        optimizers: as of Trainer; an optimizer given here must hold `trainer.mold_loss.parameters()` too.
+
+    Raises:
+        ValueError: the data set is empty, an example does not fit (see `encode_example`, `SignalCache.signal`), no
+            example has a signal, the cache was made with another row_reduction, or the model has attention dropout or
+            an attention that cannot be replaced.
+
+    Source: MoLSAKI (EMNLP 2025), equation 7.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: MoldConfig,
+        train_dataset: Sequence[Example | Mapping] | None = None,
+        eval_dataset: Sequence[Example | Mapping] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        signals: SignalCache | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        if processing_class is None:
+            raise ValueError("processing_class: is None, must be the student's tokenizer")
+        if signals is None and args.beta > 0:
+            raise ValueError(
+                f"signals: is None, must be the teacher's signals while beta={args.beta} (beta=0 trains without)"
+            )
+        if signals is not None:
+            use_mold_attention(model)
+            signals.require(row_reduction=args.row_reduction)
+            if args.beta > 0 and (option := attention_dropout_option(model.config)):
+                raise ValueError(
+                    f"{option}: is {getattr(model.config, option)}, must be 0: pooled attention has no attention "
+                    f"dropout; load the student with {option}=0.0 (model_init_kwargs)"
+                )
+        self.signals = signals
+        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm)
+        pad_token_id = processing_class.pad_token_id
+        self._tokenizer, self._options = processing_class, args
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(
+                processing_class.eos_token_id if pad_token_id is None else pad_token_id,
+                args.padding_side,
+                args.pad_to_multiple_of,
+            ),
+            train_dataset=None if train_dataset is None else self.encode(train_dataset, "train_dataset"),
+            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.mold_loss.to(self.args.device)
+        # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
+        # flag says so since transformers 5.19, the second one before.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._reset_window()
+
+    def encode(self, examples: Sequence[Example | Mapping], name: str = "dataset") -> list[dict]:
+        """Items for the collator: each example encoded, with its signal. Counts the examples without one."""
+        if not len(examples):
+            raise ValueError(f"{name}: is empty, must hold at least one example")
+        items, without = [], 0
+        for row in tqdm(examples, desc=f"Encoding {name}", disable=self._options.disable_tqdm, leave=False):
+            example = row if isinstance(row, Example) else Example(**row)
+            encoded = encode_example(
+                example, self._tokenizer, self._options.template, max_length=self._options.max_length
+            )
+            signal = self.signals.signal(example, encoded) if self.signals is not None else None
+            without += signal is None
+            items.append({"example": encoded, "signal": signal})
+        if self.signals is not None and without == len(items):
+            raise ValueError(f"{name}: none of its {len(items)} examples has key words, so there is no attention to learn")
+        if self.signals is not None and without:
+            logger.warning(
+                f"{name}: {without} of {len(items)} examples have no key words; they are trained with cross-entropy alone"
+            )
+        return items
+
+    # The loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one optimizer step, and what each term is divided by: [3] in the order of TERMS."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        return batches, torch.stack([_denominators(batch) for batch in batches]).sum(0).to(device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum of the three terms, normalised over the accumulation window."""
+        sums, weights, outputs = self._term_sums(model, inputs)
+        counts = _denominators(inputs)
+        loss = self._weigh(sums / (counts if num_items_in_batch is None else num_items_in_batch).clamp(min=1))
+        if not torch.isfinite(loss):
+            terms = ", ".join(f"{t} {v:.4g}" for t, v in zip(TERMS, (sums / counts.clamp(min=1)).tolist(), strict=True))
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step} ({terms}); lower the learning rate, or look "
+                "for weights or signals that are not finite"
+            )
+        self._window["sums"] += sums.detach()
+        self._window["counts"] += counts
+        self._window["examples"] += len(inputs["input_ids"])
+        if weights is not None:
+            valid = weights.detach()[inputs["num_keys"] > 0]
+            self._window["weights"] += valid.sum(0)
+            self._window["entropy"] += torch.special.entr(valid).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _term_sums(self, model, inputs):
+        """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
+        kwargs = {}
+        with_attention = "teacher_attention" in inputs and (self.args.beta > 0 or not model.training)
+        if with_attention:
+            kwargs = {
+                "output_attentions": True,
+                "value_features": True,
+                "row_reduction": self.args.row_reduction,
+                "row_spans": inputs["row_spans"],
+                "key_spans": inputs["key_spans"],
+            }
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs
+        )
+        cross_entropy = region_cross_entropy(outputs.logits, inputs["input_ids"], inputs["regions"])
+        if not with_attention:
+            return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
+        self.mold_loss.train(model.training)
+        attention = self.mold_loss(
+            outputs.attentions, inputs["teacher_attention"], inputs["num_steps"], inputs["num_keys"]
+        )
+        return torch.cat([cross_entropy, attention.loss.sum()[None]]), attention.layer_weights, outputs
+
+    def _weigh(self, terms):
+        alpha, beta = self.args.alpha, self.args.beta
+        return (1 - alpha) * terms[0] + alpha * terms[1] + beta * terms[2]
+
+    # Optimizer: the router is no part of the model, so everything Trainer does for the model is done for it here.
+
+    def create_optimizer(self, model=None):
+        """Trainer's optimizer, with the router as a parameter group of its own."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        router = list(self.mold_loss.parameters())
+        if not given:
+            rate = self.args.mol_router_learning_rate
+            rate = self.args.learning_rate if rate is None else rate
+            optimizer.add_param_group({"params": router, "lr": rate, "weight_decay": 0.0})
+            # Trainer zeroes the gradients of the model alone.
+            optimizer.register_step_post_hook(lambda *_: self.mold_loss.zero_grad())
+        return optimizer
+
+    def _clip_grad_norm(self, model):
+        parameters = [*model.parameters(), *self.mold_loss.parameters()]
+        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train; ``resume_from_checkpoint=True`` goes on from the last whole checkpoint, or starts anew without one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / COMPLETE_FILE).is_file():
+            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} was cut short ({COMPLETE_FILE} is missing)")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        # Old checkpoints may go only when the new one is known to be whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial))
+            marker = folder / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE
+            write_atomically(marker, json.dumps({"step": self.state.global_step}).encode())
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(
+                output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
+            )
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            path = Path(output_dir or self.args.output_dir) / ROUTER_FILE
+            write_atomically(path, save(self.mold_loss.router.state_dict()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / ROUTER_FILE
+        if not path.is_file():
+            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} has no {ROUTER_FILE}, the student's router")
+        self.mold_loss.router.load_state_dict(load_file(path))
+
+    # Metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms of the steps since the last logging, averaged exactly, and writes metrics.jsonl."""
+        extra = {}
+        if "loss" in logs and self._window["examples"]:
+            logs.update(self._term_metrics(self._window["sums"], self._window["counts"], "loss"))
+            signals = self._window["counts"][2].item()
+            logs["signal_share"] = signals / self._window["examples"]
+            if signals:
+                logs["router_entropy"] = self._window["entropy"].item() / signals
+                extra["router_weights"] = (self._window["weights"] / signals).tolist()
+            self._reset_window()
+        super().log(logs, start_time)
+        if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
+            _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
+
+    def _term_metrics(self, sums, counts, prefix):
+        values = (sums / counts.clamp(min=1)).tolist()
+        return {f"{prefix}_{t}": v for t, v, n in zip(TERMS, values, counts.tolist(), strict=True) if n}
+
+    def _reset_window(self):
+        device, layers = self.args.device, self.mold_loss.router.projection.out_features
+        self._window = {
+            "sums": torch.zeros(3, device=device),
+            "counts": torch.zeros(3, device=device, dtype=torch.int64),
+            "weights": torch.zeros(layers, device=device),
+            "entropy": torch.zeros((), device=device),
+            "examples": 0,
+        }
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Every term over the whole data set (token and example means, whatever the batches are).
+
+        Args:
+            eval_dataset: items of `encode`; None: the trainer's own.
+            ignore_keys: not used.
+            metric_key_prefix: of the metrics' names.
+
+        Returns:
+            eval_loss and eval_loss_rationale, eval_loss_answer, eval_loss_attention where they are defined.
+        """
+        model = self.model
+        was_training = model.training
+        model.eval()
+        sums, counts = torch.zeros(3, device=self.args.device), torch.zeros(3, device=self.args.device)
+        loader = self.get_eval_dataloader(eval_dataset)
+        for inputs in tqdm(loader, desc="Evaluating", disable=self.args.disable_tqdm, leave=False):
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                sums += self._term_sums(model, inputs)[0]
+            counts += _denominators(inputs)
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums / counts.clamp(min=1)).item()}
+        metrics |= self._term_metrics(sums, counts, f"{metric_key_prefix}_loss")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def term_gradient_norms(self, items: Sequence[dict]) -> dict[str, float]:
+        """Norm of each unweighted term's gradient with respect to the model, on one batch of items of `encode`.
+
+        The attention loss is small by nature; this tells whether beta times it pulls at all.
+        """
+        inputs = self._prepare_inputs(self.data_collator(list(items)))
+        self.model.train()
+        norms = {}
+        for index, term in enumerate(TERMS):
+            count = _denominators(inputs)[index]
+            if not count:
+                continue
+            with self.compute_loss_context_manager():
+                sums, _, _ = self._term_sums(self.model, inputs)
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(sums[index] / count, parameters, allow_unused=True)
+            norms[term] = math.sqrt(sum(g.float().square().sum().item() for g in gradients if g is not None))
+        return norms
+
+    @torch.no_grad()
+    def attention_maps(self, items: Sequence[dict]) -> list[dict]:
+        """Steps x key words of teacher and student, mixed over layers, of items of `encode` that have a signal.
+
+        Returns:
+            A dictionary an item: id, steps, key_words (texts), teacher and student [S][M], their layer weights, and
+            the KL between them.
+        """
+        model, maps = self.model, []
+        was_training = model.training
+        model.eval()
+        self.mold_loss.eval()
+        for item in items:
+            if item["signal"] is None:
+                continue
+            inputs = self._prepare_inputs(self.data_collator([item]))
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+                output_attentions=True,
+                value_features=True,
+                row_reduction=self.args.row_reduction,
+                row_spans=inputs["row_spans"],
+                key_spans=inputs["key_spans"],
+            )
+            counts = inputs["num_steps"], inputs["num_keys"]
+            teacher = inputs["teacher_attention"].transpose(0, 1)
+            student = stack_attention(outputs.attentions)
+            teacher_weights = teacher_layer_weights(teacher, *counts, self.args.tau_1)
+            student_weights = self.mold_loss.router([layer.value_features for layer in outputs.attentions])
+            kl = layer_mixture_kl(
+                teacher, student, student_weights, *counts, tau=self.args.tau_1, row_norm=self.args.row_norm
+            )
+            maps.append(
+                {
+                    "id": item["example"].id,
+                    "steps": item["example"].step_texts,
+                    "key_words": item["example"].key_word_texts,
+                    "teacher": torch.einsum("bl,lbsm->bsm", teacher_weights, teacher)[0].tolist(),
+                    "student": torch.einsum("bl,lbsm->bsm", student_weights, student)[0].tolist(),
+                    "teacher_layer_weights": teacher_weights[0].tolist(),
+                    "student_layer_weights": student_weights[0].tolist(),
+                    "kl": kl.item(),
+                }
+            )
+        model.train(was_training)
+        return maps
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """The checkpoint with the highest step in a run folder that was written whole, None without one."""
+    markers = Path(folder).glob(f"checkpoint-*/{COMPLETE_FILE}")
+    checkpoints = [marker.parent for marker in markers if marker.parent.name.removeprefix("checkpoint-").isdigit()]
+    if not checkpoints:
+        return None
+    return str(max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+
+
+def _append_line(path: Path, row: dict) -> None:
+    """Append a row to a JSON-lines file, cutting off what a killed run left of its last line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        whole = file.seek(0, 2)
+        while whole and (file.seek(whole - 1), file.read(1))[1] != b"\n":
+            whole -= 1
+        file.truncate(whole)
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def _denominators(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Rationale tokens, answer tokens and examples with a signal of a batch: int64 [3]."""
+    predicted = inputs["regions"][:, 1:]
+    signals = (inputs["num_keys"] > 0) & (inputs["num_steps"] > 0)
+    return torch.stack([(predicted == RATIONALE).sum(), (predicted == ANSWER).sum(), signals.sum()])

@@ -1,0 +1,106 @@
+"""The specification: every op in plain PyTorch, on any device and dtype, differentiable by autograd.
+
+These functions materialise whatever is easiest to read (T x T probabilities included). Products are made in the
+dtype of the inputs, everything after them in float32 (float64 for float64 inputs), as eager attention does.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mold_kernels.spans import row_weights, span_membership
+
+L1_EPSILON = 1e-6
+"""Added to every entry before `row_norm="l1"` divides a row by its sum, so that an all-zero row is uniform."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def causal_scores(q, k, scale=None, key_padding_mask=None):
+    """Scaled scores [B, Hq, T, T] in the accumulation dtype, -inf where row i must not see column j."""
+    repeats = q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.repeat_interleave(repeats, dim=1).mT).to(accumulation_dtype(q.dtype)) * scale
+    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if key_padding_mask is not None:
+        visible = visible & key_padding_mask[:, None, None, :]
+    return scores.masked_fill(~visible, -torch.inf)
+
+
+def attention_lse(q, k, *, scale=None, key_padding_mask=None):
+    """Log-sum-exp of every row's scores; see `mold_kernels.attention_lse`."""
+    lse = causal_scores(q, k, scale, key_padding_mask).logsumexp(-1)
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def attention_with_lse(q, k, v, *, scale=None, key_padding_mask=None):
+    """Causal attention and its log-sum-exp; see `mold_kernels.attention_with_lse`."""
+    lse = attention_lse(q, k, scale=scale, key_padding_mask=key_padding_mask)
+    # exp(-inf - inf) = 0: a row that sees no key is zero, where a softmax would be NaN.
+    probabilities = (causal_scores(q, k, scale, key_padding_mask) - lse.unsqueeze(-1)).exp()
+    repeats = q.shape[1] // v.shape[1]
+    return probabilities.to(v.dtype) @ v.repeat_interleave(repeats, dim=1), lse
+
+
+def span_attention(q, k, lse, row_spans, key_spans, *, scale=None, row_reduction="sum"):
+    """Attention pooled over steps and key words; see `mold_kernels.span_attention`."""
+    dtype, length = accumulation_dtype(q.dtype), q.shape[2]
+    probabilities = (causal_scores(q, k, scale) - lse.to(dtype).unsqueeze(-1)).exp().mean(1)
+    rows = row_weights(row_spans, length, row_reduction, dtype)
+    return rows @ probabilities @ span_membership(key_spans, length).to(dtype).mT
+
+
+def value_pool(v, weight, mask, eps):
+    """Sum over valid tokens of the normalised values of all heads; see `mold_kernels.value_pool`."""
+    batch, heads, length, head_dim = v.shape
+    values = v.transpose(1, 2).reshape(batch, length, heads * head_dim).to(accumulation_dtype(v.dtype))
+    values = values.masked_fill(~mask.unsqueeze(-1), 0)
+    return (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * weight.to(values.dtype)).sum(1)
+
+
+def teacher_layer_weights(attention, num_steps, num_keys, tau=0.1):
+    """Softmax over layers of the mean difference of neighbouring columns; see `mold_kernels.teacher_layer_weights`."""
+    step_valid, key_valid = valid_cells(attention, num_steps, num_keys)
+    attention = attention.masked_fill(~(step_valid[:, :, None] & key_valid[:, None, :]), 0)
+    pair_valid = step_valid[:, :, None] & key_valid[:, None, 1:]
+    difference = (attention[..., 1:] - attention[..., :-1]).abs().masked_fill(~pair_valid, 0)
+    pairs = (num_steps * (num_keys - 1)).clamp(min=1)
+    return (difference.sum((-2, -1)) / pairs / tau).softmax(0).mT
+
+
+def layer_mixture_kl(
+    teacher_attention, student_attention, student_weights, num_steps, num_keys, *, tau=0.1, row_norm="softmax"
+):
+    """KL of the mixed step distributions, teacher to student; see `mold_kernels.layer_mixture_kl`."""
+    step_valid, key_valid = valid_cells(student_attention, num_steps, num_keys)
+    teacher_weights = teacher_layer_weights(teacher_attention, num_steps, num_keys, tau)
+    log_p = log_rows(torch.einsum("bl,lbsm->bsm", teacher_weights, teacher_attention), key_valid, row_norm)
+    log_q = log_rows(torch.einsum("bl,lbsm->bsm", student_weights, student_attention), key_valid, row_norm)
+    valid = step_valid[:, :, None] & key_valid[:, None, :]
+    divergence = (log_p.exp() * (log_p - log_q)).masked_fill(~valid, 0)
+    return divergence.sum((-2, -1)) / num_steps.clamp(min=1)
+
+
+def valid_cells(attention, num_steps, num_keys):
+    """Steps [B, S] and key words [B, M] that are no padding. An example without key words has no valid step."""
+    step = torch.arange(attention.shape[2], device=attention.device)
+    key = torch.arange(attention.shape[3], device=attention.device)
+    step_valid = (step < num_steps[:, None]) & (num_keys > 0)[:, None]
+    return step_valid, key < num_keys[:, None]
+
+
+def log_rows(attention, key_valid, row_norm):
+    """Logarithm of each row made a distribution over the valid key words; 0 elsewhere."""
+    key_valid = key_valid[:, None, :]
+    if row_norm == "softmax":
+        rows = attention.masked_fill(~key_valid, -torch.inf).log_softmax(-1)
+    elif row_norm == "l1":
+        mass = (attention + L1_EPSILON).masked_fill(~key_valid, 0)
+        # Padding becomes log 1: the gradient of log 0 would turn everything into NaN.
+        rows = (mass / mass.sum(-1, keepdim=True)).masked_fill(~key_valid, 1).log()
+    else:
+        raise ValueError(f'row_norm: is {row_norm!r}, must be "softmax" or "l1"')
+    return rows.masked_fill(~key_valid, 0)

@@ -1,0 +1,73 @@
+"""Span tensors: validation, membership of tokens in spans, key columns.
+
+A span tensor is an integer tensor [B, S, 2] of half-open token ranges ``[start, end)``; an empty range
+(``start == end``) is padding. Spans of one example may overlap and need not be sorted.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_spans(name: str, spans: torch.Tensor, batch: int, length: int) -> None:
+    """Raise a ValueError that names the argument unless `spans` is a valid span tensor of the batch.
+
+    The ranges themselves are checked on CPU tensors only: reading them on a device would wait for it.
+
+    Args:
+        name: the argument's name, for the message.
+        spans: int32 or int64 [B, S, 2].
+        batch: B.
+        length: T, the number of tokens a span may reach.
+    """
+    if spans.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: dtype is {spans.dtype}, must be torch.int32 or torch.int64")
+    if spans.ndim != 3 or spans.shape[0] != batch or spans.shape[2] != 2:
+        raise ValueError(f"{name}: shape is {list(spans.shape)}, must be [{batch}, number of spans, 2]")
+    if spans.device.type == "cpu" and spans.numel():
+        start, end = spans.unbind(-1)
+        wrong = (start < 0) | (end < start) | (end > length)
+        if wrong.any():
+            example, index = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}: span {index} of example {example} is {spans[example, index].tolist()}, "
+                f"must be a half-open range within [0, {length}] (start == end is padding)"
+            )
+
+
+def span_membership(spans: torch.Tensor, length: int) -> torch.Tensor:
+    """Which tokens each span holds: bool [B, S, length] of span tensor [B, S, 2]."""
+    token = torch.arange(length, device=spans.device)
+    return (spans[..., :1] <= token) & (token < spans[..., 1:])
+
+
+def key_columns(key_spans: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct tokens that any key span of an example holds.
+
+    Args:
+        key_spans: [B, M, 2].
+        length: T.
+
+    Returns:
+        columns: int64 [B, N], ascending, N the largest count in the batch; padded with 0.
+        membership: bool [B, M, N], whether key word m holds column n; False throughout at padding.
+    """
+    membership = span_membership(key_spans, length)
+    covered = membership.any(1)
+    # A stable descending sort of the flags lists the covered tokens first, in order.
+    order = covered.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    columns = order[:, : int(covered.sum(-1).max())]
+    real = covered.gather(-1, columns)
+    columns = columns.masked_fill(~real, 0)
+    index = columns.unsqueeze(1).expand(-1, key_spans.shape[1], -1)
+    return columns, membership.gather(-1, index) & real.unsqueeze(1)
+
+
+def row_weights(row_spans: torch.Tensor, length: int, row_reduction: str, dtype: torch.dtype) -> torch.Tensor:
+    """Weight of each token's row in each step, [B, S, length]: 1, or 1 / rows of the step for "mean"."""
+    weights = span_membership(row_spans, length).to(dtype)
+    if row_reduction == "mean":
+        weights = weights / (row_spans[..., 1:] - row_spans[..., :1]).clamp(min=1)
+    elif row_reduction != "sum":
+        raise ValueError(f'row_reduction: is {row_reduction!r}, must be "sum" or "mean"')
+    return weights

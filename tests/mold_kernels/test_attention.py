@@ -1,0 +1,163 @@
+"""attention_with_lse and attention_lse against the float64 reference, values and gradients."""
+
+import sys
+
+import pytest
+import torch
+
+from mold_kernels import attention_lse, attention_with_lse, reference
+from mold_kernels.testing import assert_as_accurate_as, random_qkv
+
+SHAPES = [
+    pytest.param(1, 1, 1, 1, 16, id="one-token"),
+    pytest.param(2, 4, 2, 37, 16, id="gqa-odd-length"),
+    pytest.param(1, 9, 3, 130, 64, id="smollm2-heads"),
+    pytest.param(2, 2, 1, 65, 80, id="head-dim-80"),
+]
+
+
+def padding_mask(kind, batch, length):
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    if kind == "left":
+        mask[0, : length // 3] = False
+    elif kind == "right":
+        mask[-1, length - length // 3 :] = False
+    elif kind == "both":
+        mask[0, : length // 4] = False
+        mask[-1, length - length // 3 :] = False
+    return None if kind == "none" else mask
+
+
+def values_and_gradients(function, tensors, upstream, dtype):
+    tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    # Rows without a key have lse = +inf by contract; they carry no gradient.
+    loss = sum(
+        (output.masked_fill(output.isinf(), 0) * grad.to(output.dtype)).sum()
+        for output, grad in zip(outputs, upstream, strict=True)
+    )
+    return [*outputs, *torch.autograd.grad(loss, tensors)]
+
+
+def assert_matches_reference(fast, slow, tensors, upstream, names):
+    dtype = tensors[0].dtype
+    actual = values_and_gradients(fast, tensors, upstream, dtype)
+    low = values_and_gradients(slow, tensors, upstream, dtype)
+    exact = values_and_gradients(slow, tensors, upstream, torch.float64)
+    for name, a, b, c in zip(names, actual, low, exact, strict=True):
+        infinite = c.isinf()
+        assert torch.equal(infinite, a.isinf()), f"{name}: +inf at other rows than the reference"
+        assert_as_accurate_as(a.masked_fill(infinite, 0), b.masked_fill(infinite, 0), c.masked_fill(infinite, 0), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding", ["none", "left", "right", "both"])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "head_dim"), SHAPES)
+def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, dtype):
+    generator = torch.Generator().manual_seed(length)
+    tensors = random_qkv(generator, batch, heads, kv_heads, length, head_dim, dtype=dtype)
+    mask = padding_mask(padding, batch, length)
+    upstream = [
+        torch.randn(batch, heads, length, head_dim, generator=generator, dtype=torch.float64),
+        torch.randn(batch, heads, length, generator=generator, dtype=torch.float64),
+    ]
+    assert_matches_reference(
+        lambda q, k, v: attention_with_lse(q, k, v, key_padding_mask=mask, engine="cpu"),
+        lambda q, k, v: reference.attention_with_lse(q, k, v, key_padding_mask=mask),
+        tensors,
+        upstream,
+        ["out", "lse", "dq", "dk", "dv"],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("zero", ["rows", "first-column", "tiny", "large-lse"])
+def test_lse_gradient_where_the_output_gradient_vanishes(zero, dtype):
+    """Rows without an output gradient are ordinary: prompt rows in the last layer have none."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = random_qkv(generator, 2, 4, 2, 50, 16, dtype=dtype)
+    grad_out = torch.randn(2, 4, 50, 16, generator=generator, dtype=torch.float64) * 1e-6
+    grad_lse = torch.randn(2, 4, 50, generator=generator, dtype=torch.float64) * 1e-3
+    match zero:
+        case "rows":
+            grad_out[:, :, :20] = 0
+        case "first-column":
+            grad_out[..., 0] = 0
+        case "tiny":
+            grad_out *= 1e-25
+            grad_lse *= 1e-25
+        case "large-lse":
+            grad_lse *= 1e6
+    assert_matches_reference(
+        lambda q, k, v: attention_with_lse(q, k, v, scale=0.3, engine="cpu"),
+        lambda q, k, v: reference.attention_with_lse(q, k, v, scale=0.3),
+        tensors,
+        [grad_out, grad_lse],
+        ["out", "lse", "dq", "dk", "dv"],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_output_gradient_of_zeros_leaves_the_values_alone(dtype):
+    q, k, v = (t.requires_grad_() for t in random_qkv(torch.Generator().manual_seed(3), 2, 4, 2, 50, 16, dtype=dtype))
+    out, lse = attention_with_lse(q, k, v, engine="cpu")
+    (out * 0 + lse.unsqueeze(-1)).sum().backward()
+    assert v.grad.abs().max() < 1e-14 * k.grad.abs().max()
+
+
+def test_each_output_alone_is_differentiable():
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 4, 2, 20, 16, dtype=torch.float64)
+    for output in (0, 1):
+        gradients = []
+        for function in (attention_with_lse, reference.attention_with_lse):
+            tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+            function(*tensors)[output].square().sum().backward()
+            gradients.append([torch.zeros_like(t) if t.grad is None else t.grad for t in tensors])
+        for actual, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", ["none", "both"])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "head_dim"), SHAPES)
+def test_attention_lse(batch, heads, kv_heads, length, head_dim, padding, dtype):
+    generator = torch.Generator().manual_seed(length)
+    tensors = random_qkv(generator, batch, heads, kv_heads, length, head_dim, dtype=dtype)[:2]
+    mask = padding_mask(padding, batch, length)
+    upstream = [torch.randn(batch, heads, length, generator=generator, dtype=torch.float64)]
+    assert_matches_reference(
+        lambda q, k: attention_lse(q, k, key_padding_mask=mask),
+        lambda q, k: reference.attention_lse(q, k, key_padding_mask=mask),
+        tensors,
+        upstream,
+        ["lse", "dq", "dk"],
+    )
+
+
+def test_attention_lse_over_many_blocks(monkeypatch):
+    monkeypatch.setattr(sys.modules["mold_kernels.attention"], "_BLOCK_ELEMENTS", 700)
+    test_attention_lse(2, 4, 2, 37, 16, "both", torch.float32)
+
+
+def test_reference_gradients():
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 1, 5, 4, dtype=torch.float64)
+    tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *t: reference.attention_with_lse(*t), tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[0], k, v, {}), "q: is .* must be floating point"),
+        (lambda q, k, v: (q, k[:, :, :-1], v, {}), "k: shape is"),
+        (lambda q, k, v: (q, k.double(), v, {}), "k: is torch.float64"),
+        (lambda q, k, v: (q, k, v[..., :-1], {}), "v: is"),
+        (lambda q, k, v: (q, k, v, {"key_padding_mask": torch.ones(2, 6)}), "key_padding_mask: is torch.float32"),
+        (lambda q, k, v: (q, k, v, {"engine": "flash"}), "engine"),
+    ],
+)
+def test_wrong_input_names_the_argument(change, message):
+    q, k, v, options = change(*random_qkv(torch.Generator().manual_seed(0), 2, 4, 2, 6, 8))
+    with pytest.raises(ValueError, match=message):
+        attention_with_lse(q, k, v, **options)
