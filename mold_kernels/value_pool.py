@@ -9,9 +9,9 @@ Backwards from dh, with u = w dh, and from dr_i / dv_i = -r_i^3 v_i / dim:
     dw   = sum_b dh p                   p is kept, so v need not be read again
     dv_i = mask_i (r_i u - r_i^3 <u, v_i> v_i / dim)
 
-r_i is computed again in the backward: it costs no memory traffic, since <u, v_i> reads the same numbers.
+r_i is computed again in the backward, which reads v anyway for <u, v_i>.
 Kept for the backward: v itself, p, and no tensor of v's size besides. Cost with n = B T dim and an element of e bytes:
-forward 4 n FLOPs and n e bytes, backward 8 n FLOPs and 2 n e bytes, so both run at the speed of memory.
+forward 4 n FLOPs and n e bytes, backward 7 n FLOPs and 2 n e bytes.
 """
 
 import torch

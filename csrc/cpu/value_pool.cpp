@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-// One thread, because it already takes a fifth of the time of plain torch on two (T = 8192, dim 192), at the speed of
-// reading memory; a pool of our own would only compete with torch's threads.
+// One thread: with it value_pool takes 0.2 to 0.6 of the time of plain torch on two (dim 192, T 1024 to 8192), and a
+// pool of our own would compete with torch's threads.
 namespace mold {
 namespace {
 
@@ -12,7 +12,7 @@ namespace {
 constexpr std::int64_t lanes = 16;
 
 // float32 sums run over this many tokens before they go into a float64 total, so the error does not grow with T.
-// At 64 some seeds were less accurate than twice the reference; 16 is not, and costs 3 % of the forward.
+// At 64 some seeds were less accurate than twice the reference; 16 is not, and costs the forward about 3 %.
 constexpr std::int64_t tokens_per_block = 16;
 
 template <typename Accumulator>
