@@ -104,7 +104,7 @@ class TrainingStep:
 def peak_memory(shape: str, length: int, contender: str) -> float | None:
     """Peak resident GiB of a fresh process that runs two steps; None if it ran out of memory."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--shape", shape, "--lengths", str(length)]
-    done = subprocess.run([*command, "--peak-of", contender], capture_output=True, text=True)
+    done = subprocess.run([*command, "--peak-of", contender], capture_output=True, text=True, check=False)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
@@ -158,7 +158,11 @@ def main() -> None:
             memory = f"{peak:9.2f} {row['memory_ratio']:13.3f}" if peak else f"{'OOM':>9} {'':13}"
             print(f"{length:6} {contender:6} {median:9.3f} {spread:>14} {row['time_ratio']:11.3f} {memory}", flush=True)
     if arguments.output:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+        versions = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+        }
         about = {"machine": platform.machine(), "threads": torch.get_num_threads(), **versions}
         arguments.output.write_text(json.dumps({"about": about, "shape": arguments.shape, "rows": rows}, indent=1))
 

@@ -25,11 +25,15 @@ class MoldConfig(TrainingArguments):
     tau_1: float = field(default=0.1, metadata={"help": "Temperature of the teacher's layer weights."})
     tau_2: float = field(default=0.5, metadata={"help": "Temperature of the student's router."})
     row_reduction: str = field(
-        default="sum", metadata={"help": 'Over the rows of a step: "sum" (paper) or "mean".', "choices": ["sum", "mean"]}
+        default="sum",
+        metadata={"help": 'Over the rows of a step: "sum" (paper) or "mean".', "choices": ["sum", "mean"]},
     )
     row_norm: str = field(
         default="softmax",
-        metadata={"help": 'How a step becomes a distribution: "softmax" (paper) or "l1".', "choices": ["softmax", "l1"]},
+        metadata={
+            "help": 'How a step becomes a distribution: "softmax" (paper) or "l1".',
+            "choices": ["softmax", "l1"],
+        },
     )
     template: str = field(
         default=DEFAULT_TEMPLATE, metadata={"help": "The training text; holds {question}, {rationale} and {answer}."}
@@ -52,7 +56,7 @@ class MoldConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: a loss that is not finite ends the training with a message."}
     )
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default="none", metadata={"help": "Where to report besides the run folder's metrics.jsonl."}
     )
 

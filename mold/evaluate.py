@@ -75,7 +75,8 @@ def generate_predictions(
                 "prediction": prediction,
                 "completion": completion,
                 "correct": answers_match(prediction, example.answer),
-                "truncated": len(tokens) == max_new_tokens and tokens[-1].item() not in (tokenizer.eos_token_id, pad_token_id),
+                "truncated": len(tokens) == max_new_tokens
+                and tokens[-1].item() not in (tokenizer.eos_token_id, pad_token_id),
             }
     return rows
 

@@ -39,9 +39,7 @@ def load_model(
         source, tokenizer_kwargs = source.parent, {"gguf_file": source.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, **tokenizer_kwargs, dtype=getattr(torch, dtype), **kwargs
-        )
+        model = AutoModelForCausalLM.from_pretrained(source, **tokenizer_kwargs, dtype=getattr(torch, dtype), **kwargs)
     except OSError as error:
         raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:

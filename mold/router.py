@@ -15,8 +15,8 @@ class LayerRouter(nn.Module):
     h_l = norm_weight o features_l,   p = softmax((W concat(h_1 .. h_L) + b) / tau)
 
     features_l is the sum over valid tokens of the RMS-normalised values of layer l (see `LayerAttention`); one norm
-    weight is shared by all layers. Parameters and arithmetic are float32 whatever the model's dtype is. W and b start at
-    zero: training starts from the uniform mixture.
+    weight is shared by all layers. Parameters and arithmetic are float32 whatever the model's dtype is. W and b start
+    at zero: training starts from the uniform mixture.
 
     Args:
         num_layers: L.

@@ -182,9 +182,7 @@ def evaluate(options: Options) -> dict:
     student, tokenizer = make_student(options)
     if signals is None:
         options.training.beta = 0.0
-    trainer = MoldTrainer(
-        student, options.training, eval_dataset=held_out, processing_class=tokenizer, signals=signals
-    )
+    trainer = MoldTrainer(student, options.training, eval_dataset=held_out, processing_class=tokenizer, signals=signals)
     router = Path(options.student.model_name_or_path or "") / ROUTER_FILE
     if router.is_file():
         trainer.mold_loss.router.load_state_dict(load_file(router))
@@ -257,9 +255,7 @@ def _summarise(options: Options, trainer: MoldTrainer, before: dict, after: dict
         for key, name in names.items()
         if key in after["metrics"]
     ]
-    rows.append(
-        {"metric": "accuracy", "before": before["accuracy"], "after": after["accuracy"], "better": "higher"}
-    )
+    rows.append({"metric": "accuracy", "before": before["accuracy"], "after": after["accuracy"], "better": "higher"})
     layers = trainer.model.config.num_hidden_layers
     teacher = options.teacher.teacher_model_name_or_path
     return {

@@ -168,9 +168,7 @@ def extract_signals(
     for example in examples:
         known = manifest["examples"].get(example.id)
         if known is None:
-            encoded = encode_example(
-                example, tokenizer, settings.template, append_eos=False, max_length=max_length
-            )
+            encoded = encode_example(example, tokenizer, settings.template, append_eos=False, max_length=max_length)
             remaining.append((example, encoded))
         elif known["text"] != text_hash(example, settings.template):
             raise ValueError(f"example {example.id}: its text is not the one that {folder} was extracted from")
@@ -218,7 +216,9 @@ def _stepwise_attention(model, collate, encoded, row_reduction) -> dict[str, tor
     attention = stack_attention(out.attentions).float().cpu()
     if not attention.isfinite().all():
         wrong = [e.id for i, e in enumerate(encoded) if not attention[:, i].isfinite().all()]
-        raise ValueError(f"example {wrong[0]}: the teacher's attention is not finite; is its dtype {model.dtype} wide enough?")
+        raise ValueError(
+            f"example {wrong[0]}: the teacher's attention is not finite; is its dtype {model.dtype} wide enough?"
+        )
     return {
         example.id: attention[:, index, : len(example.row_spans), : len(example.key_spans)].contiguous()
         for index, example in enumerate(encoded)

@@ -126,10 +126,12 @@ class MoldTrainer(Trainer):
             without += signal is None
             items.append({"example": encoded, "signal": signal})
         if self.signals is not None and without == len(items):
-            raise ValueError(f"{name}: none of its {len(items)} examples has key words, so there is no attention to learn")
+            raise ValueError(
+                f"{name}: none of its {len(items)} examples has key words, so there is no attention to learn"
+            )
         if self.signals is not None and without:
             logger.warning(
-                f"{name}: {without} of {len(items)} examples have no key words; they are trained with cross-entropy alone"
+                f"{name}: {without} of {len(items)} examples have no key words and count in the cross-entropy alone"
             )
         return items
 
@@ -216,7 +218,9 @@ class MoldTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / COMPLETE_FILE).is_file():
-            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} was cut short ({COMPLETE_FILE} is missing)")
+            raise ValueError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} was cut short ({COMPLETE_FILE} is missing)"
+            )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial):
@@ -245,7 +249,9 @@ class MoldTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / ROUTER_FILE
         if not path.is_file():
-            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} has no {ROUTER_FILE}, the student's router")
+            raise ValueError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} has no {ROUTER_FILE}, the student's router"
+            )
         self.mold_loss.router.load_state_dict(load_file(path))
 
     # Metrics

@@ -14,9 +14,9 @@ def assert_as_accurate_as(
 
         rms(actual - truth) <= factor * rms(reference_low - truth) + u * rms(truth)
 
-    u is half the spacing of a 16-bit dtype at 1 (an exact result rounded once passes), 4 spacings of float32, whose
-    reference can be exact by luck, and 1000 of float64, whose truth is no better than itself. Entries that are infinite in
-    the truth must be so in `actual`; where the truth is all zero and the reference finds that, `actual` must be too.
+    u is half the spacing of `actual`'s dtype at 1 (an exact result rounded once passes), and 1000 spacings of float64,
+    where the truth is no better than what it judges. Entries that are infinite in the truth must be so in `actual`;
+    where the truth is all zero and the reference finds that, `actual` must be too.
 
     Args:
         actual: what the fast version gave.
@@ -35,7 +35,7 @@ def assert_as_accurate_as(
         )
     error, allowed = _rms_error(actual, reference_float64), _rms_error(reference_low, reference_float64)
     scale = _rms(reference_float64[reference_float64.isfinite()])
-    spacings = {torch.float64: 1000, torch.float32: 4}.get(actual.dtype, 0.5)
+    spacings = 1000 if actual.dtype == torch.float64 else 0.5
     bound = factor * allowed + spacings * torch.finfo(actual.dtype).eps * scale
     if not error <= bound:  # also when the error is NaN
         raise AssertionError(

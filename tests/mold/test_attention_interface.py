@@ -109,9 +109,9 @@ def test_packed_sequences_are_refused_with_spans_and_right_without():
 
 
 def test_attention_dropout_is_refused_by_its_option():
-    with pytest.raises(ValueError, match="attn_pdrop: is 0.1"):
+    with pytest.raises(ValueError, match=r"attn_pdrop: is 0\.1"):
         make_model("gpt2", attn_pdrop=0.1).train()(**make_inputs(), **SPANS, use_cache=False)
-    with pytest.raises(ValueError, match="attention_dropout: is 0.2"):
+    with pytest.raises(ValueError, match=r"attention_dropout: is 0\.2"):
         make_model("llama", attention_dropout=0.2).train()(**make_inputs(), **SPANS, use_cache=False)
     make_model("llama", attention_dropout=0.2).eval()(**make_inputs(), **SPANS, use_cache=False)
     make_model("gpt2", attn_pdrop=0.1).train()(**make_inputs("left"))

@@ -1,5 +1,6 @@
 """The whole loss equals the eager form: attn_implementation="eager", T x T maps pooled by hand."""
 
+import itertools
 from unittest import mock
 
 import pytest
@@ -27,7 +28,7 @@ def make_batch(padding, teacher):
         mask[b, shift : shift + length] = 1
         borders = [1, 9, 15, 22, length - 3]
         steps = 4 if b else 3
-        rows[b, :steps] = torch.tensor(list(zip(borders, borders[1:], strict=False))[:steps]) + shift
+        rows[b, :steps] = torch.tensor(list(itertools.pairwise(borders))[:steps]) + shift
         # A key word of several tokens, two that share a token, and one in the last step.
         words = [(2, 3), (4, 7), (6, 8), (11, 12), (19, 21)] if b else [(3, 4), (5, 6), (16, 18)]
         keys[b, : len(words)] = torch.tensor(words) + shift
@@ -125,18 +126,14 @@ def fused_loss(student, teacher, loss_fn, student_batch, teacher_batch):
     rationale, answer = region_cross_entropy(out.logits, ids, regions)
     counted = regions[:, 1:]
     return (
-        ALPHA * answer / (counted == 2).sum()
-        + (1 - ALPHA) * rationale / (counted == 1).sum()
-        + BETA * attention.mean()
+        ALPHA * answer / (counted == 2).sum() + (1 - ALPHA) * rationale / (counted == 1).sum() + BETA * attention.mean()
     )
 
 
 def run(kind, family, teacher_family, dtype, padding, row_norm, checkpointing=False):
     attention = "mold" if kind == "fused" else "eager"
     student = make_model(family, dtype=dtype, seed=1, attention=attention).train()
-    teacher = make_model(
-        teacher_family, layers=5, heads=6, kv_heads=3, dtype=dtype, seed=2, attention=attention
-    ).eval()
+    teacher = make_model(teacher_family, layers=5, heads=6, kv_heads=3, dtype=dtype, seed=2, attention=attention).eval()
     if checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss_fn = MoldLoss.for_config(student.config, row_norm=row_norm)

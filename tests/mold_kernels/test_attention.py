@@ -9,7 +9,7 @@ from mold_kernels import attention_lse, attention_with_lse, reference
 from mold_kernels.testing import assert_as_accurate_as, random_qkv
 
 SHAPES = [
-    pytest.param(1, 1, 1, 1, 16, id="one-token"),
+    pytest.param(1, 1, 1, 2, 16, id="two-tokens"),
     pytest.param(2, 4, 2, 37, 16, id="gqa-odd-length"),
     pytest.param(1, 9, 3, 130, 64, id="smollm2-heads"),
     pytest.param(2, 2, 1, 65, 80, id="head-dim-80"),

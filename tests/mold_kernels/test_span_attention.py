@@ -28,9 +28,7 @@ def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend,
     )
 
     def fast(q, k, lse):
-        return span_attention(
-            q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, backend=backend
-        )
+        return span_attention(q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, backend=backend)
 
     def slow(q, k, lse):
         return reference.span_attention(q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction)
@@ -96,9 +94,7 @@ def test_empty_spans_give_exact_zeros():
 def test_no_spans_at_all():
     q, k, _ = random_qkv(torch.Generator().manual_seed(0), 2, 4, 2, 12, 8)
     lse = reference.attention_lse(q, k)
-    pooled = span_attention(
-        q, k, lse, torch.zeros(2, 0, 2, dtype=torch.int32), torch.zeros(2, 3, 2, dtype=torch.int32)
-    )
+    pooled = span_attention(q, k, lse, torch.zeros(2, 0, 2, dtype=torch.int32), torch.zeros(2, 3, 2, dtype=torch.int32))
     assert pooled.shape == (2, 0, 3)
 
 
@@ -131,9 +127,7 @@ def test_composition_with_attention_equals_the_gradient_of_eager_attention():
         probabilities = reference.causal_scores(q, k, key_padding_mask=mask).softmax(-1).nan_to_num()
         pooled = torch.stack(
             [
-                torch.stack(
-                    [torch.stack([p[:, i:j, m:n].mean(0).sum() for m, n in keys]) for i, j in rows]
-                )
+                torch.stack([torch.stack([p[:, i:j, m:n].mean(0).sum() for m, n in keys]) for i, j in rows])
                 for p, rows, keys in zip(probabilities, row_spans.tolist(), key_spans.tolist(), strict=True)
             ]
         )
