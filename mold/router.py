@@ -12,11 +12,13 @@ from transformers import PretrainedConfig
 class LayerRouter(nn.Module):
     """Softmax over the student's layers, from the pooled values of all of them.
 
-    h_l = norm_weight o features_l,   p = softmax((W concat(h_1 .. h_L) + b) / tau)
+    h_l = norm_weight o features_l,   p = softmax((W concat(h_1 .. h_L) / (L value_dim) + b) / tau)
 
     features_l is the sum over valid tokens of the RMS-normalised values of layer l (see `LayerAttention`); one norm
     weight is shared by all layers. Parameters and arithmetic are float32 whatever the model's dtype is. W and b start
-    at zero: training starts from the uniform mixture.
+    at zero: training starts from the uniform mixture. The division by the width is part of W in the paper; written
+    apart, a step of Adam moves the logits by a mean and not by a sum over all values, which saturated the softmax in
+    the first steps of training.
 
     Args:
         num_layers: L.
@@ -55,4 +57,4 @@ class LayerRouter(nn.Module):
         with torch.autocast(features[0].device.type, enabled=False):
             dtype = self.norm_weight.dtype
             pooled = torch.cat([feature.to(dtype) * self.norm_weight for feature in features], dim=-1)
-            return (self.projection(pooled) / self.tau).softmax(-1)
+            return (self.projection(pooled / pooled.shape[-1]) / self.tau).softmax(-1)

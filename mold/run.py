@@ -58,16 +58,23 @@ class Options:
         return json.loads(json.dumps(chosen, default=str))
 
 
-def load_examples(options: DataOptions) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; a question is never in both."""
+def load_examples(options: DataOptions, require_rationale: bool = True) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; a question is never in both. Rows that are left out are counted in a warning."""
     wanted = None if options.num_train is None else options.num_train + options.num_eval
     if options.dataset == "generated":
-        examples = generate_problems(wanted or 240 + options.num_eval, options.data_seed)
+        examples = generate_problems(wanted or 240 + options.num_eval, options.split_seed)
     else:
-        examples = read_examples(options.dataset, options.dataset_format, rationales=options.rationales)
-    if options.num_eval >= len(examples):
-        raise ValueError(f"num_eval: is {options.num_eval}, must be less than the {len(examples)} examples there are")
-    train, held_out = split_examples(examples, options.num_eval, options.data_seed)
+        examples, report = read_examples(
+            options.dataset,
+            options.dataset_format,
+            rationales=options.rationales,
+            require_rationale=require_rationale,
+        )
+        if report.left_out:
+            logger.warning(f"{options.dataset}: {report}")
+    if not 0 < options.num_eval <= len(examples):
+        raise ValueError(f"num_eval: is {options.num_eval}, must be from 1 to the {len(examples)} examples there are")
+    train, held_out = split_examples(examples, options.num_eval, options.split_seed)
     if options.num_train is not None and options.num_train > len(train):
         raise ValueError(f"num_train: is {options.num_train}, but only {len(train)} examples are left to train on")
     return train[: options.num_train], held_out
@@ -188,7 +195,6 @@ def evaluate(options: Options) -> dict:
         trainer.mold_loss.router.load_state_dict(load_file(router))
     elif signals is not None:
         logger.warning(f"{router} does not exist: the attention loss is that of an untrained router")
-    options.folder.mkdir(parents=True, exist_ok=True)
     result = _evaluate(options, trainer, held_out, "eval")
     metrics = result["metrics"] | {"accuracy": result["accuracy"], "num_eval": len(held_out)}
     write_atomically(options.folder / "eval.json", json.dumps(metrics, indent=1).encode())
@@ -214,9 +220,16 @@ def _claim_folder(options: Options) -> None:
 def _evaluate(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:
     """Losses, predictions (written) and maps of the held-out examples."""
     metrics = trainer.evaluate()
+    predictions = _predict(options, trainer.model, trainer.processing_class, examples, when)
+    with_signal = [item for item in trainer.eval_dataset if item["signal"] is not None]
+    maps = trainer.attention_maps(with_signal[: options.student.num_maps])
+    return {"metrics": metrics, "accuracy": accuracy(predictions), "maps": maps}
+
+
+def _predict(options: Options, model, tokenizer, examples: list[Example], when: str) -> list[dict]:
     predictions = generate_predictions(
-        trainer.model,
-        trainer.processing_class,
+        model,
+        tokenizer,
         examples,
         options.training.template,
         batch_size=options.student.generate_batch_size,
@@ -224,9 +237,7 @@ def _evaluate(options: Options, trainer: MoldTrainer, examples: list[Example], w
         progress=not options.training.disable_tqdm,
     )
     write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
-    with_signal = [item for item in trainer.eval_dataset if item["signal"] is not None]
-    maps = trainer.attention_maps(with_signal[: options.student.num_maps])
-    return {"metrics": metrics, "accuracy": accuracy(predictions), "maps": maps}
+    return predictions
 
 
 def _write_maps(folder: Path, before: list[dict], after: list[dict], examples: dict[str, Example]) -> None:

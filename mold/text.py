@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 Span = tuple[int, int]  # half-open [start, end)
 
+SEGMENTATION_VERSION = 1
+"""Of the rules below. Teacher signals of another version are refused: their steps may be other ones."""
+
 # Thai, kana, Han and Hangul: words there stand without spaces, so a neighbouring letter is no part of the word.
 _UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _VULGAR = "¼-¾⅐-⅞↉"

@@ -152,8 +152,8 @@ class MoldTrainer(Trainer):
         if not torch.isfinite(loss):
             terms = ", ".join(f"{t} {v:.4g}" for t, v in zip(TERMS, (sums / counts.clamp(min=1)).tolist(), strict=True))
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step} ({terms}); lower the learning rate, or look "
-                "for weights or signals that are not finite"
+                f"the loss is {loss.item()} at step {self.state.global_step} ({terms}); lower the learning rate or "
+                "look for weights or signals that are not finite"
             )
         self._window["sums"] += sums.detach()
         self._window["counts"] += counts

@@ -1,6 +1,6 @@
 """Causal attention with a differentiable log-sum-exp, and the log-sum-exp alone.
 
-    lse_i = log sum_{j <= i} exp(scale q_i . k_j),   P_ij = exp(scale q_i . k_j - lse_i),   out_i = sum_{j <= i} P_ij v_j
+    lse_i = log sum_{j <= i} exp(scale q_i . k_j)   P_ij = exp(scale q_i . k_j - lse_i)   out_i = sum_{j <= i} P_ij v_j
 
 **The gradient of lse costs nothing inside a flash backward.** With dP_ij = dout_i . v_j and dlse_i given,
 

@@ -87,7 +87,8 @@ def eager_loss(student, teacher, loss_fn, student_batch, teacher_batch, row_norm
     for layer_values in values:
         normalised = F.rms_norm(layer_values, (layer_values.shape[-1],), router.norm_weight, eps=1e-6)
         pooled.append((normalised * mask.unsqueeze(-1)).sum(1))
-    weights = (router.projection(torch.cat(pooled, -1)) / router.tau).softmax(-1)
+    pooled = torch.cat(pooled, -1)
+    weights = (router.projection(pooled / pooled.shape[-1]) / router.tau).softmax(-1)
     attention = reference.layer_mixture_kl(
         teacher_attention, pool_by_hand(attentions, rows, keys), weights, *counts, row_norm=row_norm
     )
@@ -138,7 +139,7 @@ def run(kind, family, teacher_family, dtype, padding, row_norm, checkpointing=Fa
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss_fn = MoldLoss.for_config(student.config, row_norm=row_norm)
     torch.manual_seed(3)
-    torch.nn.init.normal_(loss_fn.router.projection.weight, std=0.01)
+    torch.nn.init.normal_(loss_fn.router.projection.weight, std=2.0)
     loss_fn.to(dtype)
     batches = make_batch(padding, False), make_batch(padding, True)
     if kind == "fused":
