@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from mold.data import DEFAULT_TEMPLATE, check_template
@@ -80,6 +81,8 @@ class MoldConfig(TrainingArguments):
         check_template(self.template)
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        # On by default, and a warning a data loader where there is nothing to copy to.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
         self._refuse_reentrant_checkpointing()
 

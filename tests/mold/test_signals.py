@@ -146,13 +146,13 @@ def test_damaged_files_are_refused(tmp_path):
     shard = tmp_path / "shard-00001.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match="shard-00001.safetensors was altered"):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors was altered"):
         SignalCache(tmp_path)
     shard.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="shard-00001.safetensors was altered"):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors was altered"):
         SignalCache(tmp_path)
     shard.unlink()
-    with pytest.raises(ValueError, match="shard-00001.safetensors is missing"):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing"):
         SignalCache(tmp_path)
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps({"format": 99}))
