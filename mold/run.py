@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -48,13 +48,15 @@ class Options:
     def signals_folder(self) -> Path:
         return Path(self.teacher.signals_dir or self.folder / "signals")
 
-    def as_dict(self) -> dict:
-        """What decides the run, for config.yaml: the options that are not at their default."""
+    def as_dict(self, default: bool = False) -> dict:
+        """All options but the paths of logs, or their default values."""
         chosen = {}
         for group in (self.data, self.teacher, self.student, self.training):
-            defaults = {f.name: f.default for f in fields(group)}
             values = group.to_dict() if isinstance(group, MoldConfig) else asdict(group)
-            chosen |= {k: v for k, v in values.items() if k in defaults and v != defaults[k] and k != "logging_dir"}
+            for f in fields(group):
+                if f.name in values and f.name != "logging_dir":
+                    made = None if f.default_factory is MISSING else f.default_factory()
+                    chosen[f.name] = (made if f.default is MISSING else f.default) if default else values[f.name]
         return json.loads(json.dumps(chosen, default=str))
 
 
@@ -153,13 +155,13 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
         The summary, as written to summary.json.
     """
     folder, seconds = options.folder, dict(seconds or {})
-    _claim_folder(options)
     train_examples, held_out = load_examples(options.data)
     signals = load_signals(options) if options.training.beta > 0 or options.signals_folder.exists() else None
     student, tokenizer = make_student(options, teacher)
     trainer = MoldTrainer(
         student, options.training, train_examples, held_out, processing_class=tokenizer, signals=signals
     )
+    _claim_folder(options)
     start = time.perf_counter()
     before_file = folder / "before.json"
     if before_file.is_file():
@@ -202,19 +204,20 @@ def evaluate(options: Options) -> dict:
 
 
 def _claim_folder(options: Options) -> None:
-    """Write config.yaml, or refuse a folder that holds a run of other options."""
-    path, mine = options.folder / "config.yaml", options.as_dict()
+    """Write what is not at its default to config.yaml, or refuse a folder that holds a run of other options."""
+    path, mine, defaults = options.folder / "config.yaml", options.as_dict(), options.as_dict(default=True)
     if path.is_file():
-        theirs = yaml.safe_load(path.read_text())
-        for key in sorted(mine.keys() | theirs.keys()):
-            if mine.get(key) != theirs.get(key):
+        theirs = defaults | yaml.safe_load(path.read_text())
+        for key, value in mine.items():
+            if value != theirs[key]:
                 raise ValueError(
-                    f"output_dir: {options.folder} holds a run with {key}={theirs.get(key)!r}, this one has "
-                    f"{mine.get(key)!r}; choose another folder, or delete that one"
+                    f"output_dir: {options.folder} holds a run with {key}={theirs[key]!r}, this one has {value!r}; "
+                    "choose another folder, or delete that one"
                 )
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, yaml.safe_dump(mine, allow_unicode=True).encode())
+    chosen = {key: value for key, value in mine.items() if value != defaults[key]}
+    write_atomically(path, yaml.safe_dump(chosen, allow_unicode=True).encode())
 
 
 def _evaluate(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:
