@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Options:
-    """All options of a run, as the command line has them."""
+    """All options of a run, as the command line has them; `chosen` holds those that are not at their default."""
 
     data: DataOptions
     teacher: TeacherOptions
@@ -48,16 +48,16 @@ class Options:
     def signals_folder(self) -> Path:
         return Path(self.teacher.signals_dir or self.folder / "signals")
 
-    def as_dict(self, default: bool = False) -> dict:
-        """All options but the paths of logs, or their default values."""
-        chosen = {}
-        for group in (self.data, self.teacher, self.student, self.training):
-            values = group.to_dict() if isinstance(group, MoldConfig) else asdict(group)
-            for f in fields(group):
-                if f.name in values and f.name != "logging_dir":
-                    made = None if f.default_factory is MISSING else f.default_factory()
-                    chosen[f.name] = (made if f.default is MISSING else f.default) if default else values[f.name]
-        return json.loads(json.dumps(chosen, default=str))
+    def __post_init__(self):
+        # Here and not later: making TrainingArguments resets the state that a trainer's accelerator needs.
+        default = _as_dict(DataOptions(), TeacherOptions(), StudentOptions(), MoldConfig())
+        mine = _as_dict(self.data, self.teacher, self.student, self.training)
+        self.chosen = {key: value for key, value in mine.items() if value != default[key]}
+
+
+def _as_dict(*groups) -> dict:
+    values = [group.to_dict() if isinstance(group, MoldConfig) else asdict(group) for group in groups]
+    return json.loads(json.dumps({k: v for group in values for k, v in group.items()}, default=str))
 
 
 def load_examples(options: DataOptions, require_rationale: bool = True) -> tuple[list[Example], list[Example]]:
@@ -204,20 +204,23 @@ def evaluate(options: Options) -> dict:
 
 
 def _claim_folder(options: Options) -> None:
-    """Write what is not at its default to config.yaml, or refuse a folder that holds a run of other options."""
-    path, mine, defaults = options.folder / "config.yaml", options.as_dict(), options.as_dict(default=True)
+    """Write the chosen options to config.yaml, or refuse a folder that holds a run of other ones."""
+    path, mine = options.folder / "config.yaml", options.chosen
     if path.is_file():
-        theirs = defaults | yaml.safe_load(path.read_text())
-        for key, value in mine.items():
-            if value != theirs[key]:
+        theirs = yaml.safe_load(path.read_text())
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
                 raise ValueError(
-                    f"output_dir: {options.folder} holds a run with {key}={theirs[key]!r}, this one has {value!r}; "
-                    "choose another folder, or delete that one"
+                    f"output_dir: {options.folder} holds a run with {_said(theirs, key)}, this one has "
+                    f"{_said(mine, key)}; choose another folder, or delete that one"
                 )
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    chosen = {key: value for key, value in mine.items() if value != defaults[key]}
-    write_atomically(path, yaml.safe_dump(chosen, allow_unicode=True).encode())
+    write_atomically(path, yaml.safe_dump(mine, allow_unicode=True).encode())
+
+
+def _said(chosen: dict, key: str) -> str:
+    return f"{key}={chosen[key]!r}" if key in chosen else f"the default {key}"
 
 
 def _evaluate(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:

@@ -125,12 +125,16 @@ def test_the_whole_path(mold, models, problems, tmp_path):
         assert text in out
 
     # A run folder belongs to its options.
-    assert "holds a run with beta=1.0, this one has 3.0" in refusal(mold("train", *options, "--beta", "3"))
+    assert "holds a run with the default beta, this one has beta=3.0" in refusal(mold("train", *options, "--beta", "3"))
     # The same command again ends at once, with the same result.
     status, out, _ = mold("train", *options)
     assert status == 0
     again = json.loads((folder / "summary.json").read_text())
     assert again["rows"] == summary["rows"]
+    # The run folder's config.yaml says all of it.
+    status, out, _ = mold("train", "--config", folder / "config.yaml")
+    assert status == 0
+    assert json.loads((folder / "summary.json").read_text())["rows"] == summary["rows"]
 
 
 def test_a_student_of_the_teachers_layers(mold, models, problems, tmp_path):
