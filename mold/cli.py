@@ -29,7 +29,7 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of 
 
 DEMO = {
     "teacher_model_name_or_path": "smollm2-135m-instruct",
-    "student_num_layers": 6,
+    "student_layers": [0, 1, 20, 21, 22, 23, 24, 29],
     "output_dir": "runs/demo",
     "num_train": 240,
     "num_eval": 32,

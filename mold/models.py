@@ -46,8 +46,8 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     source, kwargs = _source(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-    except OSError as error:
-        raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -132,13 +132,17 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
             student.model_name_or_path, revision=student.model_revision, dtype=student.model_dtype, **init
         )
     else:
-        if student.student_num_layers is None:
+        if student.student_num_layers is None and student.student_layers is None:
             raise ValueError(
-                "model_name_or_path: is not given, must name the student (or set student_num_layers to make one from "
-                "the teacher's layers)"
+                "model_name_or_path: is not given, must name the student (or set student_num_layers or student_layers "
+                "to make one from the teacher's layers)"
             )
         model, tokenizer = teacher or load_teacher(options)
-    if student.student_num_layers is not None:
+    if student.student_layers is not None:
+        if student.student_num_layers is not None:
+            raise ValueError("student_num_layers: is given together with student_layers, must be only one of them")
+        model = take_layers(model, student.student_layers)
+    elif student.student_num_layers is not None:
         model = take_layers(model, spread_layers(model.config.num_hidden_layers, student.student_num_layers))
     return model.to(getattr(torch, student.model_dtype)), tokenizer
 

@@ -193,7 +193,7 @@ def test_help_lists_the_options(mold, command):
         ({"num_eval": 99}, "num_eval: is 99, must be"),
         ({"num_train": 99}, "num_train: is 99, but only 10 examples are left"),
         ({"max_length": 20}, "more than max_length=20, which would cut a step"),
-        ({"teacher_model_name_or_path": "no/such"}, "model: cannot load 'no/such'"),
+        ({"teacher_model_name_or_path": "no/such"}, "model: cannot load the tokenizer of 'no/such'"),
         ({"teacher_model_name_or_path": "teacher.gguf"}, "model: teacher.gguf does not exist"),
         ({"teacher_dtype": "float99"}, "dtype: is 'float99', must be a torch dtype"),
         ({"config": "missing.yaml"}, "--config: missing.yaml does not exist"),
