@@ -217,12 +217,10 @@ def show_report(folder: Path) -> None:
 def main() -> None:
     """Run the command line; a foreseeable mistake is one message on stderr and exit status 1."""
     try:
-        app(standalone_mode=False)
+        app()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"mold: error: {error}", file=sys.stderr)
         sys.exit(1)
-    except typer.Abort:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,16 @@ def test_help_lists_the_options(mold, command):
 # Wrong input ends in one clear message
 
 
+def test_commands_that_are_none(mold):
+    status, _, err = mold("distil")
+    assert status == 2
+    assert "No such command 'distil'" in err
+    status, out, err = mold()
+    assert status in (0, 2)
+    assert "extract" in out + err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -74,5 +74,8 @@ def test_names_that_lead_nowhere(tmp_path):
         load_model(str(tmp_path / "weights.gguf"))
     with pytest.raises(ValueError, match="model: cannot load"):
         load_model(str(tmp_path))
+    for path in (tmp_path / "no", "runs/of/mine", "./student"):
+        with pytest.raises(ValueError, match=rf"model: {path} does not exist"):
+            load_model(str(path))
     with pytest.raises(ValueError, match="dtype: is 'float31', must be a torch dtype"):
         load_model("no/such", dtype="float31")
