@@ -241,7 +241,10 @@ void load_matrices(std::uint32_t (&matrices)[4], const void* row) {
     emulation::Block::current->wait_for_warp(request, [](Request** lanes) {
         for (int matrix = 0; matrix < 4; ++matrix) {
             std::uint16_t rows[8][8];
-            for (int r = 0; r < 8; ++r) std::memcpy(rows[r], lanes[matrix * 8 + r]->row, sizeof rows[r]);
+            for (int r = 0; r < 8; ++r) {
+                const uint4 row = *static_cast<const uint4*>(lanes[matrix * 8 + r]->row);  // must be aligned
+                std::memcpy(rows[r], &row, sizeof row);
+            }
             for (int lane = 0; lane < warp_size; ++lane) {
                 const int g = lane / 4, t = lane % 4;
                 const std::uint32_t low = transposed ? rows[2 * t][g] : rows[g][2 * t];

@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(tile_threads) rows_kernel(Backward<Element> p)
             for (int j = 0; j < score_tiles; ++j) {
                 const int column = first + j * 8 + lane.column(0);
                 float gradient[4] = {};
+#pragma unroll 1  // there are mostly one or two, and registers are short
                 for (int step = touching.x; step <= touching.y; ++step) {
                     const int2 span = spans[step];
                     const float2 g = *reinterpret_cast<const float2*>(
@@ -198,6 +199,7 @@ __global__ void __launch_bounds__(tile_threads) columns_kernel(Backward<Element>
         for (int j = 0; j < score_tiles; ++j) {
             const int row = j * 8 + lane.column(0), token = start + row;
             float gradient[4] = {};
+#pragma unroll 1
             for (int step = steps.x; step <= steps.y; ++step) {
                 const int2 span = spans[step];
                 const float* g = column_grad + static_cast<std::int64_t>(step) * p.num_columns + lane.group;
