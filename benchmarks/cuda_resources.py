@@ -55,7 +55,9 @@ def module_path() -> Path | None:
 
 def find_cuobjdump() -> str | None:
     """On the PATH, or where NVIDIA's Python packages put it."""
-    packages = [path.parent for folder in site.getsitepackages() for path in Path(folder).glob("nvidia/*/bin/cuobjdump")]
+    packages = [
+        path.parent for folder in site.getsitepackages() for path in Path(folder).glob("nvidia/*/bin/cuobjdump")
+    ]
     return shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *map(str, packages)]))
 
 
@@ -87,7 +89,14 @@ def table(kernels: list[Kernel]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for kernel in kernels:
-        cells = kernel.registers, kernel.stack, f"{kernel.shared / 1024:.1f}", kernel.blocks, kernel.tensor, kernel.local
+        cells = (
+            kernel.registers,
+            kernel.stack,
+            f"{kernel.shared / 1024:.1f}",
+            kernel.blocks,
+            kernel.tensor,
+            kernel.local,
+        )
         rows.append(f"| {kernel.architecture} | {kernel.name} | {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
@@ -140,7 +149,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(
         f"Resources of the CUDA kernels: nvcc of CUDA {build['CUDA']}, read from the built module by "
-        "`python -m benchmarks.cuda_resources`.\nNothing of this was run on a GPU. Shared memory is that of the largest "
+        "`python -m benchmarks.cuda_resources`.\nNothing of this was run on a GPU. Shared memory is at the largest "
         "D of an instance (8 x its tiles; 256 in the forward).\n\n"
         f"{text}\n"
     )

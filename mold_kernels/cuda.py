@@ -1,4 +1,4 @@
-"""The only file that touches the compiled CUDA module: tensors on one side, addresses, strides and a stream on the other.
+"""The only file that touches the compiled CUDA module: tensors on one side, addresses, strides, a stream on the other.
 
 Importing it never fails; `why_missing` says why the kernels cannot run. Arguments were checked by the public function.
 """

@@ -58,7 +58,8 @@ def span_attention(
             tell that a key was masked.
         scale: of the scores; 1 / sqrt(D) where None.
         row_reduction: "sum" over the rows of a step (the paper), or "mean".
-        backend: "auto", "torch", "cuda" (D up to 256, no float64) or "reference". A named backend is used or refused, never replaced.
+        backend: "auto", "torch", "cuda" (D up to 256, no float64) or "reference". A named backend is used or refused,
+            never replaced.
 
     Returns:
         [B, S, M], float32 (float64 with float64 q), differentiable in q, k and lse.

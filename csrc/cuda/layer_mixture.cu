@@ -2,8 +2,10 @@
 //
 // Forward: a block an example, because the teacher's layer weights need all its steps before the first mixture can be
 // made. It reads the teacher's maps twice and the student's once: for 30 layers, 20 steps and 50 key words 360 KB, a
-// few microseconds of one multiprocessor. Backward: a block a layer and example. Sums that run over a whole map are
-// float64 across rows, so their error does not grow with the map; every sum has one order.
+// few microseconds of one multiprocessor. Backward: a block a layer and example. Every sum has one order.
+//
+// The divergence of two rows that are nearly alike is a small difference of large logarithms, so rows are normalised in
+// float64; sums over a whole map are float64 across rows, and their error does not grow with the map.
 
 #include <cmath>
 
@@ -15,7 +17,7 @@ namespace {
 
 constexpr int threads = 512;
 constexpr int warps = threads / warp_size;
-constexpr float l1_epsilon = 1e-6f;  // mold_kernels.reference.L1_EPSILON
+constexpr double l1_epsilon = 1e-6;  // mold_kernels.reference.L1_EPSILON
 
 template <typename Value>
 __device__ Value warp_sum(Value value) {
@@ -69,22 +71,24 @@ __device__ inline void mix(const Maps& maps, int layers, const float* weights, i
 }
 
 // log sum_m exp of a warp's row.
-__device__ inline float row_logsumexp(const float* row, int keys) {
-    float largest = -INFINITY, sum = 0;
+__device__ inline double row_logsumexp(const float* row, int keys) {
+    float largest = -INFINITY;
     for (int m = threadIdx.x % warp_size; m < keys; m += warp_size) largest = fmaxf(largest, row[m]);
     largest = warp_max(largest);
-    for (int m = threadIdx.x % warp_size; m < keys; m += warp_size) sum += expf(row[m] - largest);
-    return largest + logf(warp_sum(sum));
+    double sum = 0;
+    for (int m = threadIdx.x % warp_size; m < keys; m += warp_size) sum += exp(static_cast<double>(row[m]) - largest);
+    return largest + log(warp_sum(sum));
 }
 
 // sum_m of (row + epsilon) of a warp's row.
-__device__ inline float row_mass(const float* row, int keys) {
-    float sum = 0;
+__device__ inline double row_mass(const float* row, int keys) {
+    double sum = 0;
     for (int m = threadIdx.x % warp_size; m < keys; m += warp_size) sum += row[m] + l1_epsilon;
     return warp_sum(sum);
 }
 
-__global__ void __launch_bounds__(threads) forward_kernel(Forward p) {
+// One block a multiprocessor: there are few examples, and registers for two would spill.
+__global__ void __launch_bounds__(threads, 1) forward_kernel(Forward p) {
     auto* of_warps = reinterpret_cast<double*>(shared_memory());
     float* teacher_weights = reinterpret_cast<float*>(of_warps + warps);
     float* student_weights = teacher_weights + p.teacher_layers;
@@ -109,9 +113,9 @@ __global__ void __launch_bounds__(threads) forward_kernel(Forward p) {
     }
     __syncthreads();
     if (warp == 0) {
-        const float logsumexp = row_logsumexp(teacher_weights, p.teacher_layers);
+        const double logsumexp = row_logsumexp(teacher_weights, p.teacher_layers);
         for (int layer = lane; layer < p.teacher_layers; layer += warp_size) {
-            teacher_weights[layer] = expf(teacher_weights[layer] - logsumexp);
+            teacher_weights[layer] = static_cast<float>(exp(teacher_weights[layer] - logsumexp));
         }
     }
     __syncthreads();
@@ -123,24 +127,23 @@ __global__ void __launch_bounds__(threads) forward_kernel(Forward p) {
         const int valid = step < steps ? keys : 0;
         mix(p.teacher, p.teacher_layers, teacher_weights, b, step, valid, teacher);
         mix(p.student, p.student_layers, student_weights, b, step, valid, student);
-        const float teacher_norm = p.softmax ? row_logsumexp(teacher, valid) : row_mass(teacher, valid);
-        const float student_norm = p.softmax ? row_logsumexp(student, valid) : row_mass(student, valid);
-        float of_row = 0;
+        const double teacher_norm = p.softmax ? row_logsumexp(teacher, valid) : row_mass(teacher, valid);
+        const double student_norm = p.softmax ? row_logsumexp(student, valid) : row_mass(student, valid);
         for (int m = lane; m < p.keys; m += warp_size) {
-            float gradient = 0;
+            double gradient = 0;
             if (m < valid && p.softmax) {
-                const float log_p = teacher[m] - teacher_norm, log_q = student[m] - student_norm, prob = expf(log_p);
-                of_row += prob * (log_p - log_q);
-                gradient = expf(log_q) - prob;
+                const double log_p = teacher[m] - teacher_norm, log_q = student[m] - student_norm, prob = exp(log_p);
+                divergence += prob * (log_p - log_q);
+                gradient = exp(log_q) - prob;
             } else if (m < valid) {
-                const float mass = student[m] + l1_epsilon, prob = (teacher[m] + l1_epsilon) / teacher_norm;
-                of_row += prob * (logf(prob) - logf(mass / student_norm));
+                const double mass = student[m] + l1_epsilon, prob = (teacher[m] + l1_epsilon) / teacher_norm;
+                divergence += prob * log(prob * student_norm / mass);
                 gradient = 1 / student_norm - prob / mass;
             }
-            student[m] = gradient / max(steps, 1);
+            student[m] = static_cast<float>(gradient / max(steps, 1));
         }
-        divergence += warp_sum(of_row);
     }
+    divergence = warp_sum(divergence);
     divergence = block_sum(divergence, of_warps);
     if (threadIdx.x == 0) p.loss[b] = static_cast<float>(divergence / max(steps, 1));
 }
