@@ -64,7 +64,7 @@ class Columns:
     index: torch.Tensor  # int32 [B, T], the column of a token, or -1
 
 
-_last_columns: tuple[weakref.ref, int, int, Columns] | None = None
+_last_columns: tuple[weakref.ref, tuple[int, int], Columns] | None = None
 
 
 def key_columns(key_spans: torch.Tensor, length: int) -> Columns:
@@ -74,26 +74,30 @@ def key_columns(key_spans: torch.Tensor, length: int) -> Columns:
     that this happens once a batch and not once a layer.
     """
     global _last_columns
-    if _last_columns is not None:
-        tensor, version, of_length, columns = _last_columns
-        if tensor() is key_spans and version == key_spans._version and of_length == length:
-            return columns
+    if key_spans.is_inference():  # has no version: a change in place would go unseen
+        return _make_columns(key_spans, length)
+    state = key_spans._version, length
+    if _last_columns is None or _last_columns[0]() is not key_spans or _last_columns[1] != state:
+        _last_columns = weakref.ref(key_spans), state, _make_columns(key_spans, length)
+    return _last_columns[2]
+
+
+def _make_columns(key_spans: torch.Tensor, length: int) -> Columns:
     spans = key_spans.clamp(0, length).long().flatten(1)
-    start, end = spans[:, 0::2], spans[:, 1::2]
+    start = spans[:, 0::2]
+    end = spans[:, 1::2].maximum(start)
     one = torch.ones_like(start)
     edges = spans.new_zeros(spans.shape[0], length + 1).scatter_add_(1, start, one).scatter_add_(1, end, -one)
     covered = edges.cumsum(1)[:, :length] > 0
     until = covered.cumsum(1)
     before = torch.nn.functional.pad(until, (1, 0))
     count = -(-int(before[:, -1].max()) // _TILE) * _TILE
-    wanted = torch.arange(count, device=spans.device).expand(spans.shape[0], -1)
-    columns = Columns(
-        tokens=torch.searchsorted(until, wanted.contiguous(), right=True, out_int32=True),
-        spans=before.gather(1, spans).int().view(*key_spans.shape),
+    wanted = torch.arange(count, device=spans.device).repeat(spans.shape[0], 1)
+    return Columns(
+        tokens=torch.searchsorted(until, wanted, right=True, out_int32=True),
+        spans=before.gather(1, spans).int().view(key_spans.shape),
         index=before[:, :length].masked_fill(~covered, -1).int(),
     )
-    _last_columns = weakref.ref(key_spans), key_spans._version, length, columns
-    return columns
 
 
 def span_attention_forward(
@@ -140,8 +144,9 @@ def span_attention_backward(
     kv_heads, steps, count = k.shape[1], row_spans.shape[1], columns.tokens.shape[1]
     if not count or not steps:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(lse)
-    # A power of two that brings the largest entry to between 1/2 and 1: products of float16 would lose small ones.
-    unit = torch.ldexp(lse.new_ones(()), torch.frexp(grad.abs().amax()).exponent)
+    # A power of two that brings the largest entry to between 1/2 and 1, so that the weights fit float16.
+    largest = grad.abs().amax()
+    unit = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
     row_tiles = -(-length // _TILE)
     splits = _splits(batch * kv_heads * count // _TILE, most=row_tiles * (heads // kv_heads))
     dq, dk = torch.empty_like(q), torch.empty_like(k)

@@ -1,10 +1,11 @@
 #pragma once
 
 // CUDA threads as fibers on one host thread: enough of the machine to run the kernels of this directory unchanged on
-// host memory, for tests. Threads switch only where they wait (__syncthreads, a warp's collective instruction), and
-// are resumed in an order that is shuffled by the stream's handle: a result that depends on it shows a missing barrier. Shared memory has the
-// exact size that was asked for and starts as NaN, so the address sanitizer sees a step outside it, and a test an
-// element that was never written. A block whose threads wait at different barriers raises an error.
+// host memory, for tests. Threads switch only where they wait (__syncthreads, a warp's collective instruction). They
+// are resumed in an order that the stream's handle seeds, and one warp goes on until it has to wait for another: if the
+// result depends on the order, a barrier is missing. Shared memory has the exact size that was asked for and starts as
+// NaN, so that the address sanitizer sees a step outside it, and a test an element that was never written. A block
+// whose threads wait at different barriers raises an error.
 
 #include <ucontext.h>
 
@@ -62,19 +63,19 @@ class Block {
             thread.done = false;
             makecontext(&thread.context, enter, 0);
         }
-        std::vector<int> order(threads_.size());
-        std::iota(order.begin(), order.end(), 0);
         unfinished_ = static_cast<int>(threads_.size());
         while (unfinished_ > 0) {
-            progress_ = false;
-            std::shuffle(order.begin(), order.end(), order_of_threads);
-            for (int index : order) {
-                if (threads_[index].done) continue;
-                running_ = index;
-                threadIdx = dim3(static_cast<unsigned>(index));
-                swapcontext(&scheduler_, &threads_[index].context);
+            bool progress = false;
+            for (int warp : shuffled(static_cast<int>(warps_.size()))) {
+                do {
+                    progress_ = false;
+                    for (int lane : shuffled(std::min<int>(warp_size, threads_.size() - warp * warp_size))) {
+                        resume(warp * warp_size + lane);
+                    }
+                    progress = progress || progress_;
+                } while (progress_);
             }
-            if (!progress_) throw std::logic_error("the threads of a block wait at different barriers");
+            if (!progress) throw std::logic_error("the threads of a block wait at different barriers");
         }
     }
 
@@ -110,6 +111,20 @@ class Block {
         Meeting meeting;
         void* values[warp_size];
     };
+
+    static std::vector<int> shuffled(int count) {
+        std::vector<int> order(count);
+        std::iota(order.begin(), order.end(), 0);
+        std::shuffle(order.begin(), order.end(), order_of_threads);
+        return order;
+    }
+
+    void resume(int index) {
+        if (threads_[index].done) return;
+        running_ = index;
+        threadIdx = dim3(static_cast<unsigned>(index));
+        swapcontext(&scheduler_, &threads_[index].context);
+    }
 
     static void enter() {
         Block& block = *current;

@@ -116,14 +116,14 @@ __global__ void __launch_bounds__(tile_threads) pool_kernel(Pool p) {
     if (key >= p.keys) return;
     const std::int64_t b = blockIdx.z, row = b * p.steps + blockIdx.y;
     const int2 rows = p.row_spans[row], range = p.key_columns[b * p.keys + key];
-    float sum = 0;
+    double sum = 0;  // the largest terms of all, and few: their rounding would show
     for (int split = 0; split < p.splits; ++split) {
         const float* partial = p.partial + (static_cast<std::int64_t>(split) * p.batch * p.steps + row) * p.num_columns;
         for (int n = range.x + threadIdx.x % warp_size; n < range.y; n += warp_size) sum += partial[n];
     }
     for (int mask = 1; mask < warp_size; mask *= 2) sum += shuffle_xor(sum, mask);
-    const float count = p.mean ? max(rows.y - rows.x, 1) : 1;
-    if (threadIdx.x % warp_size == 0) p.pooled[row * p.keys + key] = sum / (count * p.query_heads);
+    const double count = p.mean ? max(rows.y - rows.x, 1) : 1;
+    if (threadIdx.x % warp_size == 0) p.pooled[row * p.keys + key] = static_cast<float>(sum / (count * p.query_heads));
 }
 
 }  // namespace

@@ -277,6 +277,11 @@ def test_key_columns_are_made_once_a_batch():
     key_spans += 1
     assert cuda.key_columns(key_spans, 10).tokens[0, 0] == 1
     assert cuda.key_columns(key_spans.clone(), 10) is not cuda.key_columns(key_spans, 10)
+    with torch.inference_mode():
+        key_spans = torch.tensor([[[0, 3]]])
+        cuda.key_columns(key_spans, 10)
+        key_spans += 1
+        assert cuda.key_columns(key_spans, 10).tokens[0, 0] == 1
 
 
 def mixture_case(layers=(5, 3), steps=19, keys=45, seed=0):
