@@ -30,7 +30,7 @@ COMPILER = sysconfig.get_config_var("CXX").split()
 
 def build_emulation(folder, *options):
     """Compiles csrc/cuda for the host, two files at a time, without a warning."""
-    flags = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options]
     flags += ["-DMOLD_EMULATION", "-DMOLD_MODULE=_cuda_emulated"]
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     stems = ["span_attention_backward", "span_attention_forward", "layer_mixture", "module"]
@@ -152,7 +152,7 @@ def some_spans(count):
     return st.lists(span, min_size=count, max_size=count)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=20, derandomize=True)
 @given(st.lists(some_spans(3), min_size=2, max_size=2), st.lists(some_spans(4), min_size=2, max_size=2))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_spans(emulation, dtype, row_spans, key_spans):
@@ -199,10 +199,10 @@ def test_offsets_beyond_32_bits(emulated):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_spans_that_hold_nothing_give_exact_zeros(device, dtype):
-    q, k, _ = random_qkv(torch.Generator().manual_seed(0), 2, 4, 2, 12, 16, dtype=dtype)
+    q, k, _ = random_qkv(torch.Generator().manual_seed(0), 2, 4, 2, 130, 16, dtype=dtype)
     none = torch.zeros(2, 3, 2, dtype=torch.int32)
     some = torch.tensor([[[0, 4], [5, 5], [4, 9]]], dtype=torch.int32).expand(2, -1, -1)
-    unseen = torch.tensor([[[10, 12]]], dtype=torch.int32).expand(2, -1, -1)
+    unseen = torch.tensor([[[100, 110]]], dtype=torch.int32).expand(2, -1, -1)
     for row_spans, key_spans in ((none, none), (none, some), (some, none), (some, unseen), (some[:, :0], some)):
         for tensor in assert_span_attention(device, q, k, row_spans, key_spans):
             assert not tensor.any()
@@ -432,6 +432,7 @@ def test_the_build_is_there_wherever_nvcc_is():
     assert cuda.build_info()["architectures"] == "80, 90, 100"
 
 
+@pytest.mark.slow
 def test_built_code(built):
     """Code for each architecture, on tensor cores for 16-bit types, and nothing spilled."""
     kernels = cuda_resources.read_kernels(*built)
