@@ -5,6 +5,7 @@ Importing it never fails; `why_missing` says why the kernels cannot run. Argumen
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +27,7 @@ _BLOCKS = 512
 """Enough blocks to fill a GPU of 132 to 148 multiprocessors a few times: work is split until there are as many."""
 
 
-def is_available() -> bool:
-    """Whether the compiled module is here and the current device can run it."""
-    return why_missing() is None
-
-
+@functools.cache  # asked at every call of an op
 def why_missing() -> str | None:
     """None where the kernels can run, otherwise the reason."""
     if _cuda is None:

@@ -56,10 +56,10 @@ __device__ inline std::uint32_t pack(float16, float low, float high) {
 // c [16, 8] += a [16, 16] b [16, 8], each spread over the lanes of a warp. With g = lane / 4, t = lane % 4:
 //   a: (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..), two neighbours in k a register
 //   b: (2t.., g), (2t + 8.., g), likewise      c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-#define MOLD_MMA(TYPE)                                                                                         \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                        \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
+#define MOLD_MMA(TYPE)                                                                  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 __device__ inline void multiply(bfloat16, float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) {

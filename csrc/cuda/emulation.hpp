@@ -79,7 +79,9 @@ class Block {
         }
     }
 
-    void wait_for_block() { meet(all_, static_cast<int>(threads_.size()), [] {}); }
+    void wait_for_block() {
+        meet(all_, static_cast<int>(threads_.size()), [] {});
+    }
 
     // Each lane of the running thread's warp gives a value of its own; the last to come calls together(all 32).
     template <typename Value, typename Together>

@@ -60,7 +60,8 @@ struct Forward {
 };
 
 // A step's row of one mixture, m = lane, lane + 32, ...: only this thread reads again what it writes.
-__device__ inline void mix(const Maps& maps, int layers, const float* weights, int b, int step, int keys, float* mixture) {
+__device__ inline void mix(const Maps& maps, int layers, const float* weights, int b, int step, int keys,
+                           float* mixture) {
     for (int m = threadIdx.x % warp_size; m < keys; m += warp_size) {
         float sum = 0;
         for (int layer = 0; layer < layers; ++layer) {

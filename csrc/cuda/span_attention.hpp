@@ -22,7 +22,7 @@ void span_attention_forward(const std::string& dtype, const Tensor& q, const Ten
 void span_attention_backward(const std::string& dtype, const Tensor& grad, const Tensor& unit, const Tensor& q,
                              const Tensor& k, const Tensor& lse, const Tensor& row_spans, const Tensor& columns,
                              const Tensor& key_columns, const Tensor& column_index, float scale, bool mean,
-                             const Tensor& column_grad, const Tensor& touching, const Tensor& partial,
-                             const Tensor& dq, const Tensor& dk, const Tensor& dlse, Stream stream);
+                             const Tensor& column_grad, const Tensor& touching, const Tensor& partial, const Tensor& dq,
+                             const Tensor& dk, const Tensor& dlse, Stream stream);
 
 }  // namespace mold::cuda

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(warp_size) touching_kernel(Touching p) {
         first = min(first, shuffle_xor(first, mask));
         last = max(last, shuffle_xor(last, mask));
     }
-    if (threadIdx.x == 0) p.touching[static_cast<std::int64_t>(b) * p.stride + p.offset + blockIdx.x] = int2{first, last};
+    if (threadIdx.x == 0)
+        p.touching[static_cast<std::int64_t>(b) * p.stride + p.offset + blockIdx.x] = int2{first, last};
 }
 
 struct ColumnGrad {
@@ -102,11 +103,10 @@ __global__ void __launch_bounds__(tile_threads) rows_kernel(Backward<Element> p)
         lse[half] = token[half] < p.tokens ? p.lse_of(b, head, token[half]) : INFINITY;
     }
     if (touching.x <= touching.y) {
-        load_tile(queries, p.shape, p.q, [&](int row) {
-            return start + row < p.tokens ? p.q.row(b, head, start + row) : nullptr;
-        });
+        load_tile(queries, p.shape, p.q,
+                  [&](int row) { return start + row < p.tokens ? p.q.row(b, head, start + row) : nullptr; });
         for (int first = 0; first < p.num_columns; first += tile_rows) {
-            if (columns[first] >= min(start + tile_rows, p.tokens)) break;  // columns ascend: none is visible from here on
+            if (columns[first] >= min(start + tile_rows, p.tokens)) break;  // columns ascend: the rest is hidden
             __syncthreads();
             load_tile(keys, p.shape, p.k, [&](int row) {
                 const int column = columns[first + row];
@@ -145,9 +145,8 @@ __global__ void __launch_bounds__(tile_threads) rows_kernel(Backward<Element> p)
     __syncthreads();  // the loop may have ended before its first barrier
     put_rows(own_queries, p.shape, sum, p.scale * *p.unit);
     __syncthreads();
-    store_tile(queries, p.shape, p.dq, [&](int row) {
-        return start + row < p.tokens ? p.dq.row(b, head, start + row) : nullptr;
-    });
+    store_tile(queries, p.shape, p.dq,
+               [&](int row) { return start + row < p.tokens ? p.dq.row(b, head, start + row) : nullptr; });
     for (int half = 0; half < 2; ++half) {
         for (int mask = 1; mask < 4; mask *= 2) dlse[half] += shuffle_xor(dlse[half], mask);
         if (lane.quad == 0 && token[half] < p.tokens) {
@@ -177,17 +176,15 @@ __global__ void __launch_bounds__(tile_threads) columns_kernel(Backward<Element>
     const float* column_grad = p.column_grad + static_cast<std::int64_t>(b) * p.steps * p.num_columns + first + own;
     const int column[2] = {columns[own + lane.group], columns[own + lane.group + 8]};
     float sum[tiles][4] = {};
-    load_tile(keys, p.shape, p.k, [&](int row) {
-        return columns[row] < p.tokens ? p.k.row(b, kv_head, columns[row]) : nullptr;
-    });
+    load_tile(keys, p.shape, p.k,
+              [&](int row) { return columns[row] < p.tokens ? p.k.row(b, kv_head, columns[row]) : nullptr; });
     for (int index = columns[0] / tile_rows * group + split; index < p.row_tiles * group; index += p.splits) {
         const int row_tile = index / group, start = row_tile * tile_rows, head = kv_head * group + index % group;
         const int2 steps = touching[row_tile];
         if (steps.x > steps.y) continue;
         __syncthreads();
-        load_tile(queries, p.shape, p.q, [&](int row) {
-            return start + row < p.tokens ? p.q.row(b, head, start + row) : nullptr;
-        });
+        load_tile(queries, p.shape, p.q,
+                  [&](int row) { return start + row < p.tokens ? p.q.row(b, head, start + row) : nullptr; });
         if (threadIdx.x < tile_rows) {
             const int token = start + threadIdx.x;
             row_lse[threadIdx.x] = token < p.tokens ? p.lse_of(b, head, token) : INFINITY;
@@ -274,8 +271,8 @@ void dispatch_width(int head_dim, Function function) {
 void span_attention_backward(const std::string& dtype, const Tensor& grad, const Tensor& unit, const Tensor& q,
                              const Tensor& k, const Tensor& lse, const Tensor& row_spans, const Tensor& columns,
                              const Tensor& key_columns, const Tensor& column_index, float scale, bool mean,
-                             const Tensor& column_grad, const Tensor& touching, const Tensor& partial,
-                             const Tensor& dq, const Tensor& dk, const Tensor& dlse, Stream stream) {
+                             const Tensor& column_grad, const Tensor& touching, const Tensor& partial, const Tensor& dq,
+                             const Tensor& dk, const Tensor& dlse, Stream stream) {
     const char* name = "span_attention_backward";
     const int batch = q.size(0), query_heads = q.size(1), tokens = q.size(2), kv_heads = k.size(1);
     const int steps = row_spans.size(1), keys = key_columns.size(1), num_columns = columns.size(1);

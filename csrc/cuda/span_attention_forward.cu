@@ -2,7 +2,8 @@
 // warp an entry adds up the columns of a key word. Every sum has one order: two runs agree in every bit.
 //
 // The query heads that share a key head are stacked into one list of rows, so a step of a few tokens still fills
-// tensor-core tiles, and the key tile is read once for all of them. Reads q once a column tile (from L2), k once a step.
+// tensor-core tiles, and the key tile is read once for all of them. Reads q once a column tile (from L2), k once a
+// step.
 
 #include <cmath>
 
@@ -59,10 +60,9 @@ __global__ void __launch_bounds__(tile_threads) forward_kernel(Forward<Element> 
                 const bool inside = index < rows;
                 row_token[threadIdx.x] = inside ? token : -1;
                 row_head[threadIdx.x] = head;
-                row_lse[threadIdx.x] =
-                    inside ? p.lse[b * p.lse_strides.along[0] + head * p.lse_strides.along[1] +
-                                   token * p.lse_strides.along[2]]
-                           : 0;
+                row_lse[threadIdx.x] = inside ? p.lse[b * p.lse_strides.along[0] + head * p.lse_strides.along[1] +
+                                                      token * p.lse_strides.along[2]]
+                                              : 0;
             }
             __syncthreads();
             load_tile(queries, p.shape, p.q, [&](int row) {

@@ -21,8 +21,7 @@ struct TileShape {
     static constexpr int chunk = 16 / static_cast<int>(sizeof(Element));
     int width, depth, pitch;  // D, D rounded up to the 16 of a product (zeros beyond D), elements from row to row
 
-    explicit TileShape(int head_dim)
-        : width(head_dim), depth((head_dim + 15) / 16 * 16), pitch(depth + chunk) {}
+    explicit TileShape(int head_dim) : width(head_dim), depth((head_dim + 15) / 16 * 16), pitch(depth + chunk) {}
 
     std::size_t bytes() const { return sizeof(Element) * tile_rows * pitch; }
 };
@@ -81,7 +80,7 @@ __device__ void store_tile(const Element* tile, TileShape<Element> shape, const 
     }
 }
 
-// Where this thread's accumulator entries lie: entry e of tile j is row `row(e)` of the warp's 16, column `8 j + column(e)`.
+// Where this thread's accumulators lie: entry e of tile j is in row row(e) of the warp's 16, column 8 j + column(e).
 struct Lane {
     int warp = threadIdx.x / warp_size, group = threadIdx.x % warp_size / 4, quad = threadIdx.x % 4;
 
@@ -140,9 +139,10 @@ __device__ void multiply_add(float (&sum)[tiles][4], const float (&weights)[scor
     right += (lane % 8 + lane / 8 % 2 * 8) * shape.pitch + lane / 16 * 8;
 #pragma unroll
     for (int j = 0; j < score_tiles; j += 2) {
-        const std::uint32_t a[4] = {
-            pack(Element{}, weights[j][0], weights[j][1]), pack(Element{}, weights[j][2], weights[j][3]),
-            pack(Element{}, weights[j + 1][0], weights[j + 1][1]), pack(Element{}, weights[j + 1][2], weights[j + 1][3])};
+        const std::uint32_t a[4] = {pack(Element{}, weights[j][0], weights[j][1]),
+                                    pack(Element{}, weights[j][2], weights[j][3]),
+                                    pack(Element{}, weights[j + 1][0], weights[j + 1][1]),
+                                    pack(Element{}, weights[j + 1][2], weights[j + 1][3])};
 #pragma unroll
         for (int d = 0; d < tiles; d += 2) {
             if (d * 8 < shape.depth) {
