@@ -3,8 +3,8 @@
 // Tiles of 64 rows of q or k in shared memory, and the two products that span attention makes of them. A block has
 // four warps; each owns 16 rows of the left tile. Scores of a warp, 16 x 64, lie in registers as the eight 16 x 8
 // accumulators of mma.m16n8k16, whose layout is at once that of a left operand: P goes from the first product to the
-// second without a detour. float32 has no exact tensor-core product: it runs on FMA in the same layout (three TF32
-// products keep 22 of the 24 bits, where the tolerance is twice the rounding error of float32).
+// second without a detour. float32 runs on FMA in the same layout: three TF32 products a term come near its error only
+// where tensor cores round their sums to nearest, which nothing promises (1.6 x the error, simulated with truncation).
 
 #include "device.cuh"
 #include "tensor.hpp"

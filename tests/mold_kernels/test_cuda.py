@@ -134,6 +134,11 @@ def test_span_attention(device, dtype, batch, heads, kv_heads, length, head_dim,
     assert_span_attention(device, q, k, row_spans, key_spans, row_reduction)
 
 
+def test_work_that_need_not_be_split(device, monkeypatch):
+    monkeypatch.setattr(cuda, "_BLOCKS", 1)
+    test_span_attention(device, torch.bfloat16, 2, 4, 2, 140, 32, 4, 5, "sum")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_span_attention_at_the_size_of_a_rationale(dtype):
