@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +29,7 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file of 
 
 DEMO = {
     "teacher_model_name_or_path": "smollm2-135m-instruct",
-    "student_num_layers": 6,
+    "student_layers": [0, 1, 20, 21, 22, 23, 24, 29],
     "output_dir": "runs/demo",
     "num_train": 240,
     "num_eval": 32,
@@ -138,32 +140,51 @@ def parse_options(arguments: list[str], config: Path | None, defaults: dict, com
     from mold.run import Options
 
     parser = HfArgumentParser(
-        (DataOptions, TeacherOptions, StudentOptions, MoldConfig), prog=f"mold {command}", allow_abbrev=False
+        (DataOptions, TeacherOptions, StudentOptions, MoldConfig),
+        prog=f"mold {command}",
+        allow_abbrev=False,
+        epilog="--config FILE: a YAML file of these options (key: value); the command line wins.",
     )
-    known = {name for action in parser._actions for name in action.option_strings}
+    known = sorted(name.removeprefix("--") for action in parser._actions for name in action.option_strings)
     chosen = dict(defaults)
     if config is not None:
-        if not config.is_file():
-            raise ValueError(f"--config: {config} does not exist")
-        loaded = yaml.safe_load(config.read_text()) or {}
-        if not isinstance(loaded, dict):
-            raise ValueError(f"--config: {config} holds {type(loaded).__name__}, must hold options (key: value)")
-        chosen |= loaded
+        chosen |= _read_yaml(config)
     flat = []
     for key, value in chosen.items():
-        if f"--{key}" not in known:
-            raise ValueError(f"--config: {config} has the unknown option {key!r}")
+        if key not in known:
+            raise ValueError(f"--config: {config} has the unknown option {key!r}{_nearest(key, known)}")
         if value is None:
             continue
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         flat += [f"--{key}", *map(str, values)]
-    return Options(*parser.parse_args_into_dataclasses([*flat, *arguments], look_for_args_file=False))
+    *groups, unknown = parser.parse_args_into_dataclasses(
+        [*flat, *arguments], look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        raise ValueError(f"{unknown[0]}: is no option of mold {command}{_nearest(name, known)}")
+    return Options(*groups)
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"--config: {path} does not exist")
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {path} is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config: {path} holds {type(loaded).__name__}, must hold options (key: value)")
+    return loaded
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else "; --help lists them"
 
 
 def timed(function, *arguments):
     """A function's result and how many seconds it took."""
-    import time
-
     start = time.perf_counter()
     result = function(*arguments)
     return result, time.perf_counter() - start
@@ -197,12 +218,10 @@ def show_report(folder: Path) -> None:
 def main() -> None:
     """Run the command line; a foreseeable mistake is one message on stderr and exit status 1."""
     try:
-        app(standalone_mode=False)
+        app()
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"mold: error: {error}", file=sys.stderr)
         sys.exit(1)
-    except typer.Abort:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from mold.data import DEFAULT_TEMPLATE, check_template
@@ -80,6 +81,8 @@ class MoldConfig(TrainingArguments):
         check_template(self.template)
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        # On by default, and a warning a data loader where there is nothing to copy to.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
         self._refuse_reentrant_checkpointing()
 
@@ -135,12 +138,15 @@ class StudentOptions:
     """The student, and how it is evaluated."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The student. Not given: made from the teacher's layers (student_num_layers)."}
+        default=None, metadata={"help": "The student. Not given: made from some of the teacher's layers."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
     model_dtype: str = field(default="float32", metadata={"help": "dtype of the student's weights."})
     student_num_layers: int | None = field(
         default=None, metadata={"help": "Keep this many of the layers, evenly spread; all where not given."}
+    )
+    student_layers: list[int] | None = field(
+        default=None, metadata={"help": "Keep these layers (ascending indices) instead of evenly spread ones."}
     )
     generate_batch_size: int = field(default=16, metadata={"help": "Prompts a batch of generation."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion."})

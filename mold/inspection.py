@@ -14,6 +14,8 @@ from mold.models import load_tokenizer
 from mold.run import Options, load_examples, load_signals
 from mold_kernels import teacher_layer_weights
 
+STEPS_A_TABLE = 6  # what 80 columns hold
+
 
 def describe(options: Options, which: str) -> Iterator[Text | Table]:
     """What `mold inspect` prints of an example.
@@ -56,11 +58,14 @@ def describe(options: Options, which: str) -> Iterator[Text | Table]:
     counts = torch.tensor([attention.shape[1]]), torch.tensor([attention.shape[2]])
     weights = teacher_layer_weights(attention[:, None], *counts, options.training.tau_1)[0]
     mixed = torch.einsum("l,lsm->sm", weights, attention)
-    table = Table("step", *(f"{m}: {text}" for m, text in enumerate(encoded.key_word_texts)))
-    table.title = f"attention of {signals.settings.teacher}, {options.training.row_reduction} over the rows of a step"
-    for index, row in enumerate(mixed.tolist()):
-        table.add_row(str(index), *(f"{value:.3f}" for value in row))
-    yield table
+    # Key words run down the page: there are more of them than steps.
+    for first in range(0, len(mixed), STEPS_A_TABLE):
+        steps = range(first, min(first + STEPS_A_TABLE, len(mixed)))
+        table = Table("key word", *(f"step {step}" for step in steps))
+        table.title = f"attention of {signals.settings.teacher}, {options.training.row_reduction} over a step's rows"
+        for index, text in enumerate(encoded.key_word_texts):
+            table.add_row(f"{index}: {text}", *(f"{value:.3f}" for value in mixed[steps.start : steps.stop, index]))
+        yield table
     most = weights.topk(min(5, len(weights)))
     named = ", ".join(f"{layer} ({weight:.3f})" for weight, layer in zip(*map(torch.Tensor.tolist, most), strict=True))
     yield Text(f"layers that count most, of {len(weights)}: {named}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Options:
-    """All options of a run, as the command line has them."""
+    """All options of a run, as the command line has them; `chosen` holds those that are not at their default."""
 
     data: DataOptions
     teacher: TeacherOptions
@@ -48,14 +48,16 @@ class Options:
     def signals_folder(self) -> Path:
         return Path(self.teacher.signals_dir or self.folder / "signals")
 
-    def as_dict(self) -> dict:
-        """What decides the run, for config.yaml: the options that are not at their default."""
-        chosen = {}
-        for group in (self.data, self.teacher, self.student, self.training):
-            defaults = {f.name: f.default for f in fields(group)}
-            values = group.to_dict() if isinstance(group, MoldConfig) else asdict(group)
-            chosen |= {k: v for k, v in values.items() if k in defaults and v != defaults[k] and k != "logging_dir"}
-        return json.loads(json.dumps(chosen, default=str))
+    def __post_init__(self):
+        # Here and not later: making TrainingArguments resets the state that a trainer's accelerator needs.
+        default = _as_dict(DataOptions(), TeacherOptions(), StudentOptions(), MoldConfig())
+        mine = _as_dict(self.data, self.teacher, self.student, self.training)
+        self.chosen = {key: value for key, value in mine.items() if value != default[key]}
+
+
+def _as_dict(*groups) -> dict:
+    values = [group.to_dict() if isinstance(group, MoldConfig) else asdict(group) for group in groups]
+    return json.loads(json.dumps({k: v for group in values for k, v in group.items()}, default=str))
 
 
 def load_examples(options: DataOptions, require_rationale: bool = True) -> tuple[list[Example], list[Example]]:
@@ -130,13 +132,17 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
             student.model_name_or_path, revision=student.model_revision, dtype=student.model_dtype, **init
         )
     else:
-        if student.student_num_layers is None:
+        if student.student_num_layers is None and student.student_layers is None:
             raise ValueError(
-                "model_name_or_path: is not given, must name the student (or set student_num_layers to make one from "
-                "the teacher's layers)"
+                "model_name_or_path: is not given, must name the student (or set student_num_layers or student_layers "
+                "to make one from the teacher's layers)"
             )
         model, tokenizer = teacher or load_teacher(options)
-    if student.student_num_layers is not None:
+    if student.student_layers is not None:
+        if student.student_num_layers is not None:
+            raise ValueError("student_num_layers: is given together with student_layers, must be only one of them")
+        model = take_layers(model, student.student_layers)
+    elif student.student_num_layers is not None:
         model = take_layers(model, spread_layers(model.config.num_hidden_layers, student.student_num_layers))
     return model.to(getattr(torch, student.model_dtype)), tokenizer
 
@@ -153,13 +159,13 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
         The summary, as written to summary.json.
     """
     folder, seconds = options.folder, dict(seconds or {})
-    _claim_folder(options)
     train_examples, held_out = load_examples(options.data)
     signals = load_signals(options) if options.training.beta > 0 or options.signals_folder.exists() else None
     student, tokenizer = make_student(options, teacher)
     trainer = MoldTrainer(
         student, options.training, train_examples, held_out, processing_class=tokenizer, signals=signals
     )
+    _claim_folder(options)
     start = time.perf_counter()
     before_file = folder / "before.json"
     if before_file.is_file():
@@ -202,19 +208,23 @@ def evaluate(options: Options) -> dict:
 
 
 def _claim_folder(options: Options) -> None:
-    """Write config.yaml, or refuse a folder that holds a run of other options."""
-    path, mine = options.folder / "config.yaml", options.as_dict()
+    """Write the chosen options to config.yaml, or refuse a folder that holds a run of other ones."""
+    path, mine = options.folder / "config.yaml", options.chosen
     if path.is_file():
         theirs = yaml.safe_load(path.read_text())
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):
                 raise ValueError(
-                    f"output_dir: {options.folder} holds a run with {key}={theirs.get(key)!r}, this one has "
-                    f"{mine.get(key)!r}; choose another folder, or delete that one"
+                    f"output_dir: {options.folder} holds a run with {_said(theirs, key)}, this one has "
+                    f"{_said(mine, key)}; choose another folder, or delete that one"
                 )
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, yaml.safe_dump(mine, allow_unicode=True).encode())
+
+
+def _said(chosen: dict, key: str) -> str:
+    return f"{key}={chosen[key]!r}" if key in chosen else f"the default {key}"
 
 
 def _evaluate(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -157,6 +158,9 @@ def extract_signals(
     """
     folder = Path(folder)
     check_tokenizer(tokenizer)
+    repeated = [name for name, count in Counter(example.id for example in examples).items() if count > 1]
+    if repeated:
+        raise ValueError(f"example {repeated[0]}: stands twice in the data set, ids must be distinct")
     use_mold_attention(model).eval()
     manifest = _read_manifest(folder)
     if manifest is None:
