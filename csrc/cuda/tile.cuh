@@ -131,7 +131,8 @@ __device__ inline void multiply_transposed(float (&scores)[score_tiles][4], cons
     }
 }
 
-// sum [16, D] += weights [16, 64] right [64, D], for D up to 8 `tiles`. `scratch` is used for float32 only.
+// sum [16, D] += weights [16, 64] right [64, D], for D up to 8 `tiles`. Only float32 uses `scratch`; the barriers around
+// the loading of `right` keep two calls apart.
 template <typename Element, int tiles>
 __device__ void multiply_add(float (&sum)[tiles][4], const float (&weights)[score_tiles][4], const Element* right,
                              TileShape<Element> shape, float*) {
@@ -167,7 +168,6 @@ __device__ void multiply_add(float (&sum)[tiles][4], const float (&weights)[scor
                              TileShape<float> shape, float* scratch) {
     const Lane lane;
     scratch += lane.warp * 16 * scratch_pitch;
-    __syncwarp();  // the warp may still read the weights of the tile before
 #pragma unroll
     for (int j = 0; j < score_tiles; ++j) {
 #pragma unroll
