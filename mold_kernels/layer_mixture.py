@@ -77,7 +77,7 @@ def layer_mixture_kl(
         gradient, where an example has no steps or no key words.
 
     Raises:
-        ValueError: a shape, dtype or option does not fit, or the backend is not available; names the argument.
+        ValueError: a shape, dtype, device or option does not fit, or the backend is not available; names the argument.
 
     Source: MoLSAKI (EMNLP 2025), equations 4 to 6; the gradient is derived in this module's docstring.
     """
@@ -91,6 +91,14 @@ def layer_mixture_kl(
     weights_shape = (student_attention.shape[1], student_attention.shape[0])
     if student_weights.shape != weights_shape:
         raise ValueError(f"student_weights: shape is {list(student_weights.shape)}, must be {list(weights_shape)}")
+    for name, tensor in (
+        ("teacher_attention", teacher_attention),
+        ("student_weights", student_weights),
+        ("num_steps", num_steps),
+        ("num_keys", num_keys),
+    ):
+        if tensor.device != student_attention.device:
+            raise ValueError(f"{name}: is on {tensor.device}, must be on {student_attention.device} as the student's")
     _check_tau(tau)
     if row_norm not in ("softmax", "l1"):
         raise ValueError(f'row_norm: is {row_norm!r}, must be "softmax" or "l1"')

@@ -65,7 +65,7 @@ def span_attention(
         [B, S, M], float32 (float64 with float64 q), differentiable in q, k and lse.
 
     Raises:
-        ValueError: a shape, dtype or span does not fit, or the backend is not available; names the argument.
+        ValueError: a shape, dtype, device or span does not fit, or the backend is not available; names the argument.
 
     Source: MoLSAKI (EMNLP 2025), equations 2 and 3; the gradient is derived in this module's docstring.
     """
@@ -74,6 +74,9 @@ def span_attention(
         raise ValueError(f"lse: shape is {list(lse.shape)}, must be {list(q.shape[:3])} (batch, heads, tokens of q)")
     if lse.dtype != reference.accumulation_dtype(q.dtype):
         raise ValueError(f"lse: dtype is {lse.dtype}, must be {reference.accumulation_dtype(q.dtype)}")
+    for name, tensor in (("lse", lse), ("row_spans", row_spans), ("key_spans", key_spans)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: is on {tensor.device}, must be on {q.device} as q")
     check_spans("row_spans", row_spans, q.shape[0], q.shape[2])
     check_spans("key_spans", key_spans, q.shape[0], q.shape[2])
     if row_reduction not in ("sum", "mean"):
