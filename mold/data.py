@@ -10,11 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from mold.conversations import question_row
 from mold.text import Span
 
 DEFAULT_TEMPLATE = "Question: {question}\nReasoning: {rationale}\nAnswer: {answer}"
 _PLACEHOLDERS = ("{question}", "{rationale}", "{answer}")
+ASSISTANT = "{assistant}"
+"""Where the assistant's message begins in the template of a chat (see `mold.chat`)."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Example:
     """A question, a teacher's rationale and the answer.
 
     keywords: the key information of a commonsense question; None where it is every number.
+    history: (role, text) of the messages before the question, where the example is a conversation.
     """
 
     id: str
@@ -29,14 +34,15 @@ class Example:
     rationale: str
     answer: str
     keywords: tuple[str, ...] | None = None
+    history: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class RenderedText:
+class RenderedText(NamedTuple):
     """A training text with the character spans of its parts.
 
     prompt: what generation starts from, the text before the rationale without trailing spaces.
     answer: from the end of the rationale to the end of the text, so the marker before the answer is learned too.
+    special_tokens: whether the tokenizer adds its special tokens; a chat template has written them into the text.
     """
 
     text: str
@@ -44,22 +50,31 @@ class RenderedText:
     question: Span
     rationale: Span
     answer: Span
+    special_tokens: bool = True
 
 
 def check_template(template: str) -> None:
-    """Raise a ValueError unless the template holds each placeholder once, in the order of the text."""
-    places = [template.find(placeholder) for placeholder in _PLACEHOLDERS]
-    if any(template.count(placeholder) != 1 for placeholder in _PLACEHOLDERS) or places != sorted(places):
-        raise ValueError(f"template: is {template!r}, must hold {', '.join(_PLACEHOLDERS)} once each, in this order")
+    """Raise a ValueError unless the template holds each placeholder once, in the order of the text.
+
+    A chat's template holds {assistant} too, between question and rationale.
+    """
+    expected = list(_PLACEHOLDERS)
+    if ASSISTANT in template:
+        expected.insert(1, ASSISTANT)
+    places = [template.find(placeholder) for placeholder in expected]
+    if any(template.count(placeholder) != 1 for placeholder in expected) or places != sorted(places):
+        raise ValueError(f"template: is {template!r}, must hold {', '.join(expected)} once each, in this order")
 
 
 def render(example: Example, template: str = DEFAULT_TEMPLATE) -> RenderedText:
-    """The training text of an example.
+    """The training text of an example, for a template without {assistant} (see `mold.chat.render_for`).
 
     Raises:
         ValueError: the template does not fit (see `check_template`).
     """
     check_template(template)
+    if ASSISTANT in template:
+        raise ValueError(f"template: holds {ASSISTANT}, must be rendered for a tokenizer (mold.chat.render_for)")
     before, rest = template.split("{question}")
     between, rest = rest.split("{rationale}")
     marker, after = rest.split("{answer}")
@@ -73,6 +88,8 @@ def render(example: Example, template: str = DEFAULT_TEMPLATE) -> RenderedText:
 def text_hash(example: Example, template: str) -> str:
     """A hash of everything that decides an example's text and its steps and key words."""
     parts = [example.question, example.rationale, example.answer, example.keywords, template]
+    if example.history:
+        parts.append(example.history)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -155,8 +172,7 @@ def read_examples(
 
 
 def _example(place: str, row: dict, require_rationale: bool) -> Example:
-    if "messages" in row or "prompt" in row:
-        raise ValueError(f"{place}: has {', '.join(sorted(row))}; must have the keys question, rationale and answer")
+    row = question_row(row, place)
     values = {}
     for key in ("question", "rationale", "answer"):
         value = row.get(key)
@@ -172,7 +188,8 @@ def _example(place: str, row: dict, require_rationale: bool) -> Example:
         raise ValueError(f"{place}: keywords is {keywords!r}, must be a list of texts")
     stem, _, line = place.rpartition(":")
     name = row.get("id", f"{Path(stem).stem}-{line}")
-    return Example(str(name), **values, keywords=None if keywords is None else tuple(keywords))
+    keywords = None if keywords is None else tuple(keywords)
+    return Example(str(name), **values, keywords=keywords, history=row.get("history", ()))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:

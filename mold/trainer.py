@@ -22,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from mold.attention_interface import attention_dropout_option, stack_attention, use_mold_attention
+from mold.chat import example_from_row
 from mold.config import MoldConfig
 from mold.data import Example
 from mold.encoding import Collator, encode_example
@@ -117,8 +118,9 @@ class MoldTrainer(Trainer):
         if not len(examples):
             raise ValueError(f"{name}: is empty, must hold at least one example")
         items, without = [], 0
-        for row in tqdm(examples, desc=f"Encoding {name}", disable=self._options.disable_tqdm, leave=False):
-            example = row if isinstance(row, Example) else Example(**row)
+        rows = tqdm(examples, desc=f"Encoding {name}", disable=self._options.disable_tqdm, leave=False)
+        for index, row in enumerate(rows):
+            example = example_from_row(row, f"{name}-{index}")
             encoded = encode_example(
                 example, self._tokenizer, self._options.template, max_length=self._options.max_length
             )
