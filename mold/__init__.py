@@ -8,6 +8,7 @@ from mold.config import MoldConfig
 from mold.data import Example, read_examples
 from mold.loss import MoldLoss
 from mold.router import LayerRouter
+from mold.sft import StepwiseAttentionMixin
 from mold.signals import SignalCache, SignalSettings, extract_signals
 from mold.trainer import MoldTrainer
 
@@ -22,6 +23,7 @@ __all__ = [
     "MoldTrainer",
     "SignalCache",
     "SignalSettings",
+    "StepwiseAttentionMixin",
     "extract_signals",
     "read_examples",
     "stack_attention",

@@ -158,6 +158,15 @@ def attention_dropout_option(config) -> str | None:
     return None
 
 
+def check_attention_dropout(config) -> None:
+    """Raise a ValueError that names the option if the configuration has attention dropout."""
+    if option := attention_dropout_option(config):
+        raise ValueError(
+            f"{option}: is {getattr(config, option)}, must be 0: pooled attention has no attention dropout; load the "
+            f"student with {option}=0.0 (model_init_kwargs)"
+        )
+
+
 def _ordinary_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs):
     if attention_mask is not None and attention_mask.ndim == 2:
         if query.device.type == "cpu" and dropout == 0:

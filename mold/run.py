@@ -25,8 +25,9 @@ from mold.data import Example, read_examples, split_examples
 from mold.evaluate import accuracy, generate_predictions, write_jsonl
 from mold.models import load_model, spread_layers, take_layers
 from mold.problems import generate_problems
+from mold.router_training import ROUTER_FILE
 from mold.signals import SignalCache, SignalSettings, extract_signals, write_atomically
-from mold.trainer import ROUTER_FILE, MoldTrainer
+from mold.trainer import MoldTrainer
 
 logger = logging.get_logger(__name__)
 

@@ -79,6 +79,7 @@ class SignalCache:
             raise ValueError(f"signals: {self.folder} holds no {MANIFEST}; run `mold extract` first")
         self.settings = SignalSettings(**manifest["settings"])
         self._examples = manifest["examples"]
+        self._shards = manifest["shards"]
         self._signals = {}
         for name, digest in manifest["shards"].items():
             path = self.folder / name
@@ -91,6 +92,11 @@ class SignalCache:
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    def about(self) -> dict[str, str | int | None]:
+        """What a model card says of the signals: their settings, their number and a hash of all of them."""
+        digest = hashlib.sha256("".join(sorted(self._shards.values())).encode()).hexdigest()
+        return dataclasses.asdict(self.settings) | {"examples": len(self), "fingerprint": digest}
 
     def require(self, **settings) -> None:
         """Raise a ValueError that names the first setting (see SignalSettings) that is not as given."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -21,25 +20,25 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from mold.attention_interface import attention_dropout_option, stack_attention, use_mold_attention
+from mold.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
 from mold.chat import example_from_row
 from mold.config import MoldConfig
 from mold.data import Example
 from mold.encoding import Collator, encode_example
 from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
+from mold.router_training import RouterTraining
 from mold.signals import SignalCache, write_atomically
 from mold_kernels import layer_mixture_kl, teacher_layer_weights
 
 logger = logging.get_logger(__name__)
 
-ROUTER_FILE = "mold_router.safetensors"
 COMPLETE_FILE = "mold_complete.json"
 """Written last into a checkpoint; one without it was cut short and is never resumed from."""
 METRICS_FILE = "metrics.jsonl"
 TERMS = ("rationale", "answer", "attention")
 
 
-class MoldTrainer(Trainer):
+class MoldTrainer(RouterTraining, Trainer):
     """Trains a student on rationales, answers and its teacher's stepwise attention.
 
     Args:
@@ -83,11 +82,8 @@ class MoldTrainer(Trainer):
         if signals is not None:
             use_mold_attention(model)
             signals.require(row_reduction=args.row_reduction)
-            if args.beta > 0 and (option := attention_dropout_option(model.config)):
-                raise ValueError(
-                    f"{option}: is {getattr(model.config, option)}, must be 0: pooled attention has no attention "
-                    f"dropout; load the student with {option}=0.0 (model_init_kwargs)"
-                )
+            if args.beta > 0:
+                check_attention_dropout(model.config)
         self.signals = signals
         self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm)
         pad_token_id = processing_class.pad_token_id
@@ -111,10 +107,15 @@ class MoldTrainer(Trainer):
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+        self.mol_router_learning_rate = args.mol_router_learning_rate
         self._reset_window()
 
     def encode(self, examples: Sequence[Example | Mapping], name: str = "dataset") -> list[dict]:
         """Items for the collator: each example encoded, with its signal. Counts the examples without one."""
+        if not hasattr(examples, "__len__"):
+            raise ValueError(
+                f"{name}: is {type(examples).__name__}, must have a length: every example is encoded first"
+            )
         if not len(examples):
             raise ValueError(f"{name}: is empty, must hold at least one example")
         items, without = [], 0
@@ -194,25 +195,6 @@ class MoldTrainer(Trainer):
         alpha, beta = self.args.alpha, self.args.beta
         return (1 - alpha) * terms[0] + alpha * terms[1] + beta * terms[2]
 
-    # Optimizer: the router is no part of the model, so everything Trainer does for the model is done for it here.
-
-    def create_optimizer(self, model=None):
-        """Trainer's optimizer, with the router as a parameter group of its own."""
-        given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        router = list(self.mold_loss.parameters())
-        if not given:
-            rate = self.args.mol_router_learning_rate
-            rate = self.args.learning_rate if rate is None else rate
-            optimizer.add_param_group({"params": router, "lr": rate, "weight_decay": 0.0})
-            # Trainer zeroes the gradients of the model alone.
-            optimizer.register_step_post_hook(lambda *_: self.mold_loss.zero_grad())
-        return optimizer
-
-    def _clip_grad_norm(self, model):
-        parameters = [*model.parameters(), *self.mold_loss.parameters()]
-        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
-
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -241,21 +223,6 @@ class MoldTrainer(Trainer):
                 output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
             )
 
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / ROUTER_FILE
-            write_atomically(path, save(self.mold_loss.router.state_dict()))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / ROUTER_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: {resume_from_checkpoint} has no {ROUTER_FILE}, the student's router"
-            )
-        self.mold_loss.router.load_state_dict(load_file(path))
-
     # Metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -267,11 +234,15 @@ class MoldTrainer(Trainer):
             logs["signal_share"] = signals / self._window["examples"]
             if signals:
                 logs["router_entropy"] = self._window["entropy"].item() / signals
-                extra["router_weights"] = (self._window["weights"] / signals).tolist()
+                extra["router_weights"] = self.layer_weights = (self._window["weights"] / signals).tolist()
             self._reset_window()
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
             _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
+
+    def _method_options(self):
+        names = ("alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
+        return {name: getattr(self.args, name) for name in names}
 
     def _term_metrics(self, sums, counts, prefix):
         values = (sums / counts.clamp(min=1)).tolist()

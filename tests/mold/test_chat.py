@@ -125,7 +125,8 @@ def test_conversations_become_question_rationale_and_answer(row, expected):
 def test_a_file_of_conversations_is_read(tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text(
-        '{"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "It is 5.\\nAnswer: 5"}]}\n'
+        '{"messages": [{"role": "user", "content": "2 + 3?"}, '
+        '{"role": "assistant", "content": "It is 5.\\nAnswer: 5"}]}\n'
         '{"prompt": "1 + 1?", "completion": "It is 2.\\nAnswer: 2", "correct": true, "id": "second"}\n'
     )
     examples, report = read_examples(path)
