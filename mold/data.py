@@ -15,6 +15,9 @@ from mold.text import Span
 
 DEFAULT_TEMPLATE = "Question: {question}\nReasoning: {rationale}\nAnswer: {answer}"
 _PLACEHOLDERS = ("{question}", "{rationale}", "{answer}")
+TASK_PREFIXES = {"joint": "", "explain": "explain: ", "predict": "predict: ", "answer": ""}
+"""The texts an example can be trained as: joint holds question, rationale and answer; explain and predict are the two
+tasks of distilling step-by-step, question and rationale, question and answer; answer is predict without its prefix."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ class Example:
 class RenderedText:
     """A training text with the character spans of its parts.
 
-    prompt: what generation starts from, the text before the rationale without trailing spaces.
-    answer: from the end of the rationale to the end of the text, so the marker before the answer is learned too.
+    prompt: what generation starts from, the text before what is learned without trailing spaces.
+    rationale: empty where the task has none.
+    answer: behind a rationale from its end to the end of the text, so the marker before the answer is learned too;
+        empty where the task has none.
     """
 
     text: str
@@ -53,20 +58,34 @@ def check_template(template: str) -> None:
         raise ValueError(f"template: is {template!r}, must hold {', '.join(_PLACEHOLDERS)} once each, in this order")
 
 
-def render(example: Example, template: str = DEFAULT_TEMPLATE) -> RenderedText:
+def render(example: Example, template: str = DEFAULT_TEMPLATE, task: str = "joint") -> RenderedText:
     """The training text of an example.
+
+    Args:
+        example: question, rationale and answer.
+        template: of the joint task; the other tasks leave out the rationale, or the answer and its marker.
+        task: one of TASK_PREFIXES.
 
     Raises:
         ValueError: the template does not fit (see `check_template`).
+
+    Source: the prefixes are those of Distilling Step-by-Step (arXiv:2305.02301).
     """
     check_template(template)
     before, rest = template.split("{question}")
     between, rest = rest.split("{rationale}")
     marker, after = rest.split("{answer}")
+    before = TASK_PREFIXES[task] + before
     question = (len(before), len(before) + len(example.question))
-    rationale = (question[1] + len(between), question[1] + len(between) + len(example.rationale))
+    if task in ("predict", "answer"):
+        prompt = before + example.question + marker
+        text, prompt = prompt + example.answer + after, prompt.rstrip(" ")
+        return RenderedText(text, prompt, question, (len(prompt), len(prompt)), (len(prompt), len(text)))
     prompt = before + example.question + between
-    text = prompt + example.rationale + marker + example.answer + after
+    rationale = (len(prompt), len(prompt) + len(example.rationale))
+    text = prompt + example.rationale
+    if task == "joint":
+        text += marker + example.answer + after
     return RenderedText(text, prompt.rstrip(" "), question, rationale, (rationale[1], len(text)))
 
 
