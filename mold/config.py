@@ -66,6 +66,17 @@ class MoldConfig(TrainingArguments):
     max_length: int | None = field(
         default=1024, metadata={"help": "Most tokens of an example. A longer one is an error: nothing is cut."}
     )
+    cross_entropy: str = field(
+        default="full",
+        metadata={
+            "help": '"full", or "chunked": tokens x vocabulary logits are never stored.',
+            "choices": ["full", "chunked"],
+        },
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "A batch is one row of texts one behind another, without padding; none sees another."},
+    )
     pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad batches to a multiple of this many tokens."})
     padding_side: str = field(default="right", metadata={"help": "Side of the padding.", "choices": ["right", "left"]})
     mol_router_learning_rate: float | None = field(
@@ -118,9 +129,12 @@ class MoldConfig(TrainingArguments):
             ("row_reduction", ("sum", "mean")),
             ("row_norm", ("softmax", "l1")),
             ("padding_side", ("right", "left")),
+            ("cross_entropy", ("full", "chunked")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+        if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
+            raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: is True, must be False")
         check_template(self.template)

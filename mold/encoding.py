@@ -110,16 +110,21 @@ class Collator:
     [B, L1, S, M], absent if no example has a signal. With a `teacher`, its input_ids, attention_mask, row_spans and
     key_spans of the same examples under "teacher_" + name instead of teacher_attention.
 
+    With `padding_free`, input_ids, attention_mask and regions are [1, tokens of all examples], position_ids [1, tokens]
+    start again and cu_seqlens int64 [B + 1] says where each example begins; spans count from there.
+
     Args:
         pad_token_id: what to pad input_ids with.
         padding_side: "right" or "left".
         pad_to_multiple_of: T becomes a multiple of it.
+        padding_free: whether examples stand one behind another in one row.
         teacher: of a teacher that runs beside the student.
     """
 
     pad_token_id: int
     padding_side: str = "right"
     pad_to_multiple_of: int = 1
+    padding_free: bool = False
     teacher: Collator | None = None
 
     def __call__(self, items: Sequence[Mapping]) -> dict[str, torch.Tensor]:
@@ -147,6 +152,8 @@ class Collator:
             batch["input_ids"][index, tokens] = torch.tensor(example.input_ids)
             batch["attention_mask"][index, tokens] = 1
             batch["regions"][index, tokens] = torch.tensor(example.regions)
+        if self.padding_free:
+            _remove_padding(batch)
         layers = {signal.shape[0] for signal in signals if signal is not None}
         if layers:
             (num_layers,) = layers
@@ -162,6 +169,18 @@ class Collator:
             names = ("input_ids", "attention_mask", "row_spans", "key_spans")
             batch |= {f"teacher_{name}": encoded[name] for name in names}
         return batch
+
+
+def _remove_padding(batch: dict[str, torch.Tensor]) -> None:
+    lengths = batch["attention_mask"].sum(1)
+    real = batch["attention_mask"].bool()
+    positions = torch.arange(real.shape[1]).expand(real.shape)
+    for name, values in [
+        *((n, batch[n]) for n in ("input_ids", "attention_mask", "regions")),
+        ("position_ids", positions),
+    ]:
+        batch[name] = values[real][None]
+    batch["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 def has_signal(item: Mapping) -> bool:

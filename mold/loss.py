@@ -144,5 +144,10 @@ def region_cross_entropy(logits: torch.Tensor, input_ids: torch.Tensor, regions:
     logits = logits[:, :-1][predicted]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, input_ids[:, 1:][predicted], reduction="none")
-    answer = regions[predicted] == ANSWER
+    return region_sums(losses, regions[predicted])
+
+
+def region_sums(losses: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Sums [2] of losses [N] whose regions [N] are RATIONALE and ANSWER."""
+    answer = regions == ANSWER
     return torch.stack([losses.masked_fill(answer, 0).sum(), losses.masked_fill(~answer, 0).sum()])

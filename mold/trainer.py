@@ -21,7 +21,9 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from mold.adapters import add_adapter, refuse_prompt_adapters, without_adapter
 from mold.attention_interface import attention_dropout_option, stack_attention, use_mold_attention
+from mold.chunked_cross_entropy import ChunkedHead
 from mold.config import MoldConfig
 from mold.data import Example
 from mold.encoding import Collator, encode_example, has_signal
@@ -54,6 +56,7 @@ class MoldTrainer(Trainer):
         teacher_processing_class: its tokenizer; loaded with the teacher when that is a name.
         callbacks: as of Trainer.
         optimizers: as of Trainer; an optimizer given here must hold `trainer.mold_loss.parameters()` too.
+        peft_config: trains an adapter (LoRA and its like) instead of the model, and the router with it.
 
     Raises:
         ValueError: the data set is empty, an example does not fit (see `encode_example`, `SignalCache.signal`), no
@@ -75,6 +78,7 @@ class MoldTrainer(Trainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        peft_config=None,
     ):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
@@ -102,15 +106,18 @@ class MoldTrainer(Trainer):
                 f"signals: is None, must be the teacher's signals (or give teacher_model) while beta={args.beta} "
                 "(beta=0 trains without)"
             )
-        if signals is not None or teacher_model is not None:
-            use_mold_attention(model)
-            if args.beta > 0 and (option := attention_dropout_option(model.config)):
-                raise ValueError(
-                    f"{option}: is {getattr(model.config, option)}, must be 0: pooled attention has no attention "
-                    f"dropout; load the student with {option}=0.0 (model_init_kwargs)"
-                )
+        if args.padding_free or signals is not None or teacher_model is not None:
+            use_mold_attention(without_adapter(model))
+        if args.beta > 0 and (option := attention_dropout_option(model.config)):
+            raise ValueError(
+                f"{option}: is {getattr(model.config, option)}, must be 0: pooled attention has no attention dropout; "
+                f"load the student with {option}=0.0 (model_init_kwargs)"
+            )
         if signals is not None:
             signals.require(row_reduction=args.row_reduction)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config, args)
+        refuse_prompt_adapters(model)
         layers = {}
         if args.method == "single_layer":
             layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
@@ -124,6 +131,7 @@ class MoldTrainer(Trainer):
                 processing_class.eos_token_id if pad_token_id is None else pad_token_id,
                 args.padding_side,
                 args.pad_to_multiple_of,
+                args.padding_free,
                 None if self.teacher is None else self.teacher.collator,
             ),
             train_dataset=None if train_dataset is None else self.encode(train_dataset, "train_dataset"),
@@ -133,6 +141,7 @@ class MoldTrainer(Trainer):
             optimizers=optimizers,
         )
         self.mold_loss.to(self.args.device)
+        self._chunked_head = ChunkedHead(without_adapter(self.model)) if args.cross_entropy == "chunked" else None
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
@@ -211,20 +220,15 @@ class MoldTrainer(Trainer):
 
     def _term_sums(self, model, inputs):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
-        kwargs = {}
         with_attention = "teacher_attention" in inputs and self._wants_attention()
-        if with_attention:
-            kwargs = {
-                "output_attentions": True,
-                "value_features": True,
-                "row_reduction": self.args.row_reduction,
-                "row_spans": inputs["row_spans"],
-                "key_spans": inputs["key_spans"],
-            }
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs
+        outputs = self._forward(
+            model, inputs, with_attention, **(self._chunked_head.arguments if self._chunked_head else {})
         )
-        cross_entropy = region_cross_entropy(outputs.logits, inputs["input_ids"], inputs["regions"])
+        targets = inputs["input_ids"], inputs["regions"]
+        if self._chunked_head:
+            cross_entropy = self._chunked_head.cross_entropy(*targets)
+        else:
+            cross_entropy = region_cross_entropy(outputs.logits, *targets)
         if not with_attention:
             return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
         self.mold_loss.train(model.training)
@@ -232,6 +236,19 @@ class MoldTrainer(Trainer):
             outputs.attentions, inputs["teacher_attention"], inputs["num_steps"], inputs["num_keys"]
         )
         return torch.cat([cross_entropy, attention.loss.sum()[None]]), attention.layer_weights, outputs
+
+    def _forward(self, model, inputs, with_attention, **kwargs):
+        if with_attention:
+            kwargs |= {
+                "output_attentions": True,
+                "value_features": True,
+                "row_reduction": self.args.row_reduction,
+                "row_spans": inputs["row_spans"],
+                "key_spans": inputs["key_spans"],
+            }
+        if "cu_seqlens" in inputs:
+            kwargs |= {"position_ids": inputs["position_ids"], "cu_seqlens": inputs["cu_seqlens"].tolist()}
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs)
 
     def _wants_attention(self):
         # With beta = 0 it is measured in evaluation and costs nothing in training.
@@ -402,16 +419,7 @@ class MoldTrainer(Trainer):
                 continue
             first_task = {name: value for name, value in item.items() if name != "predict"}
             inputs = self._prepare_inputs(self.data_collator([first_task]))
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-                output_attentions=True,
-                value_features=True,
-                row_reduction=self.args.row_reduction,
-                row_spans=inputs["row_spans"],
-                key_spans=inputs["key_spans"],
-            )
+            outputs = self._forward(model, inputs, with_attention=True)
             counts = inputs["num_steps"], inputs["num_keys"]
             teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
             teacher_weights = self.mold_loss.teacher_weights(teacher, *counts)
