@@ -41,7 +41,7 @@ def store_rows(base, row, inside, strides, values, D: tl.constexpr, BLOCK_D: tl.
     inside = inside[:, None]
     if BLOCK_D != D:
         inside = inside & (column < D)[None, :]
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=inside)
+    tl.store(pointers, values.to(base.dtype.scalar.element_ty), mask=inside)
 
 
 @triton.jit

@@ -65,6 +65,44 @@ TABLE = {
         (Tile(64, 128, 8, 3), Tile(64, 128, 8, 2), Tile(32, 64, 8, 1)),
         (Tile(32, 32), Tile(16, 16), Tile(16, 16, 4, 1)),
     ),
+    # n key pieces and columns, m pairs of a row and a head.
+    ("span_attention_forward", 80): (
+        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
+        (Tile(32, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+    ),
+    ("span_attention_forward", 90): (
+        (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
+        (Tile(32, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+    ),
+    ("span_attention_forward", 100): (
+        (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
+        (Tile(32, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+    ),
+    ("span_attention_backward_dq", 80): (
+        (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+    ),
+    ("span_attention_backward_dq", 90): (
+        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+    ),
+    ("span_attention_backward_dq", 100): (
+        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+    ),
+    # n columns, m the most rows of a row piece.
+    ("span_attention_backward_dk", 80): (
+        (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 8, 1)),
+        (Tile(64, 32), Tile(64, 16), Tile(64, 16, 4, 1)),
+    ),
+    ("span_attention_backward_dk", 90): (
+        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        (Tile(64, 32), Tile(64, 16), Tile(64, 16, 4, 1)),
+    ),
+    ("span_attention_backward_dk", 100): (
+        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        (Tile(64, 32), Tile(64, 16), Tile(64, 16, 4, 1)),
+    ),
 }
 
 
