@@ -13,7 +13,7 @@ _LETTER = re.compile(r"\(?\b([A-E])\b\)?")
 _NUMBER = re.compile(r"[-\u2212]?\s?[$€£]?\s?(?P<number>\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d+)?|\.\d+)")
 
 
-def extract_answer(completion: str, template: str = DEFAULT_TEMPLATE) -> str | None:
+def extract_answer(completion: str, template: str = DEFAULT_TEMPLATE, task: str = "joint") -> str | None:
     """The answer a completion gives.
 
     The line behind the template's answer marker; without one, what follows the last "the answer is" or "####"; else the
@@ -22,10 +22,13 @@ def extract_answer(completion: str, template: str = DEFAULT_TEMPLATE) -> str | N
     Args:
         completion: generated text, from the rationale on.
         template: the training text's, for its marker.
+        task: what was asked for (see `mold.data.render`); "predict" and "answer" complete to the answer's line itself.
 
     Returns:
         The answer's text, None where nothing looks like one.
     """
+    if task in ("predict", "answer"):
+        return completion.strip().partition("\n")[0].strip() or None
     marker = template.split("{rationale}")[1].split("{answer}")[0].strip()
     if marker and marker in completion:
         line = completion.rpartition(marker)[2].strip().partition("\n")[0].strip()

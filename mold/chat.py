@@ -28,7 +28,7 @@ def render_for(
 
     Args:
         example: question, rationale, answer and the messages before them.
-        template: see `mold.data.render`; one with {assistant} is rendered by the tokenizer's chat template.
+        template, task: see `mold.data.render`; with {assistant} it is rendered by the tokenizer's chat template.
         tokenizer: the model's.
 
     Raises:
@@ -41,7 +41,9 @@ def render_for(
                 f"template: is {template!r}, must hold {ASSISTANT} for an example with messages before the question "
                 f"(for instance {CHAT_TEMPLATE!r})"
             )
-        return render(example, template)
+        return render(example, template, task)
+    if task != "joint":
+        raise ValueError(f"template: holds {ASSISTANT}, must be without it for texts of the task {task!r}")
     check_template(template)
     if not tokenizer.chat_template:
         raise ValueError(

@@ -23,6 +23,7 @@ def generate_predictions(
     examples: Sequence[Example],
     template: str = DEFAULT_TEMPLATE,
     *,
+    task: str = "joint",
     batch_size: int = 16,
     max_new_tokens: int = 256,
     progress: bool = True,
@@ -33,7 +34,7 @@ def generate_predictions(
         model: a causal language model.
         tokenizer: its tokenizer.
         examples: their rationales and answers are only compared with, never shown to the model.
-        template: the training text's.
+        template, task: the training text's (see `mold.chat.render_for`).
         batch_size: prompts a batch, padded on the left.
         max_new_tokens: most tokens of a completion. A completion that reaches it is marked "truncated".
         progress: whether to show a progress bar.
@@ -43,7 +44,7 @@ def generate_predictions(
         was found), completion, correct, truncated.
     """
     model.eval()
-    rendered = [render_for(example, template, tokenizer) for example in examples]
+    rendered = [render_for(example, template, tokenizer, task) for example in examples]
     # Prompts of like length share a batch: less padding.
     order = sorted(range(len(rendered)), key=lambda index: len(rendered[index].prompt))
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -71,7 +72,7 @@ def generate_predictions(
         for index, tokens in zip(chosen, output, strict=True):
             example = examples[index]
             completion = tokenizer.decode(tokens, skip_special_tokens=True)
-            prediction = extract_answer(completion, template)
+            prediction = extract_answer(completion, template, task)
             rows[index] = {
                 "id": example.id,
                 "question": example.question,

@@ -1,4 +1,4 @@
-"""Teacher signals: the teacher's stepwise attention of every layer, extracted once and cached on disk.
+"""Teacher signals: the teacher's stepwise attention of every layer, extracted once and cached on disk, or online.
 
 A cache is a folder of safetensors shards and a manifest.json. A shard is written whole, then the manifest that names
 it, each by an atomic rename: whatever moment a run is killed, the manifest names only whole shards and the next run
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -128,7 +128,6 @@ class SignalCache:
         return self._signals[example.id] if entry["key_words"] else None
 
 
-@torch.no_grad()
 def extract_signals(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -192,7 +191,7 @@ def extract_signals(
             by_length = sorted(shard, key=lambda pair: len(pair[1].input_ids))
             for first in range(0, len(by_length), batch_size):
                 encoded = [pair[1] for pair in by_length[first : first + batch_size]]
-                tensors |= _stepwise_attention(model, collate, encoded, settings.row_reduction)
+                tensors |= _signals(model, collate, encoded, settings.row_reduction)
                 bar.update(len(encoded))
             name = f"shard-{len(manifest['shards']):05d}.safetensors"
             data = save(tensors)
@@ -208,11 +207,62 @@ def extract_signals(
     return SignalCache(folder)
 
 
-def _stepwise_attention(model, collate, encoded, row_reduction) -> dict[str, torch.Tensor]:
-    encoded = [example for example in encoded if example.key_spans]
-    if not encoded:
-        return {}
-    batch = {k: v.to(model.device) for k, v in collate([{"example": example} for example in encoded]).items()}
+class OnlineTeacher:
+    """A teacher that runs beside the student, in place of a SignalCache: nothing on disk, a forward every step.
+
+    Args:
+        model: frozen, put into evaluation mode and switched to the "mold" attention here.
+        tokenizer: the teacher's, a fast one.
+        template, row_reduction: as of the student's training.
+        max_length: most tokens an example may have.
+
+    Raises:
+        ValueError: the model's attention cannot be replaced, or the tokenizer cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        row_reduction: str,
+        max_length: int | None = None,
+    ):
+        check_tokenizer(tokenizer)
+        self.model = use_mold_attention(model).eval().requires_grad_(False)
+        self._tokenizer, self._template = tokenizer, template
+        self._row_reduction, self._max_length = row_reduction, max_length
+
+    @property
+    def collator(self) -> Collator:
+        """What pads the teacher's tokens."""
+        return Collator(self._tokenizer.eos_token_id)
+
+    def encode(self, example: Example, encoded: EncodedExample) -> EncodedExample | None:
+        """The example in the teacher's tokens; None if it has no key words.
+
+        Raises:
+            ValueError: its steps and key words are not the student's (`encoded`); names the example.
+        """
+        mine = encode_example(example, self._tokenizer, self._template, append_eos=False, max_length=self._max_length)
+        found, expected = [(len(e.row_spans), len(e.key_spans)) for e in (mine, encoded)]
+        if found != expected:
+            raise ValueError(
+                f"example {example.id}: the teacher's text has {found[0]} steps and {found[1]} key words, "
+                f"the student's {expected[0]} and {expected[1]}"
+            )
+        return mine if mine.key_spans else None
+
+    def attention(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Stepwise attention float32 [B, L1, S, M] of a batch that `collator` made, on the batch's device."""
+        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        attention = _stepwise_attention(self.model, inputs, self._row_reduction)
+        return attention.transpose(0, 1).to(batch["input_ids"].device)
+
+
+@torch.no_grad()
+def _stepwise_attention(model, batch, row_reduction) -> torch.Tensor:
+    """float32 [L1, B, S, M]."""
     # The backbone alone: the teacher's logits are not needed.
     out = model.base_model(
         input_ids=batch["input_ids"],
@@ -223,7 +273,16 @@ def _stepwise_attention(model, collate, encoded, row_reduction) -> dict[str, tor
         output_attentions=True,
         use_cache=False,
     )
-    attention = stack_attention(out.attentions).float().cpu()
+    return stack_attention(out.attentions).float()
+
+
+def _signals(model, collate, encoded, row_reduction) -> dict[str, torch.Tensor]:
+    """The signal of each example that has key words, by id."""
+    encoded = [example for example in encoded if example.key_spans]
+    if not encoded:
+        return {}
+    batch = {k: v.to(model.device) for k, v in collate([{"example": example} for example in encoded]).items()}
+    attention = _stepwise_attention(model, batch, row_reduction).cpu()
     if not attention.isfinite().all():
         wrong = [e.id for i, e in enumerate(encoded) if not attention[:, i].isfinite().all()]
         raise ValueError(

@@ -20,15 +20,17 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from mold.adapters import add_adapter, refuse_prompt_adapters, without_adapter
 from mold.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
 from mold.chat import example_from_row
+from mold.chunked_cross_entropy import ChunkedHead
 from mold.config import MoldConfig
 from mold.data import Example
-from mold.encoding import Collator, encode_example
+from mold.encoding import Collator, encode_example, has_signal
 from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
+from mold.models import load_model
 from mold.router_training import RouterTraining
-from mold.signals import SignalCache, write_atomically
-from mold_kernels import layer_mixture_kl, teacher_layer_weights
+from mold.signals import OnlineTeacher, SignalCache, write_atomically
 
 logger = logging.get_logger(__name__)
 
@@ -47,9 +49,14 @@ class MoldTrainer(RouterTraining, Trainer):
         train_dataset: examples, or rows with the fields of `mold.data.Example`.
         eval_dataset: likewise; None: no evaluation.
         processing_class: the student's tokenizer, a fast one; loaded with the model when that is a name.
-        signals: the teacher's signals of all examples; None trains on cross-entropy alone and needs beta=0.
+        signals: the teacher's signals of all examples. Neither these nor a teacher_model: trains on cross-entropy alone
+            and needs beta=0.
+        teacher_model: a teacher that runs beside the student instead of signals, or its name for `mold.models`. It is
+            frozen; the rationales may come from anybody else.
+        teacher_processing_class: its tokenizer; loaded with the teacher when that is a name.
         callbacks: as of Trainer.
         optimizers: as of Trainer; an optimizer given here must hold `trainer.mold_loss.parameters()` too.
+        peft_config: trains an adapter (LoRA and its like) instead of the model, and the router with it.
 
     Raises:
         ValueError: the data set is empty, an example does not fit (see `encode_example`, `SignalCache.signal`), no
@@ -67,25 +74,51 @@ class MoldTrainer(RouterTraining, Trainer):
         eval_dataset: Sequence[Example | Mapping] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         signals: SignalCache | None = None,
+        teacher_model: PreTrainedModel | str | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        peft_config=None,
     ):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         if processing_class is None:
             raise ValueError("processing_class: is None, must be the student's tokenizer")
-        if signals is None and args.beta > 0:
-            raise ValueError(
-                f"signals: is None, must be the teacher's signals while beta={args.beta} (beta=0 trains without)"
+        if signals is not None and teacher_model is not None:
+            raise ValueError("teacher_model: is given together with signals, must be only one of them")
+        if isinstance(teacher_model, str):
+            teacher_model, loaded = load_model(teacher_model)
+            teacher_processing_class = teacher_processing_class or loaded
+        if teacher_model is not None and teacher_processing_class is None:
+            raise ValueError("teacher_processing_class: is None, must be the teacher's tokenizer")
+        self.signals, self.teacher = signals, None
+        if teacher_model is not None:
+            self.teacher = OnlineTeacher(
+                teacher_model.to(args.device),
+                teacher_processing_class,
+                args.template,
+                args.row_reduction,
+                args.max_length,
             )
+        if signals is None and teacher_model is None and args.beta > 0:
+            raise ValueError(
+                f"signals: is None, must be the teacher's signals (or give teacher_model) while beta={args.beta} "
+                "(beta=0 trains without)"
+            )
+        if args.padding_free or signals is not None or teacher_model is not None:
+            use_mold_attention(without_adapter(model))
+        if args.beta > 0:
+            check_attention_dropout(model.config)
         if signals is not None:
-            use_mold_attention(model)
             signals.require(row_reduction=args.row_reduction)
-            if args.beta > 0:
-                check_attention_dropout(model.config)
-        self.signals = signals
-        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config, args)
+        refuse_prompt_adapters(model)
+        layers = {}
+        if args.method == "single_layer":
+            layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
+        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm, **layers)
         pad_token_id = processing_class.pad_token_id
         self._tokenizer, self._options = processing_class, args
         super().__init__(
@@ -95,6 +128,8 @@ class MoldTrainer(RouterTraining, Trainer):
                 processing_class.eos_token_id if pad_token_id is None else pad_token_id,
                 args.padding_side,
                 args.pad_to_multiple_of,
+                args.padding_free,
+                None if self.teacher is None else self.teacher.collator,
             ),
             train_dataset=None if train_dataset is None else self.encode(train_dataset, "train_dataset"),
             eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
@@ -103,6 +138,7 @@ class MoldTrainer(RouterTraining, Trainer):
             optimizers=optimizers,
         )
         self.mold_loss.to(self.args.device)
+        self._chunked_head = ChunkedHead(without_adapter(self.model)) if args.cross_entropy == "chunked" else None
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
@@ -111,34 +147,52 @@ class MoldTrainer(RouterTraining, Trainer):
         self._reset_window()
 
     def encode(self, examples: Sequence[Example | Mapping], name: str = "dataset") -> list[dict]:
-        """Items for the collator: each example encoded, with its signal. Counts the examples without one."""
+        """Items for the collator: each example encoded, with what teaches it. Counts the examples without a signal."""
         if not hasattr(examples, "__len__"):
             raise ValueError(
                 f"{name}: is {type(examples).__name__}, must have a length: every example is encoded first"
             )
         if not len(examples):
             raise ValueError(f"{name}: is empty, must hold at least one example")
-        items, without = [], 0
-        rows = tqdm(examples, desc=f"Encoding {name}", disable=self._options.disable_tqdm, leave=False)
+        options, items = self._options, []
+        taught = options.method != "answers" and (self.signals is not None or self.teacher is not None)
+        rows = tqdm(examples, desc=f"Encoding {name}", disable=options.disable_tqdm, leave=False)
         for index, row in enumerate(rows):
             example = example_from_row(row, f"{name}-{index}")
-            encoded = encode_example(
-                example, self._tokenizer, self._options.template, max_length=self._options.max_length
-            )
-            signal = self.signals.signal(example, encoded) if self.signals is not None else None
-            without += signal is None
-            items.append({"example": encoded, "signal": signal})
-        if self.signals is not None and without == len(items):
+            encoded = [
+                encode_example(example, self._tokenizer, options.template, task=task, max_length=options.max_length)
+                for task in options.tasks
+            ]
+            item = {"example": encoded[0], "signal": None}
+            if taught and self.signals is not None:
+                item["signal"] = self.signals.signal(example, encoded[0])
+            elif taught:
+                item["teacher"] = self.teacher.encode(example, encoded[0])
+            if len(encoded) > 1:
+                item["predict"] = encoded[1]
+            items.append(item)
+        without = len(items) - sum(map(has_signal, items))
+        if taught and without == len(items):
             raise ValueError(
                 f"{name}: none of its {len(items)} examples has key words, so there is no attention to learn"
             )
-        if self.signals is not None and without:
+        if taught and without:
             logger.warning(
                 f"{name}: {without} of {len(items)} examples have no key words and count in the cross-entropy alone"
             )
         return items
 
     # The loss
+
+    def _prepare_inputs(self, inputs):
+        """Trainer's, with the attention of a teacher that runs beside the student."""
+        inputs = super()._prepare_inputs(inputs)
+        if "teacher_input_ids" in inputs:
+            names = [name for name in inputs if name.startswith("teacher_")]
+            batch = {name.removeprefix("teacher_"): inputs.pop(name) for name in names}
+            if self._wants_attention():
+                inputs["teacher_attention"] = self.teacher.attention(batch)
+        return inputs
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimizer step, and what each term is divided by: [3] in the order of TERMS."""
@@ -151,7 +205,7 @@ class MoldTrainer(RouterTraining, Trainer):
         """The weighted sum of the three terms, normalised over the accumulation window."""
         sums, weights, outputs = self._term_sums(model, inputs)
         counts = _denominators(inputs)
-        loss = self._weigh(sums / (counts if num_items_in_batch is None else num_items_in_batch).clamp(min=1))
+        loss = self._weigh(sums, counts if num_items_in_batch is None else num_items_in_batch)
         if not torch.isfinite(loss):
             terms = ", ".join(f"{t} {v:.4g}" for t, v in zip(TERMS, (sums / counts.clamp(min=1)).tolist(), strict=True))
             raise FloatingPointError(
@@ -160,7 +214,7 @@ class MoldTrainer(RouterTraining, Trainer):
             )
         self._window["sums"] += sums.detach()
         self._window["counts"] += counts
-        self._window["examples"] += len(inputs["input_ids"])
+        self._window["examples"] += len(inputs["num_keys"]) // len(self.args.tasks)
         if weights is not None:
             valid = weights.detach()[inputs["num_keys"] > 0]
             self._window["weights"] += valid.sum(0)
@@ -169,20 +223,15 @@ class MoldTrainer(RouterTraining, Trainer):
 
     def _term_sums(self, model, inputs):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
-        kwargs = {}
-        with_attention = "teacher_attention" in inputs and (self.args.beta > 0 or not model.training)
-        if with_attention:
-            kwargs = {
-                "output_attentions": True,
-                "value_features": True,
-                "row_reduction": self.args.row_reduction,
-                "row_spans": inputs["row_spans"],
-                "key_spans": inputs["key_spans"],
-            }
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs
+        with_attention = "teacher_attention" in inputs and self._wants_attention()
+        outputs = self._forward(
+            model, inputs, with_attention, **(self._chunked_head.arguments if self._chunked_head else {})
         )
-        cross_entropy = region_cross_entropy(outputs.logits, inputs["input_ids"], inputs["regions"])
+        targets = inputs["input_ids"], inputs["regions"]
+        if self._chunked_head:
+            cross_entropy = self._chunked_head.cross_entropy(*targets)
+        else:
+            cross_entropy = region_cross_entropy(outputs.logits, *targets)
         if not with_attention:
             return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
         self.mold_loss.train(model.training)
@@ -191,8 +240,28 @@ class MoldTrainer(RouterTraining, Trainer):
         )
         return torch.cat([cross_entropy, attention.loss.sum()[None]]), attention.layer_weights, outputs
 
-    def _weigh(self, terms):
+    def _forward(self, model, inputs, with_attention, **kwargs):
+        if with_attention:
+            kwargs |= {
+                "output_attentions": True,
+                "value_features": True,
+                "row_reduction": self.args.row_reduction,
+                "row_spans": inputs["row_spans"],
+                "key_spans": inputs["key_spans"],
+            }
+        if "cu_seqlens" in inputs:
+            kwargs |= {"position_ids": inputs["position_ids"], "cu_seqlens": inputs["cu_seqlens"].tolist()}
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs)
+
+    def _wants_attention(self):
+        # With beta = 0 it is measured in evaluation and costs nothing in training.
+        return self.args.beta > 0 or not self.model.training
+
+    def _weigh(self, sums, counts):
         alpha, beta = self.args.alpha, self.args.beta
+        if self.args.method in ("rationales", "answers"):
+            return sums[:2].sum() / counts[:2].sum().clamp(min=1)
+        terms = sums / counts.clamp(min=1)
         return (1 - alpha) * terms[0] + alpha * terms[1] + beta * terms[2]
 
     # Checkpoints
@@ -241,7 +310,7 @@ class MoldTrainer(RouterTraining, Trainer):
             _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
 
     def _method_options(self):
-        names = ("alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
+        names = ("method", "alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
         return {name: getattr(self.args, name) for name in names}
 
     def _term_metrics(self, sums, counts, prefix):
@@ -249,7 +318,7 @@ class MoldTrainer(RouterTraining, Trainer):
         return {f"{prefix}_{t}": v for t, v, n in zip(TERMS, values, counts.tolist(), strict=True) if n}
 
     def _reset_window(self):
-        device, layers = self.args.device, self.mold_loss.router.projection.out_features
+        device, layers = self.args.device, self.mold_loss.router.num_layers
         self._window = {
             "sums": torch.zeros(3, device=device),
             "counts": torch.zeros(3, device=device, dtype=torch.int64),
@@ -281,7 +350,7 @@ class MoldTrainer(RouterTraining, Trainer):
                 sums += self._term_sums(model, inputs)[0]
             counts += _denominators(inputs)
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums / counts.clamp(min=1)).item()}
+        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts).item()}
         metrics |= self._term_metrics(sums, counts, f"{metric_key_prefix}_loss")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -319,33 +388,21 @@ class MoldTrainer(RouterTraining, Trainer):
         model.eval()
         self.mold_loss.eval()
         for item in items:
-            if item["signal"] is None:
+            if not has_signal(item):
                 continue
-            inputs = self._prepare_inputs(self.data_collator([item]))
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-                output_attentions=True,
-                value_features=True,
-                row_reduction=self.args.row_reduction,
-                row_spans=inputs["row_spans"],
-                key_spans=inputs["key_spans"],
-            )
+            first_task = {name: value for name, value in item.items() if name != "predict"}
+            inputs = self._prepare_inputs(self.data_collator([first_task]))
+            outputs = self._forward(model, inputs, with_attention=True)
             counts = inputs["num_steps"], inputs["num_keys"]
-            teacher = inputs["teacher_attention"].transpose(0, 1)
-            student = stack_attention(outputs.attentions)
-            teacher_weights = teacher_layer_weights(teacher, *counts, self.args.tau_1)
-            student_weights = self.mold_loss.router([layer.value_features for layer in outputs.attentions])
-            kl = layer_mixture_kl(
-                teacher, student, student_weights, *counts, tau=self.args.tau_1, row_norm=self.args.row_norm
-            )
+            teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
+            teacher_weights = self.mold_loss.teacher_weights(teacher, *counts)
+            kl, student_weights = self.mold_loss(outputs.attentions, teacher, *counts)
             maps.append(
                 {
                     "id": item["example"].id,
                     "steps": item["example"].step_texts,
                     "key_words": item["example"].key_word_texts,
-                    "teacher": torch.einsum("bl,lbsm->bsm", teacher_weights, teacher)[0].tolist(),
+                    "teacher": torch.einsum("bl,blsm->bsm", teacher_weights, teacher)[0].tolist(),
                     "student": torch.einsum("bl,lbsm->bsm", student_weights, student)[0].tolist(),
                     "teacher_layer_weights": teacher_weights[0].tolist(),
                     "student_layer_weights": student_weights[0].tolist(),
@@ -379,5 +436,5 @@ def _append_line(path: Path, row: dict) -> None:
 def _denominators(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Rationale tokens, answer tokens and examples with a signal of a batch: int64 [3]."""
     predicted = inputs["regions"][:, 1:]
-    signals = (inputs["num_keys"] > 0) & (inputs["num_steps"] > 0)
+    signals = inputs["num_keys"] > 0
     return torch.stack([(predicted == RATIONALE).sum(), (predicted == ANSWER).sum(), signals.sum()])

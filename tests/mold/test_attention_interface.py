@@ -5,7 +5,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache
 
 from mold.attention_interface import LayerAttention, stack_attention, use_mold_attention
-from tests.tiny_models import FAMILIES, make_model
+from tests.tiny_models import FAMILIES, make_model, plain_attention
 
 SPANS = {
     "row_spans": torch.tensor([[[0, 5], [5, 12]], [[2, 9], [0, 0]]], dtype=torch.int32),
@@ -28,7 +28,7 @@ def make_inputs(padding=None, length=12):
 def test_without_spans_it_is_an_ordinary_attention(family, padding):
     inputs = make_inputs(padding)
     results = []
-    for attention in ("mold", "sdpa"):
+    for attention in ("mold", plain_attention(family)):
         model = make_model(family, attention=attention).train()
         logits = model(**inputs).logits[inputs["attention_mask"].bool()]
         logits.square().sum().backward()
@@ -43,7 +43,10 @@ def test_generation_with_a_cache_and_left_padding(family, cache):
     inputs = make_inputs("left")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     options |= {"use_cache": False} if cache is None else {"cache_implementation": cache}
-    generated = [make_model(family, attention=name).eval().generate(**inputs, **options) for name in ("mold", "sdpa")]
+    generated = [
+        make_model(family, attention=name).eval().generate(**inputs, **options)
+        for name in ("mold", plain_attention(family))
+    ]
     assert torch.equal(*generated)
 
 
@@ -59,7 +62,7 @@ def test_spans_change_no_output_and_give_one_map_a_layer(family):
     assert not stack_attention(out.attentions)[:, 1, 1:].any()
     for layer in out.attentions:
         assert isinstance(layer, LayerAttention)
-        assert layer.value_features.shape == (2, 64 if family == "gpt2" else 32)
+        assert layer.value_features.shape == (2, 64 if family in ("gpt2", "gpt_neox") else 32)
     with torch.no_grad():
         means = model(**inputs, **SPANS, output_attentions=True, row_reduction="mean", use_cache=False).attentions
     lengths = torch.tensor([[5, 7], [7, 1]])[:, :, None]
