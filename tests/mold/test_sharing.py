@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
-from tests.mold.test_trainer import EXAMPLES, make_trainer, signals  # noqa: F401 - a fixture
+from tests.tiny_runs import EXAMPLES, make_trainer
 
 WITHOUT_MOLD = """
 import json, sys
@@ -27,7 +27,7 @@ print(json.dumps({"wrong": wrong, "ids": out[0].tolist(), "attention": model.con
 """
 
 
-def test_the_saved_student_needs_no_mold(tmp_path, signals):  # noqa: F811
+def test_the_saved_student_needs_no_mold(tmp_path, signals):
     trainer = make_trainer(tmp_path, signals)
     trainer.train()
     trainer.save_model()
@@ -43,7 +43,7 @@ def test_the_saved_student_needs_no_mold(tmp_path, signals):  # noqa: F811
     assert result["ids"] == expected[0].tolist()
 
 
-def test_the_model_card_has_method_signals_and_router_weights(tmp_path, signals):  # noqa: F811
+def test_the_model_card_has_method_signals_and_router_weights(tmp_path, signals):
     trainer = make_trainer(tmp_path / "run", signals, beta=2.5)
     trainer.train()
     trainer.save_model()
@@ -64,7 +64,7 @@ def test_the_model_card_has_method_signals_and_router_weights(tmp_path, signals)
     assert (tmp_path / "run/README.md").read_text().count("## Stepwise attention distillation") == 1
 
 
-def test_push_to_hub_uploads_model_router_and_card(tmp_path, signals, monkeypatch):  # noqa: F811
+def test_push_to_hub_uploads_model_router_and_card(tmp_path, signals, monkeypatch):
     uploads = []
 
     class Hub:
@@ -86,7 +86,7 @@ def test_push_to_hub_uploads_model_router_and_card(tmp_path, signals, monkeypatc
     assert "- arithmetic" in card
 
 
-def test_trackers_get_every_term(tmp_path, signals):  # noqa: F811
+def test_trackers_get_every_term(tmp_path, signals):
     """What `report_to` names is a callback whose on_log is called."""
     seen = []
 
@@ -104,7 +104,7 @@ def test_trackers_get_every_term(tmp_path, signals):  # noqa: F811
     assert all(isinstance(value, int | float) for value in seen[0].values())
 
 
-def test_rows_of_the_datasets_library(tmp_path, signals):  # noqa: F811
+def test_rows_of_the_datasets_library(tmp_path, signals):
     """Columns in any order, keywords null; the same items as from examples."""
     expected = make_trainer(tmp_path, signals).train_dataset
     rows = [{"answer": e.answer, "id": e.id, "rationale": e.rationale, "question": e.question} for e in EXAMPLES]
