@@ -80,35 +80,63 @@ def mold_attention_forward(
             mask that is more than causal, windowed and padding, packing without cu_seqlens, a position bias, a
             bidirectional attention).
     """
-    if cu_seqlens is not None:
+    options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
+    options |= {"sinks": s_aux, "row_reduction": row_reduction, "value_features": value_features, **kwargs}
+    device, states = query.device.type, (query, key, value)
+    if torch.is_autocast_enabled(device):
+        # Rotary embeddings leave queries and keys in float32.
+        states = tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in states)
+    # What accumulates in float32 below must not be cast.
+    with torch.autocast(device, enabled=False):
+        if cu_seqlens is None:
+            return _attend(module, *states, attention_mask, row_spans, key_spans, **options)
         if attention_mask is not None or len(query) > 1:
             raise ValueError("cu_seqlens: is given with padding or a mask, must come with one row and a mask of ones")
         texts = []
         for index, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
-            states = (tensor[:, :, start:end] for tensor in (query, key, value))
-            spans = (None if s is None else s[index, None] for s in (row_spans, key_spans))
-            options = {"row_reduction": row_reduction, "value_features": value_features}
-            options |= {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
-            texts.append(mold_attention_forward(module, *states, None, scaling, dropout, *spans, **options, **kwargs))
+            text = (tensor[:, :, start:end] for tensor in states)
+            spans = (None if spans is None else spans[index, None] for spans in (row_spans, key_spans))
+            texts.append(_attend(module, *text, None, *spans, **options))
         outs, captured = zip(*texts, strict=True)
         return torch.cat(outs, 1), None if captured[0] is None else _concatenated(captured)
+
+
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    row_spans,
+    key_spans,
+    *,
+    scaling,
+    dropout,
+    sliding_window,
+    softcap,
+    sinks,
+    row_reduction,
+    value_features,
+    **kwargs,
+):
+    """`mold_attention_forward` of texts that have a row each."""
     options = {}
     if sliding_window is not None and sliding_window < key.shape[2]:
         options["sliding_window"] = sliding_window
     if softcap is not None:
         options["softcap"] = softcap
     if row_spans is None and key_spans is None:
-        out = _ordinary_attention(module, query, key, value, attention_mask, scaling, dropout, options, s_aux, **kwargs)
+        out = _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs)
         return out.transpose(1, 2), None
-    _check_supported(module, query, key, attention_mask, dropout, row_spans, key_spans, kwargs)
-    out, lse = _attention(query, key, value, attention_mask, scaling, options, s_aux)
+    _check_supported(module, query, key, mask, dropout, row_spans, key_spans, kwargs)
+    out, lse = _attention(query, key, value, mask, scaling, options, sinks)
     pooled = span_attention(
         query, key, lse, row_spans, key_spans, scale=scaling, row_reduction=row_reduction, **options
     )
     features = None
     if value_features:
         batch, heads, length, head_dim = value.shape
-        valid = value.new_ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask
+        valid = value.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
         # The router's norm weight factors out of the sum over tokens; the router applies it.
         features = value_pool(value, value.new_ones(heads * head_dim), valid, VALUE_NORM_EPSILON)
     return out.transpose(1, 2), LayerAttention(pooled, features)

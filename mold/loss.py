@@ -115,15 +115,16 @@ class MoldLoss(nn.Module):
             # A mixture of one layer is that layer.
             check_layer("mol_teacher_layer", self.teacher_layer, teacher_attention.shape[1])
             teacher_attention = teacher_attention[:, self.teacher_layer, None]
-        loss = layer_mixture_kl(
-            teacher_attention.transpose(0, 1),
-            student_attention,
-            weights.to(student_attention.dtype),
-            num_steps,
-            num_keys,
-            tau=self.tau,
-            row_norm=self.row_norm,
-        )
+        with torch.autocast(student_attention.device.type, enabled=False):
+            loss = layer_mixture_kl(
+                teacher_attention.transpose(0, 1).to(student_attention.dtype),
+                student_attention,
+                weights.to(student_attention.dtype),
+                num_steps,
+                num_keys,
+                tau=self.tau,
+                row_norm=self.row_norm,
+            )
         return AttentionLoss(loss, weights)
 
 

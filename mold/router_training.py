@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save
 
 from mold.card import add_method_section
@@ -26,6 +27,16 @@ class RouterTraining:
     def _method_options(self) -> dict[str, object]:
         """What the model card says of the method."""
         raise NotImplementedError
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's, with the router's gradient averaged over the processes as DDP averages the model's."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            for parameter in self.mold_loss.parameters():
+                # A process whose examples have no signal has no gradient, and must take part all the same.
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
+        return loss
 
     def create_optimizer(self, model=None):
         """Trainer's optimizer, with the router as a parameter group of its own."""

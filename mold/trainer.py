@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -137,6 +138,7 @@ class MoldTrainer(RouterTraining, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._refuse_unsupported_parallelism()
         self.mold_loss.to(self.args.device)
         self._chunked_head = ChunkedHead(without_adapter(self.model)) if args.cross_entropy == "chunked" else None
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
@@ -145,6 +147,19 @@ class MoldTrainer(RouterTraining, Trainer):
         self.model_accepts_loss_kwargs = True
         self.mol_router_learning_rate = args.mol_router_learning_rate
         self._reset_window()
+
+    def _refuse_unsupported_parallelism(self):
+        for name, enabled in (("fsdp", self.is_fsdp_enabled), ("deepspeed", self.is_deepspeed_enabled)):
+            if enabled:
+                raise ValueError(
+                    f"{name}: is on, must be off: the router stands beside the model, and the gradients of a model "
+                    "that is split cannot be clipped together with its; use DDP (torchrun or accelerate launch)"
+                )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu: is {self.args.n_gpu}, must be 1 a process: start with torchrun or accelerate launch, or make "
+                "one GPU visible (CUDA_VISIBLE_DEVICES)"
+            )
 
     def encode(self, examples: Sequence[Example | Mapping], name: str = "dataset") -> list[dict]:
         """Items for the collator: each example encoded, with what teaches it. Counts the examples without a signal."""
@@ -195,11 +210,14 @@ class MoldTrainer(RouterTraining, Trainer):
         return inputs
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of one optimizer step, and what each term is divided by: [3] in the order of TERMS."""
+        """The batches of one optimizer step, and what each term is divided by, over all processes: [3] as TERMS."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        return batches, torch.stack([_denominators(batch) for batch in batches]).sum(0).to(device)
+        counts = torch.stack([_denominators(batch) for batch in batches]).sum(0).to(device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.reduce(counts)
+        return batches, counts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the three terms, normalised over the accumulation window."""
@@ -219,6 +237,9 @@ class MoldTrainer(RouterTraining, Trainer):
             valid = weights.detach()[inputs["num_keys"] > 0]
             self._window["weights"] += valid.sum(0)
             self._window["entropy"] += torch.special.entr(valid).sum()
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The gradient is averaged over the processes, the denominators are summed.
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _term_sums(self, model, inputs):
@@ -283,6 +304,7 @@ class MoldTrainer(RouterTraining, Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
             marker = folder / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE
@@ -297,13 +319,14 @@ class MoldTrainer(RouterTraining, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms of the steps since the last logging, averaged exactly, and writes metrics.jsonl."""
         extra = {}
-        if "loss" in logs and self._window["examples"]:
-            logs.update(self._term_metrics(self._window["sums"], self._window["counts"], "loss"))
-            signals = self._window["counts"][2].item()
-            logs["signal_share"] = signals / self._window["examples"]
+        window = self.accelerator.reduce(self._window) if "loss" in logs else None
+        if window and window["examples"]:
+            logs.update(self._term_metrics(window["sums"], window["counts"], "loss"))
+            signals = window["counts"][2].item()
+            logs["signal_share"] = signals / window["examples"].item()
             if signals:
-                logs["router_entropy"] = self._window["entropy"].item() / signals
-                extra["router_weights"] = self.layer_weights = (self._window["weights"] / signals).tolist()
+                logs["router_entropy"] = window["entropy"].item() / signals
+                extra["router_weights"] = self.layer_weights = (window["weights"] / signals).tolist()
             self._reset_window()
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
@@ -324,7 +347,7 @@ class MoldTrainer(RouterTraining, Trainer):
             "counts": torch.zeros(3, device=device, dtype=torch.int64),
             "weights": torch.zeros(layers, device=device),
             "entropy": torch.zeros((), device=device),
-            "examples": 0,
+            "examples": torch.zeros((), device=device, dtype=torch.int64),
         }
 
     @torch.no_grad()
@@ -332,7 +355,7 @@ class MoldTrainer(RouterTraining, Trainer):
         """Every term over the whole data set (token and example means, whatever the batches are).
 
         Args:
-            eval_dataset: items of `encode`; None: the trainer's own.
+            eval_dataset: items of `encode`; None: the trainer's own. Every process takes its share, no item twice.
             ignore_keys: not used.
             metric_key_prefix: of the metrics' names.
 
@@ -343,12 +366,15 @@ class MoldTrainer(RouterTraining, Trainer):
         was_training = model.training
         model.eval()
         sums, counts = torch.zeros(3, device=self.args.device), torch.zeros(3, device=self.args.device)
-        loader = self.get_eval_dataloader(eval_dataset)
+        items = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        items = items[self.accelerator.process_index :: self.accelerator.num_processes]
+        loader = DataLoader(items, self.args.eval_batch_size, collate_fn=self.data_collator)
         for inputs in tqdm(loader, desc="Evaluating", disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 sums += self._term_sums(model, inputs)[0]
             counts += _denominators(inputs)
+        sums, counts = self.accelerator.reduce(sums), self.accelerator.reduce(counts)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts).item()}
         metrics |= self._term_metrics(sums, counts, f"{metric_key_prefix}_loss")

@@ -8,11 +8,28 @@ FAMILIES = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
     "mistral": ("Mistral", {}),
+    "mistral_window": ("Mistral", {"sliding_window": 7}),
     "phi3": ("Phi3", {}),
     "olmo2": ("Olmo2", {}),
     "smollm3": ("SmolLM3", {}),
-    "gemma3": ("Gemma3", {"query_pre_attn_scalar": 16}),
-    "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 9,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 9,
+            "sliding_window_pattern": 2,
+        },
+    ),
+    "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}),
     "gpt_neox": ("GPTNeoX", {}),
     "gpt2": ("GPT2", {}),
 }

@@ -5,7 +5,7 @@ import json
 from mold import MoldConfig, MoldTrainer
 from mold.data import Example
 from mold.problems import generate_problems
-from tests.tiny_models import make_model
+from tests.tiny_models import make_model, plain_attention
 from tests.tiny_tokenizers import make_tokenizer
 
 STUDENT_TOKENIZER, TEACHER_TOKENIZER = make_tokenizer("smollm"), make_tokenizer("gpt2")
@@ -15,7 +15,7 @@ BARE = Example("bare", "Who came first?", "The hen came first.", "the hen")
 
 def make_student(family="llama", seed=0, **options):
     options = {"vocab": len(STUDENT_TOKENIZER), "initializer_range": 0.05} | options
-    return make_model(family, seed=seed, attention="sdpa", **options)
+    return make_model(family, seed=seed, attention=plain_attention(family), **options)
 
 
 def make_teacher():

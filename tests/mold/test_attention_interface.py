@@ -1,8 +1,11 @@
 """The "mold" attention in transformers: ordinary use equals sdpa, spans give pooled attention, the rest is refused."""
 
+from unittest import mock
+
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache
+from transformers.masking_utils import create_chunked_causal_mask
 
 from mold.attention_interface import LayerAttention, stack_attention, use_mold_attention
 from tests.tiny_models import FAMILIES, make_model, plain_attention
@@ -90,14 +93,22 @@ def test_padding_is_not_attended_to():
 
 def test_a_sliding_window_counts_only_where_it_is_shorter_than_the_text():
     inputs = make_inputs()
-    wide = make_model("mistral", sliding_window=12).eval()
-    narrow = make_model("mistral", sliding_window=6).eval()
-    assert len(wide(**inputs, **SPANS, output_attentions=True, use_cache=False).attentions) == 3
-    torch.testing.assert_close(
-        narrow(**inputs).logits, make_model("mistral", sliding_window=6, attention="sdpa").eval()(**inputs).logits
-    )
-    with pytest.raises(ValueError, match="sliding window"):
-        narrow(**inputs, **SPANS, output_attentions=True, use_cache=False)
+    plain = make_model("mistral").eval()(**inputs, **SPANS, output_attentions=True, use_cache=False)
+    for window in (12, 6):
+        out = make_model("mistral", sliding_window=window).eval()(
+            **inputs, **SPANS, output_attentions=True, use_cache=False
+        )
+        assert torch.equal(out.attentions[0].attention, plain.attentions[0].attention) == (window == 12)
+
+
+def test_attention_in_chunks_is_no_window_and_refused():
+    model = make_model("mistral", sliding_window=None).eval()
+    chunked = create_chunked_causal_mask
+    model.config.attention_chunk_size = 5
+    with mock.patch("transformers.models.mistral.modeling_mistral.create_causal_mask", chunked):
+        model(**make_inputs(), use_cache=False)
+        with pytest.raises(ValueError, match="chunked attention"):
+            model(**make_inputs(), **SPANS, output_attentions=True, use_cache=False)
 
 
 def test_packed_sequences_are_refused_with_spans_and_right_without():

@@ -178,8 +178,8 @@ def test_loss_and_gradients_equal_the_eager_form(family, padding, dtype):
         assert gradient is not None, name
         assert gradient.any(), f"{name} has no gradient at all"
         error = relative_error(actual_gradients[name], gradient)
-        # Of sinks, too, eager's float32 gradient is a small difference of large numbers.
-        tolerance = 1e-4 if name.endswith("sinks") and dtype == torch.float32 else TOLERANCE[dtype]
+        # Of sinks and key biases, too, eager's float32 gradient is a small difference of large numbers.
+        tolerance = 1e-4 if name.endswith(("sinks", "k_proj.bias")) and dtype == torch.float32 else TOLERANCE[dtype]
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
     # The router's gradient is a small difference of large numbers: in float32 the eager form itself is off by up to
     # 1e-4 of it from its own float64. The float64 case is the proof.
