@@ -40,7 +40,9 @@ def answer_kind(right: str) -> AnswerKind:
     return "text" if _number(right) is None else "number"
 
 
-def extract_answer(completion: str, template: str = DEFAULT_TEMPLATE, kind: AnswerKind = "number") -> str | None:
+def extract_answer(
+    completion: str, template: str = DEFAULT_TEMPLATE, kind: AnswerKind = "number", task: str = "joint"
+) -> str | None:
     r"""The answer a completion gives.
 
     A completion that goes on with a question of its own is read up to there. The answer is the line behind the
@@ -52,10 +54,13 @@ def extract_answer(completion: str, template: str = DEFAULT_TEMPLATE, kind: Answ
         completion: generated text, from the rationale on.
         template: the training text's, for its markers.
         kind: what is looked for where nothing announces the answer.
+        task: what was asked for (see `mold.data.render`); "predict" and "answer" complete to the answer's line itself.
 
     Returns:
         The answer's text, None where nothing looks like one.
     """
+    if task in ("predict", "answer"):
+        return completion.strip().partition("\n")[0].strip() or None
     opening = template.split("{question}")[0].strip()
     if opening:
         completion = re.split(rf"\n\s*{re.escape(opening)}", completion, maxsplit=1)[0]
