@@ -418,6 +418,7 @@ def span_attention_backward(
         BLOCK_D=options["BLOCK_D"],
         BLOCK_N=tile.n,
         HAS_UNIT=unit is not None,
+        enable_fp_fusion=True,
     )
     return dq, dk, dlse
 

@@ -187,13 +187,14 @@ def make_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, length: int, r
     pieces = Pieces(*(row_spans.new_empty(batch, size) for size in sizes))
     marks = torch.zeros(batch, 2, length + 1, dtype=torch.int64, device=row_spans.device)
     _mark_kernel[batch, 2, triton.cdiv(max(steps, keys), _MARK_BLOCK)](
-        marks, row_spans, key_spans, steps, keys, length, BLOCK=_MARK_BLOCK
+        marks, row_spans, key_spans, steps, keys, length, BLOCK=_MARK_BLOCK, enable_fp_fusion=True
     )
     _scan_kernel[batch, 2](
         *(marks, pieces.row_piece, pieces.row_start, pieces.key_piece, pieces.key_first, pieces.before),
         *(pieces.columns, pieces.column_piece, length, row_count, key_count),
         ROWS=rows,
         BLOCK=_SCAN_BLOCK,
+        enable_fp_fusion=True,
     )
     return pieces
 
@@ -295,4 +296,5 @@ def pool_spans(
         MEAN=mean,
         SPREAD=spread,
         BLOCK=_POOL_BLOCK,
+        enable_fp_fusion=True,
     )
