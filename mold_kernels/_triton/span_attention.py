@@ -8,8 +8,8 @@ rows and columns at the end, so that one number a pair of pieces leaves the prog
 over pairs of pieces, g is one number a column and row piece. dq: a program takes one row piece and a key head and walks
 the columns. dk: a program takes a tile of columns and a share of the row pieces; shares are added in a fixed order.
 
-Cost with P = B Hq T N / 2 pairs: forward 2 P D FLOPs, reading q once a block of key pieces (`Tile.n` of them) and the
-columns once a row piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pairs of pieces.
+Cost with P = B Hq T N / 2 pairs: forward 2 P D FLOPs, reading q once a tile of columns and the columns once a row
+piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pairs of pieces.
 """
 
 import torch
@@ -79,9 +79,10 @@ def _span_attention_forward_kernel(
     HAS_RANGES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    blocks = tl.cdiv(key_count, BLOCK_N)
+    PIECES: tl.constexpr = 2 * BLOCK_N  # enough that their columns fill tiles
+    blocks = tl.cdiv(key_count, PIECES)
     row_piece = tl.program_id(0) // blocks
-    key_block = tl.program_id(0) % blocks * BLOCK_N
+    key_block = tl.program_id(0) % blocks * PIECES
     batch = (tl.program_id(1) // parts).to(tl.int64)
     part = tl.program_id(1) % parts
     row_start_ptr += batch * (row_count + 1)
@@ -92,13 +93,13 @@ def _span_attention_forward_kernel(
 
     first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
     low = tl.load(key_first_ptr + key_block)
-    high = tl.load(key_first_ptr + tl.minimum(key_block + BLOCK_N, key_count))
+    high = tl.load(key_first_ptr + tl.minimum(key_block + PIECES, key_count))
     low, high = _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row, HAS_RANGES)
     high = tl.where(held, high, 0)
     length = end_row - first_row
     tiles = tl.cdiv(length * group, BLOCK_M)
-    key_piece = key_block + tl.arange(0, BLOCK_N)
-    sums = tl.zeros([BLOCK_N], tl.float32)
+    key_piece = key_block + tl.arange(0, PIECES)
+    sums = tl.zeros([PIECES], tl.float32)
     for start in range(low, high, BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
         column = tl.load(columns_ptr + place, mask=place < high, other=T)
@@ -355,7 +356,7 @@ def span_attention_forward(
     row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
     pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
     tile, options = _options("span_attention_forward", q, ranges, softcap)
-    programs = pieces.row_count * triton.cdiv(pieces.key_count, tile.n)
+    programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
     parts = min(kv_heads, triton.cdiv(2 * _PROGRAMS, programs * batch))
     pairs = lse.new_empty(parts, batch, pieces.row_count, pieces.key_count)
     _span_attention_forward_kernel[programs, batch * parts](

@@ -27,82 +27,84 @@ INTERPRETED = Tile(16, 32)
 
 ARCHITECTURES = (80, 90, 100)
 
+_ACCUMULATORS = "dk and dv of a tile fill the registers; smaller tiles spill as much"
+
 # One line a kernel and architecture: for 2-byte elements with head dimensions up to 64, 128 and 256, and for float32,
 # which has no matrix units at full precision, likewise.
 TABLE = {
     ("attention_forward", 80): (
-        (Tile(128, 64, 4, 3), Tile(128, 32, 4, 2), Tile(64, 32, 4, 1)),
-        (Tile(64, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(128, 64, 8, 3), Tile(128, 32, 4, 2), Tile(64, 32, 8, 1)),
+        (Tile(64, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     ("attention_forward", 90): (
-        (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-        (Tile(64, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        (Tile(64, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     ("attention_forward", 100): (
-        (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-        (Tile(64, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        (Tile(64, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     ("attention_backward_dq", 80): (
         (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
     ),
     ("attention_backward_dq", 90): (
-        (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
+        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
     ),
     ("attention_backward_dq", 100): (
         (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 80): (
-        (Tile(32, 128, 8, 2), Tile(32, 64, 4, 2), Tile(16, 64, 8, 1)),
-        (Tile(32, 32), Tile(16, 16), Tile(16, 16, 4, 1)),
+        (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
+        (Tile(32, 32, 8), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 90): (
-        (Tile(64, 128, 8, 3), Tile(64, 128, 8, 2), Tile(32, 64, 8, 1)),
-        (Tile(32, 32), Tile(16, 16), Tile(16, 16, 4, 1)),
+        (Tile(64, 128, 8, 3), Tile(32, 128, 8, 2, _ACCUMULATORS), Tile(32, 32, 4, 1, _ACCUMULATORS)),
+        (Tile(32, 32, 8), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 100): (
-        (Tile(64, 128, 8, 3), Tile(64, 128, 8, 2), Tile(32, 64, 8, 1)),
-        (Tile(32, 32), Tile(16, 16), Tile(16, 16, 4, 1)),
+        (Tile(32, 128, 8, 2), Tile(32, 128, 8, 1), Tile(16, 32, 8, 1)),
+        (Tile(32, 32, 8), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     ),
-    # n key pieces and columns, m pairs of a row and a head.
+    # n columns and half the key pieces of a block, m pairs of a row and a head.
     ("span_attention_forward", 80): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
-        (Tile(32, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(32, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     ("span_attention_forward", 90): (
-        (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
-        (Tile(32, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(128, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
+        (Tile(32, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     ("span_attention_forward", 100): (
-        (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
-        (Tile(32, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(64, 128, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2)),
+        (Tile(32, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     ),
     ("span_attention_backward_dq", 80): (
         (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
     ),
     ("span_attention_backward_dq", 90): (
-        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
+        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
     ),
     ("span_attention_backward_dq", 100): (
-        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
+        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
     ),
     # n columns, m the most rows of a row piece.
     ("span_attention_backward_dk", 80): (
         (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(64, 32), Tile(64, 16), Tile(64, 16, 4, 1)),
+        (Tile(64, 32, 8), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1)),
     ),
     ("span_attention_backward_dk", 90): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(64, 32), Tile(64, 16), Tile(64, 16, 4, 1)),
+        (Tile(64, 32, 8), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1)),
     ),
     ("span_attention_backward_dk", 100): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(64, 32), Tile(64, 16), Tile(64, 16, 4, 1)),
+        (Tile(64, 32, 8), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1)),
     ),
 }
 
