@@ -123,9 +123,7 @@ def attention(shape: Shape) -> list[Work]:
     return [
         by_rows("attention_forward", 2, 2, 2 * q + 2 * k + lse),
         by_rows("attention_backward_dq", 3, 2, 4 * q + 2 * k + 3 * lse),
-        Work(
-            "attention_backward_dk", 8 * pairs * dim, 2 * q + 4 * k + 2 * lse, 8 * done * shape.block_d, loaded, done
-        ),
+        Work("attention_backward_dk", 8 * pairs * dim, 2 * q + 4 * k + 2 * lse, 8 * done * shape.block_d, loaded, done),
     ]
 
 
@@ -144,9 +142,7 @@ def span_attention(shape: Shape) -> list[Work]:
     key_pieces = min(2 * shape.keys, length + 1)
     between = 4 * row_pieces * key_pieces
 
-    forward, dq, dk = (
-        shape.tile(f"span_attention_{name}") for name in ("forward", "backward_dq", "backward_dk")
-    )
+    forward, dq, dk = (shape.tile(f"span_attention_{name}") for name in ("forward", "backward_dq", "backward_dk"))
     done = loaded = 0
     columns_a_block = forward.n * density * TOKENS_A_KEY_WORD / 2  # a key word and the gap after it: two pieces
     for first in range(0, length, TOKENS_A_STEP):
@@ -158,7 +154,12 @@ def span_attention(shape: Shape) -> list[Work]:
     works = [
         Work("make_pieces", 0, 24 * length, 0, 40 * length, launches=3),
         Work(
-            "span_attention_forward", 2 * pairs * dim, q + lse + gathered + pooled, 2 * done * shape.block_d, loaded, done
+            "span_attention_forward",
+            2 * pairs * dim,
+            q + lse + gathered + pooled,
+            2 * done * shape.block_d,
+            loaded,
+            done,
         ),
         Work("pool_spans", 0, 2 * pooled, 0, 2 * between + 2 * pooled, launches=2),
         Work("pool_spans (spread)", 0, 2 * pooled, 0, 2 * between + 2 * pooled, launches=2),
@@ -171,7 +172,11 @@ def span_attention(shape: Shape) -> list[Work]:
         loaded += row_tiles * (seen + 2 * dq.m) * dim * ELEMENT
     works.append(
         Work(
-            "span_attention_backward_dq", 4 * pairs * dim, 2 * q + 2 * lse + gathered, 4 * done * shape.block_d, loaded,
+            "span_attention_backward_dq",
+            4 * pairs * dim,
+            2 * q + 2 * lse + gathered,
+            4 * done * shape.block_d,
+            loaded,
             done,
         )  # fmt: skip
     )
@@ -183,8 +188,13 @@ def span_attention(shape: Shape) -> list[Work]:
     slots = 8 * kv_heads * columns * dim
     works.append(
         Work(
-            "span_attention_backward_dk", 4 * pairs * dim, q + lse + gathered + k, 4 * done * shape.block_d,
-            loaded + slots + k, done, launches=2,
+            "span_attention_backward_dk",
+            4 * pairs * dim,
+            q + lse + gathered + k,
+            4 * done * shape.block_d,
+            loaded + slots + k,
+            done,
+            launches=2,
         )  # fmt: skip
     )
     return works

@@ -152,8 +152,17 @@ def compile_kernels(arch: int, case: Case) -> list[Kernel]:
             unit = next((unit for unit in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if unit in ptx), "")
             kernels.append(
                 Kernel(
-                    name, arch, case, tile, metadata.num_warps, metadata.num_stages, registers, spilled,
-                    metadata.shared, unit, "tt.dot" in kernel.asm["ttir"],
+                    name,
+                    arch,
+                    case,
+                    tile,
+                    metadata.num_warps,
+                    metadata.num_stages,
+                    registers,
+                    spilled,
+                    metadata.shared,
+                    unit,
+                    "tt.dot" in kernel.asm["ttir"],
                 )  # fmt: skip
             )
     return kernels

@@ -157,7 +157,13 @@ def _scan_kernel(
     marks_ptr += (2 * batch + tl.program_id(1)) * (T + 1)
     if tl.program_id(1) == 0:
         _scan_rows(
-            marks_ptr, row_piece_ptr + batch * (T + 1), row_start_ptr + batch * (row_count + 1), T, row_count, ROWS, BLOCK
+            marks_ptr,
+            row_piece_ptr + batch * (T + 1),
+            row_start_ptr + batch * (row_count + 1),
+            T,
+            row_count,
+            ROWS,
+            BLOCK,
         )
     else:
         _scan_keys(
@@ -253,7 +259,9 @@ def _pool_spans_kernel(
             share = holds.to(tl.float32)
         if tl.max(tl.max(holds.to(tl.int32), 1), 0) > 0:
             values = tl.zeros([BLOCK, BLOCK], tl.float32)
-            pointers = in_ptr + index.to(tl.int64)[:, None] * in_strides[2] + column.to(tl.int64)[None, :] * in_strides[3]
+            pointers = (
+                in_ptr + index.to(tl.int64)[:, None] * in_strides[2] + column.to(tl.int64)[None, :] * in_strides[3]
+            )
             inside = (index < high)[:, None] & (column < width)[None, :]
             for _ in range(parts):
                 values += tl.load(pointers, mask=inside, other=0.0)

@@ -16,7 +16,9 @@ _PROGRAMS = 1024
 
 
 @triton.jit
-def _load_tokens(v_ptr, mask_ptr, token, T, strides, mask_stride, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _load_tokens(
+    v_ptr, mask_ptr, token, T, strides, mask_stride, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
     """(values [tokens, BLOCK] in float32, pointers' offsets, where they are): 0 where a token is not valid."""
     column = tl.arange(0, BLOCK)
     valid = tl.load(mask_ptr + token.to(tl.int64) * mask_stride, mask=token < T, other=0) != 0
@@ -94,9 +96,7 @@ def value_pool_forward(v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch
     shares = min(triton.cdiv(length, options["BLOCK_T"]), triton.cdiv(_PROGRAMS, max(batch, 1)))
     partial = v.new_empty(shares, batch, heads * head_dim, dtype=torch.float32)
     if partial.numel():
-        _value_pool_forward_kernel[shares, batch](
-            v, mask, partial, v.stride(), mask.stride(), length, eps, **options
-        )
+        _value_pool_forward_kernel[shares, batch](v, mask, partial, v.stride(), mask.stride(), length, eps, **options)
     return partial.sum(0)
 
 

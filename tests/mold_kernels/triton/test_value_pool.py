@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mold_kernels._triton import value_pool as kernels
-from tests.mold_kernels.test_value_pool import check_against_reference, make_case, value_and_gradients
 from mold_kernels.value_pool import value_pool
+from tests.mold_kernels.test_value_pool import check_against_reference, make_case, value_and_gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
