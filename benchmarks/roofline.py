@@ -1,6 +1,6 @@
 """What must each Triton kernel do, what does it do, and how long should that take on an H100? Arithmetic, no GPU.
 
-    python -m benchmarks.roofline                          # Llama-1B attention, T = 4k to 32k; writes results/roofline.md
+    python -m benchmarks.roofline      # Llama-1B's attention, T = 4k to 32k; writes results/roofline.md
     python -m benchmarks.roofline --lengths 8192 --head-dim 128
 
 "must" is the least any implementation could do: every product of visible pairs once, every input and output through
@@ -144,7 +144,7 @@ def span_attention(shape: Shape) -> list[Work]:
 
     forward, dq, dk = (shape.tile(f"span_attention_{name}") for name in ("forward", "backward_dq", "backward_dk"))
     done = loaded = 0
-    columns_a_block = forward.n * density * TOKENS_A_KEY_WORD / 2  # a key word and the gap after it: two pieces
+    columns_a_block = 2 * forward.n * density * TOKENS_A_KEY_WORD  # a key word is a piece
     for first in range(0, length, TOKENS_A_STEP):
         seen = (first + TOKENS_A_STEP) * density
         row_tiles = kv_heads * -(-TOKENS_A_STEP * shape.group // forward.m)
@@ -178,7 +178,7 @@ def span_attention(shape: Shape) -> list[Work]:
             4 * done * shape.block_d,
             loaded,
             done,
-        )  # fmt: skip
+        )
     )
     done = loaded = 0
     for first in range(0, columns, dk.n):
@@ -195,7 +195,7 @@ def span_attention(shape: Shape) -> list[Work]:
             loaded + slots + k,
             done,
             launches=2,
-        )  # fmt: skip
+        )
     )
     return works
 
@@ -205,12 +205,19 @@ def small(shape: Shape) -> list[Work]:
     v = shape.rows(shape.kv_heads)
     elements = v / ELEMENT
     cells = shape.steps * shape.keys
-    read = 4 * cells * (2 * shape.teacher_layers + shape.layers + 1)
+    read = 4 * cells * (3 * shape.teacher_layers + shape.layers + 1)
     return [
         Work("value_pool_forward", 0, v, 0, v, launches=2),
         Work("value_pool_backward", 0, 2 * v, 7 * elements / 1000, 2 * v),
-        # One multiprocessor an example: its share of L2's bandwidth.
-        Work("layer_mixture_kl_forward", 0, 4 * cells * (shape.teacher_layers + shape.layers + 1), 0, 132 * read),
+        Work(
+            "layer_mixture_kl_forward",
+            0,
+            4 * cells * (shape.teacher_layers + shape.layers + 1),
+            0,
+            # A layer's statistic is one multiprocessor's work: its share of L2's bandwidth.
+            max(read, 132 / shape.teacher_layers * 8 * cells * shape.teacher_layers),
+            launches=3,
+        ),
         Work("layer_mixture_kl_backward", 0, 4 * cells * (2 * shape.layers + 1), 0, 4 * cells * (2 * shape.layers + 1)),
     ]
 

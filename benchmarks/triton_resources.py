@@ -163,7 +163,7 @@ def compile_kernels(arch: int, case: Case) -> list[Kernel]:
                     metadata.shared,
                     unit,
                     "tt.dot" in kernel.asm["ttir"],
-                )  # fmt: skip
+                )
             )
     return kernels
 

@@ -55,8 +55,8 @@ def attention_with_lse(
         cu_seqlens: int32 [sequences + 1], where packed sequences begin in the one row of a batch of 1, and T at the
             end; a row sees its own sequence only. None: one sequence a row.
         engine: "auto", "triton" (GPU; D up to 256, no float64), "cpu" (aten's flash attention; padding is the only
-            option it has), "flex" (torch's FlexAttention; no gradient on the CPU), "fa4" (flash-attn-4, where it is installed; bfloat16 and
-            float16, no padding) or "reference" (materialises T x T). A named engine is used or refused, never
+            option it has), "flex" (torch's FlexAttention; no gradient on the CPU), "fa4" (flash-attn-4, where it is
+            installed; bfloat16 and float16, no padding) or "reference" (materialises T x T). A named engine is used or refused, never
             replaced.
 
     Returns:

@@ -6,7 +6,7 @@ import os
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs kernels in its interpreter, on CPU tensors too (Triton's own switch, read when it is imported)."""
+"""Whether Triton runs kernels in its interpreter, on CPU tensors too: Triton's own switch, read at its import."""
 
 DEVICES = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
 DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})

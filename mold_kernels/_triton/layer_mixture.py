@@ -8,7 +8,8 @@ to a power of two).
 Sums over layers and rows are float64: teacher and student rows are nearly alike, so float32's rounding of either would
 be a visible part of their divergence, and it is a few thousand numbers a step.
 
-Cost with n = S M: forward reads 3 L1 n + L2 n floats (a third of it from L1) and writes n; backward reads L2 n + n and writes L2 n.
+Cost with n = S M: forward reads 3 L1 n + L2 n floats (L1 n of them twice in a row) and writes n; backward reads
+L2 n + n and writes L2 n.
 """
 
 import torch
@@ -128,10 +129,7 @@ def _layer_mixture_kl_forward_kernel(
     divisor = tl.maximum(steps, 1).to(tl.float64)
     loss = tl.sum(tl.sum(tl.where(valid, p * (log_p - log_q), 0.0), 1), 0) / divisor
     tl.store(loss_ptr + batch * tl.num_programs(0) + tl.program_id(0), loss)
-    if L1_NORM:
-        gradient = 1 / total - p / tl.where(valid, mass, 1.0)
-    else:
-        gradient = tl.exp(log_q) - p
+    gradient = 1 / total - p / tl.where(valid, mass, 1.0) if L1_NORM else tl.exp(log_q) - p
     gradient = tl.where(valid, gradient, 0.0) / divisor
     cells = mixture_grad_ptr + batch * S * M + step[:, None] * M + key[None, :]
     tl.store(cells, gradient.to(tl.float32), mask=(step < S)[:, None] & (key < M)[None, :])

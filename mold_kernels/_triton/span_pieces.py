@@ -2,8 +2,8 @@
 
 The starts and ends of all spans of an example cut its tokens into **pieces**, so that a span is a run of pieces and
 spans overlap as they like: whatever is summed once a piece is summed over a span by adding its pieces. Row pieces are
-cut further so that none has more than a tile of rows; of the key pieces only those count that some key span holds. Their
-tokens are the **columns**.
+cut further so that none has more than a tile of rows; of the key pieces only those count that some key span holds.
+Their tokens are the **columns**.
 
 Sizes come from shapes alone, never from values, which would have to be read back: S spans over T tokens make at most
 min(2 S + T / tile + 1, T + 1) pieces; unused ones are empty and last. There are at most T columns: their list has T
