@@ -50,6 +50,12 @@ def _probabilities(scores, lse, row, column, range_ptr, T, HAS_RANGES: tl.conste
 
 
 @triton.jit
+def _sum_columns(column_sums, column_piece, key_piece):
+    """The columns' sums added up into the key pieces they are in."""
+    return tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
+
+
+@triton.jit
 def _span_attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -98,8 +104,9 @@ def _span_attention_forward_kernel(
     high = tl.where(held, high, 0)
     length = end_row - first_row
     tiles = tl.cdiv(length * group, BLOCK_M)
-    key_piece = key_block + tl.arange(0, PIECES)
-    sums = tl.zeros([PIECES], tl.float32)
+    key_piece = key_block + tl.arange(0, BLOCK_N)
+    lower = tl.zeros([BLOCK_N], tl.float32)
+    upper = tl.zeros([BLOCK_N], tl.float32)
     for start in range(low, high, BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
         column = tl.load(columns_ptr + place, mask=place < high, other=T)
@@ -126,9 +133,11 @@ def _span_attention_forward_kernel(
             )
         column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=-1)
         column_sums = tl.sum(acc, 1)
-        sums += tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
+        lower += _sum_columns(column_sums, column_piece, key_piece)
+        upper += _sum_columns(column_sums, column_piece, key_piece + BLOCK_N)
     line = ((part * tl.num_programs(1) // parts + batch) * row_count + row_piece) * key_count
-    tl.store(pairs_ptr + line + key_piece, sums, mask=key_piece < key_count)
+    tl.store(pairs_ptr + line + key_piece, lower, mask=key_piece < key_count)
+    tl.store(pairs_ptr + line + key_piece + BLOCK_N, upper, mask=key_piece + BLOCK_N < key_count)
 
 
 @triton.jit
