@@ -40,7 +40,7 @@ def _counts(steps_ptr, keys_ptr, batch, S, M):
     return tl.where(keys > 0, tl.minimum(tl.load(steps_ptr + batch).to(tl.int32), S), 0), keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["teacher_strides", "S", "M"])
 def _layer_statistic_kernel(
     teacher_ptr,
     steps_ptr,
@@ -69,7 +69,17 @@ def _layer_statistic_kernel(
     tl.store(statistic_ptr + batch * tl.num_programs(0) + layer, mean)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "teacher_strides",
+        "student_strides",
+        "weights_strides",
+        "teacher_layers",
+        "student_layers",
+        "S",
+        "M",
+    ]
+)
 def _layer_mixture_kl_forward_kernel(
     teacher_ptr,
     student_ptr,
@@ -135,7 +145,7 @@ def _layer_mixture_kl_forward_kernel(
     tl.store(cells, gradient.to(tl.float32), mask=(step < S)[:, None] & (key < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grad_strides", "student_strides", "weights_strides", "layers", "cells", "M"])
 def _layer_mixture_kl_backward_kernel(
     grad_ptr,
     mixture_grad_ptr,

@@ -55,7 +55,7 @@ def _sum_columns(column_sums, column_piece, key_piece):
     return tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_strides", "parts", "row_count", "key_count", "T"])
 def _span_attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -140,7 +140,7 @@ def _span_attention_forward_kernel(
     tl.store(pairs_ptr + line + key_piece + BLOCK_N, upper, mask=key_piece + BLOCK_N < key_count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
 def _span_attention_backward_dq_kernel(
     q_ptr,
     k_ptr,
@@ -229,7 +229,7 @@ def _shares(columns, slots, BLOCK_N: tl.constexpr):
     return tiles, tl.minimum(slots // tiles, 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
 def _span_attention_backward_dk_kernel(
     q_ptr,
     k_ptr,
@@ -306,7 +306,7 @@ def _span_attention_backward_dk_kernel(
         store_rows(slots_ptr + slot * D, lane, lane < BLOCK_N, (D, 1), dk, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "T"])
 def _span_attention_gather_dk_kernel(
     slots_ptr,
     unit_ptr,

@@ -69,7 +69,7 @@ def _mark(marks_ptr, spans_ptr, count, T, BLOCK: tl.constexpr):
     tl.atomic_add(marks_ptr + end, tl.full([BLOCK], _CLOSED, tl.int64), mask=index < count, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "keys", "T"])
 def _mark_kernel(marks_ptr, row_spans_ptr, key_spans_ptr, steps, keys, T, BLOCK: tl.constexpr):
     batch = tl.program_id(0).to(tl.int64)
     marks_ptr += (2 * batch + tl.program_id(1)) * (T + 1)
@@ -137,7 +137,7 @@ def _scan_keys(
         tl.store(first_ptr + unused, tl.zeros_like(unused) + columns, mask=unused <= capacity)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "row_count", "key_count"])
 def _scan_kernel(
     marks_ptr,
     row_piece_ptr,
@@ -200,7 +200,7 @@ def make_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, length: int, r
     return pieces
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_strides", "in_strides", "parts", "outputs", "inputs", "width", "count", "T"])
 def _pool_spans_kernel(
     out_ptr,
     in_ptr,

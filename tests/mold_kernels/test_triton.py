@@ -57,6 +57,17 @@ def test_ahead_of_time(arch):
         check(compile_kernels(arch, case))
 
 
+def test_no_length_compiles_a_kernel_again():
+    from benchmarks.triton_resources import QUICK, ahead_of_time, launch_all
+
+    variants = []
+    for length, steps, keys in ((4096, 90, 300), (4112, 96, 272), (3333, 65, 511)):
+        with ahead_of_time(90) as compiled:
+            launch_all(QUICK[0], length, steps, keys)
+        variants.append({(name, kernel.hash) for name, kernel in compiled})
+    assert variants[0] == variants[1] == variants[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_ahead_of_time_every_variant(arch):
