@@ -34,10 +34,19 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def refuse_prompt_adapters(model: PreTrainedModel) -> None:
-    """Raise a ValueError if the model's adapter puts tokens of its own before the text: spans would be off."""
+def check_adapter(model: PreTrainedModel) -> None:
+    """Raise a ValueError if the model's adapter or quantization would silently train something wrong.
+
+    An adapter that puts tokens of its own before the text shifts the spans. bitsandbytes (0.50) lays 4-bit weights on
+    CPUs out anew in evaluation, and from then on no gradient passes them.
+    """
     if without_adapter(model) is not model and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"peft_config: is {type(model.active_peft_config).__name__}, must not put tokens before the text (LoRA "
             "and its like do not): steps and key words would be read at the wrong place"
+        )
+    if getattr(without_adapter(model), "is_quantized", False) and model.device.type == "cpu":
+        raise ValueError(
+            "model: is quantized and on a CPU, must be on a GPU to be trained: on CPUs bitsandbytes passes no gradient "
+            "after an evaluation"
         )
