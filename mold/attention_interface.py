@@ -166,7 +166,8 @@ def mold_mask(
         and allow_is_causal_skip
         and (local_size is None or kv_length <= local_size or _is_window(mask_function, local_size))
     ):
-        if attention_mask is None or bool(attention_mask.all()):
+        # Looking into the mask would break a graph of torch.compile: there it stays, even if nothing is padded.
+        if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
             return None
         return attention_mask[:, kv_offset : kv_offset + kv_length]
     return sdpa_mask(
@@ -227,6 +228,15 @@ def attention_dropout_option(config) -> str | None:
         if getattr(config, name, 0):
             return name
     return None
+
+
+def check_attention_dropout(config) -> None:
+    """Raise a ValueError that names the option if the configuration has attention dropout."""
+    if option := attention_dropout_option(config):
+        raise ValueError(
+            f"{option}: is {getattr(config, option)}, must be 0: pooled attention has no attention dropout; load the "
+            f"student with {option}=0.0 (model_init_kwargs)"
+        )
 
 
 def _concatenated(captured: Sequence[LayerAttention]) -> LayerAttention:

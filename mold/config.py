@@ -164,13 +164,20 @@ class DataOptions:
     """Where the examples come from."""
 
     dataset: str = field(
-        default="generated", metadata={"help": 'A file or folder of examples, or "generated": our own word problems.'}
+        default="generated",
+        metadata={"help": 'A file, folder or hub name of examples, or "generated": our own word problems.'},
     )
     dataset_format: str = field(
-        default="auto", metadata={"help": "auto, jsonl, gsm8k, svamp, commonsense_qa or singleeq."}
+        default="auto",
+        metadata={
+            "help": "auto, plain, gsm8k, svamp, asdiv, singleeq, multiarith, commonsense_qa or strategyqa.",
+        },
+    )
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "train, test, ...: the file of a folder, the split of a data set on the hub."}
     )
     rationales: str | None = field(
-        default=None, metadata={"help": "A JSONL file of rationales, for data sets that have none of their own."}
+        default=None, metadata={"help": "A JSONL file of rationales, in place of those that the data set has."}
     )
     num_train: int | None = field(default=None, metadata={"help": "Training examples; all there are where not given."})
     num_eval: int = field(default=40, metadata={"help": "Held-out examples."})

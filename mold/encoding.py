@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mold.data import Example, render
+from mold.chat import render_for
+from mold.data import Example
 from mold.loss import ANSWER, PROMPT, RATIONALE
 from mold.text import Segments, Span, segment, token_spans
 
@@ -46,7 +47,7 @@ def encode_example(
     Args:
         example: question, rationale and answer.
         tokenizer: a fast tokenizer (its offsets map characters to tokens).
-        template, task: see `mold.data.render`.
+        template, task: see `mold.chat.render_for`.
         append_eos: whether the text ends with the tokenizer's end-of-sequence token (training wants it).
         max_length: most tokens an example may have; nothing is ever cut. None: no limit.
 
@@ -55,12 +56,18 @@ def encode_example(
             names the example.
     """
     check_tokenizer(tokenizer)
-    rendered = render(example, template, task)
     try:
+        rendered = render_for(example, template, tokenizer, task)
         segments = Segments((), ())
         if task in ("joint", "explain"):
             segments = segment(rendered.text, rendered.question, rendered.rationale, example.keywords)
-        encoding = tokenizer(rendered.text, return_offsets_mapping=True, truncation=False, verbose=False)
+        encoding = tokenizer(
+            rendered.text,
+            add_special_tokens=rendered.special_tokens,
+            return_offsets_mapping=True,
+            truncation=False,
+            verbose=False,
+        )
         input_ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
         row_spans = token_spans(segments.steps, offsets, rendered.text)
         key_spans = token_spans(segments.key_words, offsets, rendered.text)

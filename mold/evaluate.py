@@ -10,8 +10,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mold.answers import answers_match, extract_answer
-from mold.data import DEFAULT_TEMPLATE, Example, render
+from mold.answers import answer_kind, answers_match, extract_answer
+from mold.chat import render_for
+from mold.data import DEFAULT_TEMPLATE, Example
 from mold.signals import write_atomically
 
 
@@ -33,7 +34,7 @@ def generate_predictions(
         model: a causal language model.
         tokenizer: its tokenizer.
         examples: their rationales and answers are only compared with, never shown to the model.
-        template, task: the training text's (see `mold.data.render`).
+        template, task: the training text's (see `mold.chat.render_for`).
         batch_size: prompts a batch, padded on the left.
         max_new_tokens: most tokens of a completion. A completion that reaches it is marked "truncated".
         progress: whether to show a progress bar.
@@ -43,14 +44,17 @@ def generate_predictions(
         was found), completion, correct, truncated.
     """
     model.eval()
-    prompts = [render(example, template, task).prompt for example in examples]
+    rendered = [render_for(example, template, tokenizer, task) for example in examples]
     # Prompts of like length share a batch: less padding.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    order = sorted(range(len(rendered)), key=lambda index: len(rendered[index].prompt))
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows = [None] * len(prompts)
+    rows = [None] * len(rendered)
     for start in tqdm(range(0, len(order), batch_size), desc="Generating", disable=not progress):
         chosen = order[start : start + batch_size]
-        ids = [tokenizer(prompts[index])["input_ids"] for index in chosen]
+        ids = [
+            tokenizer(rendered[index].prompt, add_special_tokens=rendered[index].special_tokens)["input_ids"]
+            for index in chosen
+        ]
         length = max(map(len, ids))
         batch = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in ids], device=model.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=model.device)
@@ -68,7 +72,7 @@ def generate_predictions(
         for index, tokens in zip(chosen, output, strict=True):
             example = examples[index]
             completion = tokenizer.decode(tokens, skip_special_tokens=True)
-            prediction = extract_answer(completion, template, task)
+            prediction = extract_answer(completion, template, answer_kind(example.answer), task)
             rows[index] = {
                 "id": example.id,
                 "question": example.question,

@@ -21,13 +21,15 @@ from transformers.utils import logging
 
 import mold
 from mold.config import DataOptions, MoldConfig, StudentOptions, TeacherOptions
-from mold.data import Example, read_examples, split_examples
+from mold.data import Example, split_examples
 from mold.encoding import has_signal
 from mold.evaluate import accuracy, generate_predictions, write_jsonl
 from mold.models import load_model, spread_layers, take_layers
 from mold.problems import generate_problems
+from mold.readers import read_examples
+from mold.router_training import ROUTER_FILE
 from mold.signals import SignalCache, SignalSettings, extract_signals, write_atomically
-from mold.trainer import ROUTER_FILE, MoldTrainer
+from mold.trainer import MoldTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +72,7 @@ def load_examples(options: DataOptions, require_rationale: bool = True) -> tuple
         examples, report = read_examples(
             options.dataset,
             options.dataset_format,
+            split=options.dataset_split,
             rationales=options.rationales,
             require_rationale=require_rationale,
         )
@@ -78,6 +81,8 @@ def load_examples(options: DataOptions, require_rationale: bool = True) -> tuple
     if not 0 < options.num_eval <= len(examples):
         raise ValueError(f"num_eval: is {options.num_eval}, must be from 1 to the {len(examples)} examples there are")
     train, held_out = split_examples(examples, options.num_eval, options.split_seed)
+    if repeated := len(examples) - len(train) - len(held_out):
+        logger.warning(f"{options.dataset}: {repeated} examples ask a held-out question again and are left out")
     if options.num_train is not None and options.num_train > len(train):
         raise ValueError(f"num_train: is {options.num_train}, but only {len(train)} examples are left to train on")
     return train[: options.num_train], held_out

@@ -86,6 +86,7 @@ class SignalCache:
                 raise ValueError(f"signals: {self.folder / name} has other settings than the manifests beside it")
             self._examples |= manifest["examples"]
             shards |= manifest["shards"]
+        self._shards = shards
         for name, digest in shards.items():
             path = self.folder / name
             if not path.is_file():
@@ -97,6 +98,11 @@ class SignalCache:
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    def about(self) -> dict[str, str | int | None]:
+        """What a model card says of the signals: their settings, their number and a hash of all of them."""
+        digest = hashlib.sha256("".join(sorted(self._shards.values())).encode()).hexdigest()
+        return dataclasses.asdict(self.settings) | {"examples": len(self), "fingerprint": digest}
 
     def require(self, **settings) -> None:
         """Raise a ValueError that names the first setting (see SignalSettings) that is not as given."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
@@ -23,25 +22,26 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from mold.adapters import add_adapter, check_adapter, without_adapter
-from mold.attention_interface import attention_dropout_option, stack_attention, use_mold_attention
+from mold.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
+from mold.chat import example_from_row
 from mold.chunked_cross_entropy import ChunkedHead
 from mold.config import MoldConfig
 from mold.data import Example
 from mold.encoding import Collator, encode_example, has_signal
 from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
 from mold.models import load_model
+from mold.router_training import RouterTraining
 from mold.signals import OnlineTeacher, SignalCache, write_atomically
 
 logger = logging.get_logger(__name__)
 
-ROUTER_FILE = "mold_router.safetensors"
 COMPLETE_FILE = "mold_complete.json"
 """Written last into a checkpoint; one without it was cut short and is never resumed from."""
 METRICS_FILE = "metrics.jsonl"
 TERMS = ("rationale", "answer", "attention")
 
 
-class MoldTrainer(Trainer):
+class MoldTrainer(RouterTraining, Trainer):
     """Trains a student on rationales, answers and its teacher's stepwise attention.
 
     Args:
@@ -109,11 +109,8 @@ class MoldTrainer(Trainer):
             )
         if args.padding_free or signals is not None or teacher_model is not None:
             use_mold_attention(without_adapter(model))
-        if args.beta > 0 and (option := attention_dropout_option(model.config)):
-            raise ValueError(
-                f"{option}: is {getattr(model.config, option)}, must be 0: pooled attention has no attention dropout; "
-                f"load the student with {option}=0.0 (model_init_kwargs)"
-            )
+        if args.beta > 0:
+            check_attention_dropout(model.config)
         if signals is not None:
             signals.require(row_reduction=args.row_reduction)
         if peft_config is not None:
@@ -148,6 +145,7 @@ class MoldTrainer(Trainer):
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+        self.mol_router_learning_rate = args.mol_router_learning_rate
         self._reset_window()
 
     def _refuse_unsupported_parallelism(self):
@@ -166,12 +164,17 @@ class MoldTrainer(Trainer):
 
     def encode(self, examples: Sequence[Example | Mapping], name: str = "dataset") -> list[dict]:
         """Items for the collator: each example encoded, with what teaches it. Counts the examples without a signal."""
+        if not hasattr(examples, "__len__"):
+            raise ValueError(
+                f"{name}: is {type(examples).__name__}, must have a length: every example is encoded first"
+            )
         if not len(examples):
             raise ValueError(f"{name}: is empty, must hold at least one example")
         options, items = self._options, []
         taught = options.method != "answers" and (self.signals is not None or self.teacher is not None)
-        for row in tqdm(examples, desc=f"Encoding {name}", disable=options.disable_tqdm, leave=False):
-            example = row if isinstance(row, Example) else Example(**row)
+        rows = tqdm(examples, desc=f"Encoding {name}", disable=options.disable_tqdm, leave=False)
+        for index, row in enumerate(rows):
+            example = example_from_row(row, f"{name}-{index}")
             encoded = [
                 encode_example(example, self._tokenizer, options.template, task=task, max_length=options.max_length)
                 for task in options.tasks
@@ -283,35 +286,6 @@ class MoldTrainer(Trainer):
         terms = sums / counts.clamp(min=1)
         return (1 - alpha) * terms[0] + alpha * terms[1] + beta * terms[2]
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Trainer's, with the router's gradient averaged over the processes as DDP averages the model's."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            for parameter in self.mold_loss.parameters():
-                # A process whose examples have no signal has no gradient, and must take part all the same.
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(gradient, "mean")
-        return loss
-
-    # Optimizer: the router is no part of the model, so everything Trainer does for the model is done for it here.
-
-    def create_optimizer(self, model=None):
-        """Trainer's optimizer, with the router as a parameter group of its own."""
-        given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        router = list(self.mold_loss.parameters())
-        if not given:
-            rate = self.args.mol_router_learning_rate
-            rate = self.args.learning_rate if rate is None else rate
-            optimizer.add_param_group({"params": router, "lr": rate, "weight_decay": 0.0})
-            # Trainer zeroes the gradients of the model alone.
-            optimizer.register_step_post_hook(lambda *_: self.mold_loss.zero_grad())
-        return optimizer
-
-    def _clip_grad_norm(self, model):
-        parameters = [*model.parameters(), *self.mold_loss.parameters()]
-        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
-
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -341,21 +315,6 @@ class MoldTrainer(Trainer):
                 output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
             )
 
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / ROUTER_FILE
-            write_atomically(path, save(self.mold_loss.router.state_dict()))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / ROUTER_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: {resume_from_checkpoint} has no {ROUTER_FILE}, the student's router"
-            )
-        self.mold_loss.router.load_state_dict(load_file(path))
-
     # Metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -368,11 +327,15 @@ class MoldTrainer(Trainer):
             logs["signal_share"] = signals / window["examples"].item()
             if signals:
                 logs["router_entropy"] = window["entropy"].item() / signals
-                extra["router_weights"] = (window["weights"] / signals).tolist()
+                extra["router_weights"] = self.layer_weights = (window["weights"] / signals).tolist()
             self._reset_window()
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
             _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
+
+    def _method_options(self):
+        names = ("method", "alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
+        return {name: getattr(self.args, name) for name in names}
 
     def _term_metrics(self, sums, counts, prefix):
         values = (sums / counts.clamp(min=1)).tolist()

@@ -281,9 +281,7 @@ def _span_attention_backward_dk_kernel(
             row = first_row + tl.arange(0, BLOCK_M)
             inside = row < end_row
             g = tl.load(pairs_ptr + row_piece * key_count + column_piece)
-            q = load_rows(
-                q_ptr + batch * q_strides[0] + head * q_strides[1], row, inside, q_strides[2:], D, BLOCK_D
-            )
+            q = load_rows(q_ptr + batch * q_strides[0] + head * q_strides[1], row, inside, q_strides[2:], D, BLOCK_D)
             lse = LOG2_E * tl.load(
                 lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
                 mask=inside,
@@ -291,9 +289,7 @@ def _span_attention_backward_dk_kernel(
             )
             scores = scores_base_2(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
             weights = g[:, None] * score_slope(scores, softcap, HAS_SOFTCAP)
-            weights *= _probabilities(
-                scores, lse[None, :], row[None, :], column[:, None], range_ptr, T, HAS_RANGES
-            )
+            weights *= _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T, HAS_RANGES)
             dk = product(weights.to(q.dtype), q, dk)
         slot = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N
         lane = tl.arange(0, BLOCK_N)
@@ -422,6 +418,7 @@ def span_attention_backward(
         BLOCK_D=options["BLOCK_D"],
         BLOCK_N=tile.n,
         HAS_UNIT=unit is not None,
+        enable_fp_fusion=True,
     )
     return dq, dk, dlse
 

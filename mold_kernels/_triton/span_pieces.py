@@ -156,7 +156,13 @@ def _scan_kernel(
     marks_ptr += (2 * batch + tl.program_id(1)) * (T + 1)
     if tl.program_id(1) == 0:
         _scan_rows(
-            marks_ptr, row_piece_ptr + batch * (T + 1), row_start_ptr + batch * (row_count + 1), T, row_count, ROWS, BLOCK
+            marks_ptr,
+            row_piece_ptr + batch * (T + 1),
+            row_start_ptr + batch * (row_count + 1),
+            T,
+            row_count,
+            ROWS,
+            BLOCK,
         )
     else:
         _scan_keys(
@@ -181,13 +187,14 @@ def make_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, length: int, r
     pieces = Pieces(*(row_spans.new_empty(batch, size) for size in sizes))
     marks = torch.zeros(batch, 2, length + 1, dtype=torch.int64, device=row_spans.device)
     _mark_kernel[batch, 2, triton.cdiv(max(steps, keys), _MARK_BLOCK)](
-        marks, row_spans, key_spans, steps, keys, length, BLOCK=_MARK_BLOCK
+        marks, row_spans, key_spans, steps, keys, length, BLOCK=_MARK_BLOCK, enable_fp_fusion=True
     )
     _scan_kernel[batch, 2](
         *(marks, pieces.row_piece, pieces.row_start, pieces.key_piece, pieces.key_first, pieces.before),
         *(pieces.columns, pieces.column_piece, length, row_count, key_count),
         ROWS=rows,
         BLOCK=_SCAN_BLOCK,
+        enable_fp_fusion=True,
     )
     return pieces
 
@@ -251,7 +258,9 @@ def _pool_spans_kernel(
             share = holds.to(tl.float32)
         if tl.max(tl.max(holds.to(tl.int32), 1), 0) > 0:
             values = tl.zeros([BLOCK, BLOCK], tl.float32)
-            pointers = in_ptr + index.to(tl.int64)[:, None] * in_strides[2] + column.to(tl.int64)[None, :] * in_strides[3]
+            pointers = (
+                in_ptr + index.to(tl.int64)[:, None] * in_strides[2] + column.to(tl.int64)[None, :] * in_strides[3]
+            )
             inside = (index < high)[:, None] & (column < width)[None, :]
             for _ in range(parts):
                 values += tl.load(pointers, mask=inside, other=0.0)
@@ -287,4 +296,5 @@ def pool_spans(
         MEAN=mean,
         SPREAD=spread,
         BLOCK=_POOL_BLOCK,
+        enable_fp_fusion=True,
     )

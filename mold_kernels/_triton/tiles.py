@@ -13,12 +13,13 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """`m` rows and `n` keys a tile holds, the warps of a program, the stages of its loads."""
+    """`m` rows and `n` keys a tile holds, the warps of a program, the stages of its loads; why it may spill."""
 
     m: int
     n: int
     warps: int = 4
     stages: int = 2
+    spills: str = ""
 
 
 INTERPRETED = Tile(16, 32)
