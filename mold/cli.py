@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -191,7 +192,9 @@ def timed(function, *arguments):
 
 
 def show_summary(summary: dict) -> None:
-    """The table of a run."""
+    """The table of a run, shown by one of its processes."""
+    if not PartialState().is_main_process:
+        return
     table = Table("held-out", "before", "after", title=f"{summary['model']}, taught by {summary['teacher']}")
     for row in summary["rows"]:
         table.add_row(row["metric"], *(f"{row[when]:.4g}" for when in ("before", "after")))
@@ -209,6 +212,8 @@ def show_report(folder: Path) -> None:
     """Write the report and say where it is, or why there is none."""
     from mold.report import write_report
 
+    if not PartialState().is_main_process:
+        return
     try:
         console.print(f"report: {write_report(folder)}")
     except ImportError as error:

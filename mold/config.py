@@ -217,6 +217,16 @@ class StudentOptions:
     student_layers: list[int] | None = field(
         default=None, metadata={"help": "Keep these layers (ascending indices) instead of evenly spread ones."}
     )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the router, not the student."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, over its rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers that get an adapter; all linear ones but the output where not given."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the student's weights in 4 bits (bitsandbytes, a GPU, use_peft)."}
+    )
     generate_batch_size: int = field(default=16, metadata={"help": "Prompts a batch of generation."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion."})
     num_maps: int = field(default=4, metadata={"help": "Held-out examples whose attention maps the report shows."})

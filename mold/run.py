@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import mold
+from mold.adapters import lora_config
 from mold.config import DataOptions, MoldConfig, StudentOptions, TeacherOptions
 from mold.data import Example, split_examples
 from mold.encoding import has_signal
@@ -141,6 +143,11 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
     student = options.student
     if student.model_name_or_path is not None:
         init = dict(options.training.model_init_kwargs or {})
+        if student.load_in_4bit:
+            compute_dtype = torch.bfloat16 if options.training.bf16 else getattr(torch, student.model_dtype)
+            init["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
+            )
         model, tokenizer = load_model(
             student.model_name_or_path, revision=student.model_revision, dtype=student.model_dtype, **init
         )
@@ -157,7 +164,7 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
         model = take_layers(model, student.student_layers)
     elif student.student_num_layers is not None:
         model = take_layers(model, spread_layers(model.config.num_hidden_layers, student.student_num_layers))
-    return model.to(getattr(torch, student.model_dtype)), tokenizer
+    return model if student.load_in_4bit else model.to(getattr(torch, student.model_dtype)), tokenizer
 
 
 def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
@@ -175,6 +182,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
     train_examples, held_out = load_examples(options.data)
     if options.teacher.teacher_online:
         teacher = teacher or load_teacher(options)
+    peft_config = lora_config(options.student)
     student, tokenizer = make_student(options, teacher)
     trainer = MoldTrainer(
         student,
@@ -182,6 +190,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
         train_examples,
         held_out,
         processing_class=tokenizer,
+        peft_config=peft_config,
         **teaching(options, teacher, needed=options.training.beta > 0),
     )
     _claim_folder(options)
@@ -194,7 +203,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
         before["gradient_norms"] = trainer.term_gradient_norms(
             trainer.train_dataset[: options.training.per_device_train_batch_size]
         )
-        write_atomically(before_file, json.dumps(before).encode())
+        _write(before_file, json.dumps(before).encode())
     evaluated = time.perf_counter()
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
@@ -203,7 +212,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
     seconds["evaluate"] = time.perf_counter() - start - seconds["train"]
     _write_maps(folder, before["maps"], after["maps"], {e.id: e for e in held_out})
     summary = _summarise(options, trainer, before, after, seconds)
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    _write(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
 
 
@@ -223,8 +232,14 @@ def evaluate(options: Options) -> dict:
         logger.warning(f"{router} does not exist: the attention loss is that of an untrained router")
     result = _evaluate(options, trainer, held_out, "eval")
     metrics = result["metrics"] | {"accuracy": result["accuracy"], "num_eval": len(held_out)}
-    write_atomically(options.folder / "eval.json", json.dumps(metrics, indent=1).encode())
+    _write(options.folder / "eval.json", json.dumps(metrics, indent=1).encode())
     return metrics
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Of several processes, which all know the same, one writes."""
+    if PartialState().is_main_process:
+        write_atomically(path, data)
 
 
 def _claim_folder(options: Options) -> None:
@@ -240,7 +255,7 @@ def _claim_folder(options: Options) -> None:
                 )
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, yaml.safe_dump(mine, allow_unicode=True).encode())
+    _write(path, yaml.safe_dump(mine, allow_unicode=True).encode())
 
 
 def _said(chosen: dict, key: str) -> str:
@@ -267,7 +282,8 @@ def _predict(options: Options, model, tokenizer, examples: list[Example], when: 
         max_new_tokens=options.student.max_new_tokens,
         progress=not options.training.disable_tqdm,
     )
-    write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
+    if PartialState().is_main_process:
+        write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
     return predictions
 
 
@@ -282,7 +298,7 @@ def _write_maps(folder: Path, before: list[dict], after: list[dict], examples: d
             entry[f"student_layer_weights_{when}"] = values["student_layer_weights"]
             entry[f"kl_{when}"] = values["kl"]
         entries.append(entry)
-    write_atomically(folder / "attention_maps.json", json.dumps(entries).encode())
+    _write(folder / "attention_maps.json", json.dumps(entries).encode())
 
 
 def _summarise(options: Options, trainer: MoldTrainer, before: dict, after: dict, seconds: dict) -> dict:

@@ -147,6 +147,31 @@ def test_a_student_of_the_teachers_layers(mold, models, problems, tmp_path):
     assert config["num_hidden_layers"] == 2
 
 
+def test_an_adapter_is_trained_and_evaluated(mold, models, problems, tmp_path):
+    savers = {"use_peft": True, "cross_entropy": "chunked", "padding_free": True, "teacher_online": True}
+    status, out, _ = mold("train", *options_of(models, problems, tmp_path / "run", lora_r=4, **savers))
+    assert status == 0
+    assert "attention KL" in out
+    assert (tmp_path / "run/adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run/signals").exists()
+    evaluated = options_of(
+        models, problems, tmp_path / "eval", model_name_or_path=tmp_path / "run", teacher_online=True
+    )
+    status, _, _ = mold("eval", *evaluated)
+    assert status == 0
+    after = {r["metric"]: r["after"] for r in json.loads((tmp_path / "run/summary.json").read_text())["rows"]}
+    found = json.loads((tmp_path / "eval/eval.json").read_text())
+    assert found["eval_loss_attention"] == pytest.approx(after["attention KL"], rel=1e-4)
+    assert found["eval_loss_rationale"] == pytest.approx(after["rationale loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["single_layer", "step_by_step", "rationales", "answers"])
+def test_a_baseline_by_one_option(mold, models, problems, tmp_path, method):
+    status, out, _ = mold("train", *options_of(models, problems, tmp_path, method=method, teacher_online=True))
+    assert status == 0
+    assert ("attention KL" in out) == (method != "answers")
+
+
 def test_a_yaml_file_and_the_command_line_that_wins(mold, models, problems, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -251,6 +252,21 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, signals):
         FloatingPointError, match=r"the loss is nan at step 0 \(rationale nan, answer nan, attention 0\.\d+\)"
     ):
         make_trainer(tmp_path, signals, student).train()
+
+
+def test_what_splits_the_model_is_refused(tmp_path, signals):
+    for name in ("fsdp", "deepspeed"):
+        trainer = make_trainer(tmp_path, signals)
+        with (
+            mock.patch.object(trainer.args, name, True),
+            pytest.raises(ValueError, match=f"{name}: is on, must be off"),
+        ):
+            trainer._refuse_unsupported_parallelism()
+    with (
+        mock.patch.object(MoldConfig, "n_gpu", 2),
+        pytest.raises(ValueError, match="n_gpu: is 2, must be 1 a process: start with torchrun"),
+    ):
+        make_trainer(tmp_path, signals)
 
 
 def test_data_that_cannot_be_learned_from_is_refused(tmp_path, signals):
