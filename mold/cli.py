@@ -1,4 +1,4 @@
-"""The command line: mold demo | extract | train | eval | inspect | info."""
+"""The command line: mold demo | generate | keywords | extract | train | eval | inspect | info."""
 
 from __future__ import annotations
 
@@ -61,6 +61,24 @@ def demo(context: typer.Context, config: ConfigFile = None):
 
 
 @app.command(context_settings=PASS_ON)
+def generate(context: typer.Context, config: ConfigFile = None):
+    """Let a teacher write rationales, or check some from elsewhere. Goes on where a killed run stopped."""
+    from mold import pipeline
+
+    options = parse_options(context.args, config, {}, "generate")
+    show_counts(pipeline.generate(options), options.folder / pipeline.RATIONALES)
+
+
+@app.command(context_settings=PASS_ON)
+def keywords(context: typer.Context, config: ConfigFile = None):
+    """Let a teacher name the key words of commonsense examples. Goes on where a killed run stopped."""
+    from mold import pipeline
+
+    options = parse_options(context.args, config, {}, "keywords")
+    show_counts(pipeline.keywords(options), options.folder / pipeline.RATIONALES)
+
+
+@app.command(context_settings=PASS_ON)
 def extract(context: typer.Context, config: ConfigFile = None):
     """Extract the teacher's stepwise attention of a data set into a cache. Goes on where a killed run stopped."""
     from mold import run
@@ -83,10 +101,15 @@ def train(context: typer.Context, config: ConfigFile = None):
 
 @app.command("eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context, config: ConfigFile = None):
-    """Evaluate a student on the held-out examples: losses, accuracy, predictions."""
-    from mold import run
+    """Evaluate a student on the held-out examples with its losses, or compare models on whole data sets (eval_sets)."""
+    from mold import pipeline, run
 
     options = parse_options(context.args, config, {}, "eval")
+    if options.evaluation.eval_sets:
+        trained_on = run.read_data(options.data, require_rationale=False) if "dataset" in options.chosen else ()
+        show_comparison(pipeline.compare(options, trained_on))
+        console.print(f"predictions: {options.folder / 'predictions'}")
+        return
     metrics = run.evaluate(options)
     table = Table("metric", "value")
     for name, value in metrics.items():
@@ -135,11 +158,11 @@ def parse_options(arguments: list[str], config: Path | None, defaults: dict, com
     """Options from defaults, a YAML file and the command line, each winning over the one before."""
     from transformers import HfArgumentParser
 
-    from mold.config import DataOptions, MoldConfig, StudentOptions, TeacherOptions
+    from mold.config import DataOptions, EvalOptions, MoldConfig, PromptOptions, StudentOptions, TeacherOptions
     from mold.run import Options
 
     parser = HfArgumentParser(
-        (DataOptions, TeacherOptions, StudentOptions, MoldConfig),
+        (DataOptions, TeacherOptions, StudentOptions, MoldConfig, PromptOptions, EvalOptions),
         prog=f"mold {command}",
         allow_abbrev=False,
         epilog="--config FILE: a YAML file of these options (key: value); the command line wins.",
@@ -202,6 +225,38 @@ def show_summary(summary: dict) -> None:
     )
     norms = ", ".join(f"{term} {norm:.3g}" for term, norm in summary["gradient_norms"].items())
     console.print(f"gradient norm of each term before training: {norms}")
+
+
+def show_counts(counts: dict, path: Path) -> None:
+    """The counts of a stage, and where its rows are."""
+    table = Table("what", "count")
+    for name, count in sorted(counts.items()):
+        table.add_row(name, str(count))
+    console.print(table)
+    console.print(str(path), soft_wrap=True)
+
+
+def show_comparison(results: list[dict]) -> None:
+    """A row a model, a column a data set: accuracy in percent with its 95 % interval."""
+    sets = list(dict.fromkeys(result["set"] for result in results))
+    sizes = {result["set"]: result["total"] for result in results}
+    table = Table("model", *(f"{name} ({sizes[name]})" for name in sets), title="accuracy, % (95 % interval)")
+    for model in dict.fromkeys(result["model"] for result in results):
+        cells = {result["set"]: result for result in results if result["model"] == model}
+        table.add_row(
+            model,
+            *(
+                "{:.1f} ({:.1f} to {:.1f})".format(*(100 * cells[s][k] for k in ("accuracy", "low", "high")))
+                for s in sets
+            ),
+        )
+    console.print(table)
+    remarks = {"seen": "questions that the training data asks too", "no_answer": "without an answer"}
+    remarks["truncated"] = "cut off at max_new_tokens"
+    for name, label in remarks.items():
+        for result in results:
+            if result[name]:
+                console.print(f"{result['model']} on {result['set']}: {result[name]} {label}")
 
 
 def show_report(folder: Path) -> None:

@@ -30,7 +30,7 @@ class Oracle(torch.nn.Module):
             assert mask.tolist() == sorted(mask.tolist())  # padded on the left
             prompt = TOKENIZER.decode(row[mask.bool()], skip_special_tokens=True)
             (text,) = (text for text in self.texts if text.startswith(prompt))
-            tokens = TOKENIZER(text[len(prompt) :])["input_ids"] + [eos_token_id]
+            tokens = TOKENIZER(text[len(prompt) :])["input_ids"] + eos_token_id
             rows.append((tokens + [pad_token_id] * max_new_tokens)[:max_new_tokens])
         return torch.cat([ids, torch.tensor(rows)], dim=1)
 
