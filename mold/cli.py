@@ -138,7 +138,7 @@ def info():
     import torch
 
     from mold import run
-    from mold_kernels import native
+    from mold_kernels import cuda, native
     from mold_kernels.backends import available_backends
 
     table = Table("what", "here")
@@ -147,8 +147,9 @@ def info():
     table.add_row("threads", str(torch.get_num_threads()))
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("GPUs", ", ".join(gpus) or "none")
-    for name, value in (native.build_info() or {}).items():
-        table.add_row(f"native: {name}", value)
+    for backend, module in (("native", native), ("cuda", cuda)):
+        for name, value in (module.build_info() or {}).items():
+            table.add_row(f"{backend}: {name}", value)
     for name, reason in available_backends().items():
         table.add_row(f"backend {name}", "available" if reason is None else f"missing: {reason}")
     console.print(table)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mold_kernels import native
+from mold_kernels import cuda, native
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Backend:
 BACKENDS = {
     "cpu": Backend(lambda: None, frozenset({"cpu"})),  # aten's flash attention, an engine of attention_with_lse
     "native": Backend(native.why_missing, frozenset({"cpu"})),
+    "cuda": Backend(cuda.why_missing, frozenset({"cuda"})),
     "torch": Backend(lambda: None),
     "reference": Backend(lambda: None),
 }

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mold_kernels import reference
+from mold_kernels import cuda, reference
 from mold_kernels.attention import check_attention_inputs
 from mold_kernels.backends import choose_backend
 from mold_kernels.spans import check_spans, key_columns, row_weights
@@ -58,13 +58,14 @@ def span_attention(
             tell that a key was masked.
         scale: of the scores; 1 / sqrt(D) where None.
         row_reduction: "sum" over the rows of a step (the paper), or "mean".
-        backend: "auto", "torch" or "reference". A named backend is used or refused, never replaced.
+        backend: "auto", "torch", "cuda" (D up to 256, no float64) or "reference". A named backend is used or refused,
+            never replaced.
 
     Returns:
         [B, S, M], float32 (float64 with float64 q), differentiable in q, k and lse.
 
     Raises:
-        ValueError: a shape, dtype or span does not fit, or the backend is not available; names the argument.
+        ValueError: a shape, dtype, device or span does not fit, or the backend is not available; names the argument.
 
     Source: MoLSAKI (EMNLP 2025), equations 2 and 3; the gradient is derived in this module's docstring.
     """
@@ -73,12 +74,18 @@ def span_attention(
         raise ValueError(f"lse: shape is {list(lse.shape)}, must be {list(q.shape[:3])} (batch, heads, tokens of q)")
     if lse.dtype != reference.accumulation_dtype(q.dtype):
         raise ValueError(f"lse: dtype is {lse.dtype}, must be {reference.accumulation_dtype(q.dtype)}")
+    for name, tensor in (("lse", lse), ("row_spans", row_spans), ("key_spans", key_spans)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: is on {tensor.device}, must be on {q.device} as q")
     check_spans("row_spans", row_spans, q.shape[0], q.shape[2])
     check_spans("key_spans", key_spans, q.shape[0], q.shape[2])
     if row_reduction not in ("sum", "mean"):
         raise ValueError(f'row_reduction: is {row_reduction!r}, must be "sum" or "mean"')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    match choose_backend("span_attention", backend, ("torch", "reference"), q.device):
+    candidates = ("torch", "cuda", "reference") if cuda.takes(q) else ("torch", "reference")
+    match choose_backend("span_attention", backend, candidates, q.device):
+        case "cuda":
+            return _CudaSpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
         case "torch":
             return _SpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
         case "reference":
@@ -119,6 +126,20 @@ class _SpanAttention(torch.autograd.Function):
         # Padding columns all point at token 0 and add exact zeros there.
         dk = torch.zeros(k.shape, dtype=dtype, device=k.device).scatter_add_(2, index, dkeys)
         return dq, dk.to(k.dtype), dlse, None, None, None, None
+
+
+class _CudaSpanAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, lse, row_spans, key_spans, scale, row_reduction):
+        ctx.save_for_backward(q, k, lse)
+        rows = row_spans.clamp(0, q.shape[2]).int().contiguous()
+        ctx.arguments = rows, cuda.key_columns(key_spans, q.shape[2]), scale, row_reduction
+        return cuda.span_attention_forward(q, k, lse, *ctx.arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *cuda.span_attention_backward(grad, *ctx.saved_tensors, *ctx.arguments), *[None] * 4
 
 
 def _gather_keys(k: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

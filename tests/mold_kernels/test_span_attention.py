@@ -161,6 +161,8 @@ def test_reference_gradients():
         ("row_spans", torch.zeros(2, 3, 2, dtype=torch.int32), r"row_spans: shape is \[2, 3, 2\]"),
         ("key_spans", torch.tensor([[[0, 7]]]), r"key_spans: span 0 of example 0 is \[0, 7\]"),
         ("key_spans", torch.tensor([[[0, 2], [4, 3]]]), r"key_spans: span 1 of example 0 is \[4, 3\]"),
+        ("lse", torch.zeros(1, 2, 6, device="meta"), "lse: is on meta, must be on cpu as q"),
+        ("key_spans", torch.zeros(1, 3, 2, dtype=torch.int32, device="meta"), "key_spans: is on meta"),
         ("row_reduction", "max", "row_reduction: is 'max'"),
         ("backend", "fastest", "backend"),
     ],
