@@ -8,14 +8,12 @@ import unicodedata
 from fractions import Fraction
 from typing import Literal
 
-from mold.data import DEFAULT_TEMPLATE
+from mold.data import DEFAULT_TEMPLATE, split_template
 from mold.text import find_numbers, split_sentences
 
 AnswerKind = Literal["choice", "yes_no", "number", "text"]
 
-_PHRASE = re.compile(
-    r"####|\banswers?\b(?:\s+(?!is\b|are\b)[^\s.:=]+){0,5}?\s*(?::|=|\b(?:is|are|be)\b:?)", re.IGNORECASE
-)
+_PHRASE = re.compile(r"####|\banswer\b(?:\s+(?!is\b|are\b)[^\s.:=]+){0,5}?\s*(?::|=|\b(?:is|be)\b:?)", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 # In brackets or named an option; alone or before punctuation; a letter that is no English word.
 _CHOICE = (
@@ -43,7 +41,8 @@ def answer_kind(right: str) -> AnswerKind:
 def extract_answer(completion: str, template: str = DEFAULT_TEMPLATE, kind: AnswerKind = "number") -> str | None:
     r"""The answer a completion gives.
 
-    A completion that goes on with a question of its own is read up to there. The answer is the line behind the
+    A completion that goes on with a question of its own is read up to there. Behind a template without rationale the
+    first line is the answer. Else the answer is the line behind the
     template's answer marker; without one, the last \boxed{...}; then the sentence behind the last "the answer is" or
     "####"; then, whatever the kind of answer asks for: the last number, letter in brackets, or yes or no. A text has to
     be announced.
@@ -56,10 +55,12 @@ def extract_answer(completion: str, template: str = DEFAULT_TEMPLATE, kind: Answ
     Returns:
         The answer's text, None where nothing looks like one.
     """
-    opening = template.split("{question}")[0].strip()
+    parts = split_template(template)
+    opening, marker = parts.opening.strip(), parts.marker.strip()
     if opening:
         completion = re.split(rf"\n\s*{re.escape(opening)}", completion, maxsplit=1)[0]
-    marker = template.split("{rationale}")[1].split("{answer}")[0].strip()
+    if parts.reasoning is None:
+        return completion.strip().partition("\n")[0].strip() or None
     if marker and marker in completion:
         return completion.rpartition(marker)[2].strip().partition("\n")[0].strip() or None
     if boxed := _BOXED.findall(completion):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from mold.data import DEFAULT_TEMPLATE, check_template
+from mold.data import DEFAULT_TEMPLATE, split_template
 
 
 @dataclass
@@ -37,8 +37,16 @@ class MoldConfig(TrainingArguments):
             "choices": ["softmax", "l1"],
         },
     )
+    layer_pair: list[int] | None = field(
+        default=None,
+        metadata={"help": "One teacher and one student layer in place of both mixtures (the paper's SL baseline)."},
+    )
     template: str = field(
-        default=DEFAULT_TEMPLATE, metadata={"help": "The training text; holds {question}, {rationale} and {answer}."}
+        default=DEFAULT_TEMPLATE,
+        metadata={
+            "help": "The training text; holds {question}, {rationale} and {answer}. Without {rationale}: plain "
+            "fine-tuning on answers (with beta 0)."
+        },
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Most tokens of an example. A longer one is an error: nothing is cut."}
@@ -78,7 +86,12 @@ class MoldConfig(TrainingArguments):
                 raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: is True, must be False")
-        check_template(self.template)
+        if split_template(self.template).reasoning is None and self.beta > 0:
+            raise ValueError(
+                f"beta: is {self.beta}, must be 0 with a template without {{rationale}}, which has no steps"
+            )
+        if self.layer_pair is not None and (len(self.layer_pair) != 2 or min(self.layer_pair) < 0):
+            raise ValueError(f"layer_pair: is {self.layer_pair}, must be a teacher layer and a student layer, from 0")
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
         # On by default, and a warning a data loader where there is nothing to copy to.

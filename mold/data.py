@@ -8,11 +8,11 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mold.text import Span
 
 DEFAULT_TEMPLATE = "Question: {question}\nReasoning: {rationale}\nAnswer: {answer}"
-_PLACEHOLDERS = ("{question}", "{rationale}", "{answer}")
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,50 @@ class RenderedText:
     answer: Span
 
 
-def check_template(template: str) -> None:
-    """Raise a ValueError unless the template holds each placeholder once, in the order of the text."""
-    places = [template.find(placeholder) for placeholder in _PLACEHOLDERS]
-    if any(template.count(placeholder) != 1 for placeholder in _PLACEHOLDERS) or places != sorted(places):
-        raise ValueError(f"template: is {template!r}, must hold {', '.join(_PLACEHOLDERS)} once each, in this order")
+class TemplateParts(NamedTuple):
+    """opening {question} reasoning {rationale} marker {answer} closing.
+
+    A template without {rationale} is for plain fine-tuning on answers: `reasoning` is None.
+    """
+
+    opening: str
+    reasoning: str | None
+    marker: str
+    closing: str
+
+
+def split_template(template: str) -> TemplateParts:
+    """The literal parts of a template.
+
+    Raises:
+        ValueError: it does not hold {question} and {answer} once each, and {rationale} once or not at all, in the order
+            of the text.
+    """
+    match = re.fullmatch(r"(.*?)\{question\}(?:(.*?)\{rationale\})?(.*?)\{answer\}(.*)", template, re.DOTALL)
+    parts = TemplateParts(*match.groups()) if match else None
+    if parts is None or re.search(r"\{(question|rationale|answer)\}", "".join(part or "" for part in parts)):
+        raise ValueError(
+            f"template: is {template!r}, must hold {{question}}, {{rationale}}, {{answer}} once each, in this order "
+            "({rationale} may be left out for fine-tuning on answers alone)"
+        )
+    return parts
 
 
 def render(example: Example, template: str = DEFAULT_TEMPLATE) -> RenderedText:
     """The training text of an example.
 
     Raises:
-        ValueError: the template does not fit (see `check_template`).
+        ValueError: the template does not fit (see `split_template`).
     """
-    check_template(template)
-    before, rest = template.split("{question}")
-    between, rest = rest.split("{rationale}")
-    marker, after = rest.split("{answer}")
-    question = (len(before), len(before) + len(example.question))
-    rationale = (question[1] + len(between), question[1] + len(between) + len(example.rationale))
-    prompt = before + example.question + between
-    text = prompt + example.rationale + marker + example.answer + after
+    opening, reasoning, marker, closing = split_template(template)
+    question = (len(opening), len(opening) + len(example.question))
+    prompt = opening + example.question + (marker if reasoning is None else reasoning)
+    if reasoning is None:
+        rationale = (question[1], question[1])
+        text = prompt + example.answer + closing
+    else:
+        rationale = (len(prompt), len(prompt) + len(example.rationale))
+        text = prompt + example.rationale + marker + example.answer + closing
     return RenderedText(text, prompt.rstrip(" "), question, rationale, (rationale[1], len(text)))
 
 

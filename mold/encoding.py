@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mold.data import Example, render
+from mold.data import Example, render, split_template
 from mold.loss import ANSWER, PROMPT, RATIONALE
-from mold.text import Span, segment, token_spans
+from mold.text import Segments, Span, segment, token_spans
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class EncodedExample:
     """One example in a model's tokens.
 
     input_ids, regions: one entry a token (regions: PROMPT, RATIONALE or ANSWER).
-    row_spans, key_spans: half-open token ranges of the steps and key words; key_spans is empty without key words.
+    row_spans, key_spans: half-open token ranges of the steps and key words; key_spans is empty without key words, both
+        under a template without rationale.
     step_texts, key_word_texts: what they say, for pictures and messages.
     """
 
@@ -55,7 +56,10 @@ def encode_example(
     check_tokenizer(tokenizer)
     rendered = render(example, template)
     try:
-        segments = segment(rendered.text, rendered.question, rendered.rationale, example.keywords)
+        if split_template(template).reasoning is None:
+            segments = Segments((), ())
+        else:
+            segments = segment(rendered.text, rendered.question, rendered.rationale, example.keywords)
         encoding = tokenizer(rendered.text, return_offsets_mapping=True, truncation=False, verbose=False)
         input_ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
         row_spans = token_spans(segments.steps, offsets, rendered.text)

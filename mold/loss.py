@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from mold.attention_interface import LayerAttention, stack_attention
 from mold.router import LayerRouter
-from mold_kernels import layer_mixture_kl
+from mold_kernels import layer_mixture_kl, teacher_layer_weights
 
 PROMPT, RATIONALE, ANSWER = 0, 1, 2
 """Regions of a training text; every token has one (padding is PROMPT)."""
@@ -38,20 +38,37 @@ class MoldLoss(nn.Module):
         router: of the student.
         tau: temperature of the teacher's layer weights (the paper's tau_1).
         row_norm: "softmax" (the paper) or "l1".
+        layer_pair: one layer of the teacher and one of the student in place of both mixtures (the paper's SL baseline);
+            the router is then not trained.
     """
 
-    def __init__(self, router: LayerRouter, tau: float = 0.1, row_norm: str = "softmax"):
+    def __init__(
+        self,
+        router: LayerRouter,
+        tau: float = 0.1,
+        row_norm: str = "softmax",
+        layer_pair: Sequence[int] | None = None,
+    ):
         super().__init__()
+        layers = router.projection.out_features
+        if layer_pair is not None and not 0 <= layer_pair[1] < layers:
+            raise ValueError(f"layer_pair: names the student's layer {layer_pair[1]}, must be from 0 to {layers - 1}")
+        self.layer_pair = layer_pair
         self.router = router
         self.tau = tau
         self.row_norm = row_norm
 
     @classmethod
     def for_config(
-        cls, config: PretrainedConfig, tau_1: float = 0.1, tau_2: float = 0.5, row_norm: str = "softmax"
+        cls,
+        config: PretrainedConfig,
+        tau_1: float = 0.1,
+        tau_2: float = 0.5,
+        row_norm: str = "softmax",
+        layer_pair: Sequence[int] | None = None,
     ) -> MoldLoss:
         """The loss, with a fresh router, for a student of this configuration."""
-        return cls(LayerRouter.for_config(config, tau_2), tau_1, row_norm)
+        return cls(LayerRouter.for_config(config, tau_2), tau_1, row_norm, layer_pair)
 
     def forward(
         self,
@@ -80,17 +97,49 @@ class MoldLoss(nn.Module):
                 "attentions: carry no gradient. Reentrant activation checkpointing cuts it: use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}; or every parameter of the model is frozen'
             )
-        weights = self.router([layer.value_features for layer in attentions])
+        teacher = teacher_attention.transpose(0, 1)
+        if self.layer_pair is None:
+            weights = self.router([layer.value_features for layer in attentions])
+            loss_weights = weights.to(student_attention.dtype)
+        else:
+            weights = self._only(self.layer_pair[1], student_attention)
+            # A mixture of one layer is that layer.
+            teacher = teacher[self._checked_teacher_layer(teacher)][None]
+            student_attention = student_attention[self.layer_pair[1]][None]
+            loss_weights = student_attention.new_ones(len(weights), 1)
         loss = layer_mixture_kl(
-            teacher_attention.transpose(0, 1),
+            teacher,
             student_attention,
-            weights.to(student_attention.dtype),
+            loss_weights,
             num_steps,
             num_keys,
             tau=self.tau,
             row_norm=self.row_norm,
         )
         return AttentionLoss(loss, weights)
+
+    def teacher_weights(
+        self, teacher_attention: torch.Tensor, num_steps: torch.Tensor, num_keys: torch.Tensor
+    ) -> torch.Tensor:
+        """How much each teacher layer counts, [B, L1], for the arguments of `forward`."""
+        teacher = teacher_attention.transpose(0, 1)
+        if self.layer_pair is None:
+            return teacher_layer_weights(teacher, num_steps, num_keys, self.tau)
+        return self._only(self._checked_teacher_layer(teacher), teacher)
+
+    def _checked_teacher_layer(self, teacher: torch.Tensor) -> int:
+        if not self.layer_pair[0] < len(teacher):
+            raise ValueError(
+                f"layer_pair: names the teacher's layer {self.layer_pair[0]}, must be from 0 to {len(teacher) - 1}"
+            )
+        return self.layer_pair[0]
+
+    @staticmethod
+    def _only(layer: int, attention: torch.Tensor) -> torch.Tensor:
+        """Weights [B, L] of one layer alone."""
+        weights = attention.new_zeros(attention.shape[1], attention.shape[0])
+        weights[:, layer] = 1
+        return weights
 
 
 def region_cross_entropy(logits: torch.Tensor, input_ids: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:

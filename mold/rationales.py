@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.answers import answer_kind, answers_match, extract_answer
-from mold.data import DEFAULT_TEMPLATE, Example
+from mold.data import DEFAULT_TEMPLATE, Example, question_key, split_template
 from mold.generation import Completion, Journal, batch_seed, batches_by_length, generate_batch
 from mold.prompting import PromptFile, prompt_ids
+from mold.readers import json_lines
 
 # A rationale that speaks of the hint is none that a student could find.
 _MENTIONS_HINT = re.compile(
@@ -133,25 +134,23 @@ def write_rationales(
 
 def split_completion(completion: str, template: str = DEFAULT_TEMPLATE) -> str:
     """The rationale in a completion: what stands before the answer marker, or all of it without one."""
-    marker = template.split("{rationale}")[1].split("{answer}")[0].strip()
+    marker = split_template(template).marker.strip()
     if marker and marker in completion:
         completion = completion.rpartition(marker)[0]
     return re.sub(r"\n?#### .*$", "", completion).strip(" *\n")
 
 
 def _prompt_of(tokenizer, prompt, example, stage, template, chat) -> list[int]:
-    before, rest = template.split("{question}")
-    between, rest = rest.split("{rationale}")
-    marker = rest.split("{answer}")[0]
-    turns = [(f"{before}{shot['question']}", f"{shot['rationale']}{marker}{shot['answer']}") for shot in prompt.shots]
+    opening, reasoning, marker, _ = split_template(template)
+    turns = [(f"{opening}{shot['question']}", f"{shot['rationale']}{marker}{shot['answer']}") for shot in prompt.shots]
     question = example.question
     if stage == "hint":
         question = prompt.hint.format(question=question, answer=example.answer)
-    return prompt_ids(tokenizer, prompt.instruction, turns, before + question, between.rstrip(" "), chat)
+    return prompt_ids(tokenizer, prompt.instruction, turns, opening + question, reasoning.rstrip(" "), chat)
 
 
 def _next_question(template: str) -> str | None:
-    opening = template.split("{question}")[0].strip()
+    opening = split_template(template).opening.strip()
     return f"\n{opening}" if opening else None
 
 
@@ -208,8 +207,6 @@ def read_given(path: str | Path, examples: Sequence[Example]) -> tuple[dict[str,
     Raises:
         ValueError: the file is missing or malformed; names file and line.
     """
-    from mold.data import question_key
-    from mold.readers import json_lines
 
     ids = {example.id for example in examples}
     by_question = {question_key(example.question): example.id for example in examples}

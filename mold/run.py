@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 import mold
 from mold.config import DataOptions, EvalOptions, MoldConfig, PromptOptions, StudentOptions, TeacherOptions
-from mold.data import Example, split_examples
+from mold.data import Example, split_examples, split_template
 from mold.evaluate import accuracy, generate_predictions, write_jsonl
 from mold.models import load_model, spread_layers, take_layers
 from mold.problems import generate_problems
@@ -170,7 +170,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
     """
     folder, seconds = options.folder, dict(seconds or {})
     train_examples, held_out = load_examples(options.data)
-    signals = load_signals(options) if options.training.beta > 0 or options.signals_folder.exists() else None
+    signals = load_signals(options) if options.training.beta > 0 or _has_signals(options) else None
     student, tokenizer = make_student(options, teacher)
     trainer = MoldTrainer(
         student, options.training, train_examples, held_out, processing_class=tokenizer, signals=signals
@@ -201,7 +201,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
 def evaluate(options: Options) -> dict:
     """Evaluate a trained (or any) student on the held-out examples; writes eval.json and its predictions."""
     _, held_out = load_examples(options.data)
-    signals = load_signals(options) if options.signals_folder.exists() else None
+    signals = load_signals(options) if _has_signals(options) else None
     student, tokenizer = make_student(options)
     if signals is None:
         options.training.beta = 0.0
@@ -215,6 +215,10 @@ def evaluate(options: Options) -> dict:
     metrics = result["metrics"] | {"accuracy": result["accuracy"], "num_eval": len(held_out)}
     write_atomically(options.folder / "eval.json", json.dumps(metrics, indent=1).encode())
     return metrics
+
+
+def _has_signals(options: Options) -> bool:
+    return options.signals_folder.exists() and split_template(options.training.template).reasoning is not None
 
 
 def _claim_folder(options: Options) -> None:

@@ -27,7 +27,6 @@ from mold.data import Example
 from mold.encoding import Collator, encode_example
 from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
 from mold.signals import SignalCache, write_atomically
-from mold_kernels import layer_mixture_kl, teacher_layer_weights
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +87,7 @@ class MoldTrainer(Trainer):
                     f"dropout; load the student with {option}=0.0 (model_init_kwargs)"
                 )
         self.signals = signals
-        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm)
+        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm, args.layer_pair)
         pad_token_id = processing_class.pad_token_id
         self._tokenizer, self._options = processing_class, args
         super().__init__(
@@ -360,19 +359,15 @@ class MoldTrainer(Trainer):
                 key_spans=inputs["key_spans"],
             )
             counts = inputs["num_steps"], inputs["num_keys"]
-            teacher = inputs["teacher_attention"].transpose(0, 1)
-            student = stack_attention(outputs.attentions)
-            teacher_weights = teacher_layer_weights(teacher, *counts, self.args.tau_1)
-            student_weights = self.mold_loss.router([layer.value_features for layer in outputs.attentions])
-            kl = layer_mixture_kl(
-                teacher, student, student_weights, *counts, tau=self.args.tau_1, row_norm=self.args.row_norm
-            )
+            teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
+            teacher_weights = self.mold_loss.teacher_weights(teacher, *counts)
+            kl, student_weights = self.mold_loss(outputs.attentions, teacher, *counts)
             maps.append(
                 {
                     "id": item["example"].id,
                     "steps": item["example"].step_texts,
                     "key_words": item["example"].key_word_texts,
-                    "teacher": torch.einsum("bl,lbsm->bsm", teacher_weights, teacher)[0].tolist(),
+                    "teacher": torch.einsum("bl,blsm->bsm", teacher_weights, teacher)[0].tolist(),
                     "student": torch.einsum("bl,lbsm->bsm", student_weights, student)[0].tolist(),
                     "teacher_layer_weights": teacher_weights[0].tolist(),
                     "student_layer_weights": student_weights[0].tolist(),

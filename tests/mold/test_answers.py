@@ -35,6 +35,7 @@ from mold.problems import generate_problems
         ("So x = -$3.", "-3"),
         ("That leaves 20 - 5", "5"),
         ("Those are the answers I know of, and 8 remain.", "8"),
+        ("The answer is 17.\nThe steps to find the answer are:\n1. Look.", "17"),
         ("I do not know.", None),
         ("", None),
     ],
@@ -64,6 +65,11 @@ def test_the_marker_is_the_templates():
     template = "{question}\n{rationale}\n=> {answer}"
     assert extract_answer("2 + 2 = 4.\n=> 4", template) == "4"
     assert extract_answer("2 + 2 = 4.\n=> four", "{question} {rationale} {answer}") == "4"
+
+
+@pytest.mark.parametrize(("completion", "answer"), [(" 4 of 5\nAnd 6", "4 of 5"), ("\n4\nQ: 7", "4"), ("", None)])
+def test_behind_a_template_without_rationale_the_first_line_is_the_answer(completion, answer):
+    assert extract_answer(completion, "Q: {question}\nA: {answer}") == answer
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,7 @@ def test_data_that_cannot_be_learned_from_is_refused(tmp_path, signals):
         ({"row_reduction": "max"}, "row_reduction: is 'max'"),
         ({"padding_side": "both"}, "padding_side: is 'both'"),
         ({"remove_unused_columns": True}, "remove_unused_columns: is True, must be False"),
-        ({"template": "{question} {answer}"}, "template: is '{question} {answer}', must hold"),
+        ({"template": "{question} {rationale}"}, "template: is '{question} {rationale}', must hold"),
     ],
 )
 def test_options_are_checked(tmp_path, option, message):
