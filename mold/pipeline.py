@@ -47,15 +47,7 @@ def generate(options: Options) -> Counter:
         given, strangers = read_given(options.data.rationales, examples)
     if name is None and given is None:
         raise ValueError("teacher_model_name_or_path: is not given, must name the teacher (or give rationales)")
-    sampling = Sampling(
-        prompting.temperature,
-        prompting.top_p,
-        prompting.num_tries,
-        prompting.hint,
-        options.training.seed,
-        options.student.generate_batch_size,
-        options.student.max_new_tokens,
-    )
+    sampling = _sampling(options)
     teacher = prompt = None
     chat = False
     settings = {"sampling": asdict(sampling), "template": options.training.template}
@@ -161,6 +153,26 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
             results.append({"model": label, "set": set_name, "seen": repeated, **score(predictions)})
     write_atomically(options.folder / "comparison.json", json.dumps(results, indent=1).encode())
     return results
+
+
+def check_prompting(options: Options) -> None:
+    """Raise a ValueError if a teacher cannot be prompted with these options, as far as that is known without it."""
+    _sampling(options)
+    if options.prompting.prompt != "auto":
+        load_prompt(options.prompting.prompt, options.prompting.num_shots)
+
+
+def _sampling(options: Options) -> Sampling:
+    prompting = options.prompting
+    return Sampling(
+        prompting.temperature,
+        prompting.top_p,
+        prompting.num_tries,
+        prompting.hint,
+        options.training.seed,
+        options.student.generate_batch_size,
+        options.student.max_new_tokens,
+    )
 
 
 def _read_sets(specifications: Sequence[str], limit: int | None) -> Iterator[tuple[str, list[Example]]]:
