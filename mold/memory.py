@@ -34,7 +34,7 @@ def config_of(shape: dict) -> PretrainedConfig:
 
 
 def inference_memory(config: PretrainedConfig, dtype: torch.dtype, batch: int, length: int, *, cache: bool) -> Memory:
-    """Of a forward without gradients over [batch, length] tokens: one layer's activations, and keys and values to cache.
+    """Of a forward without gradients over [batch, length] tokens: one layer's activations, and cached keys and values.
 
     An upper bound of a layer's: its inputs, queries, keys, values, outputs and the two halves of its widest product.
     """
