@@ -9,6 +9,7 @@ from mold.data import Example
 from mold.loss import MoldLoss
 from mold.readers import read_examples
 from mold.router import LayerRouter
+from mold.sft import StepwiseAttentionMixin
 from mold.signals import SignalCache, SignalSettings, extract_signals
 from mold.trainer import MoldTrainer
 
@@ -23,6 +24,7 @@ __all__ = [
     "MoldTrainer",
     "SignalCache",
     "SignalSettings",
+    "StepwiseAttentionMixin",
     "extract_signals",
     "read_examples",
     "stack_attention",

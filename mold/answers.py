@@ -8,7 +8,7 @@ import unicodedata
 from fractions import Fraction
 from typing import Literal
 
-from mold.data import DEFAULT_TEMPLATE, split_template
+from mold.data import DEFAULT_TEMPLATE
 from mold.text import find_numbers, split_sentences
 
 AnswerKind = Literal["choice", "yes_no", "number", "text"]
@@ -38,11 +38,12 @@ def answer_kind(right: str) -> AnswerKind:
     return "text" if _number(right) is None else "number"
 
 
-def extract_answer(completion: str, template: str = DEFAULT_TEMPLATE, kind: AnswerKind = "number") -> str | None:
+def extract_answer(
+    completion: str, template: str = DEFAULT_TEMPLATE, kind: AnswerKind = "number", task: str = "joint"
+) -> str | None:
     r"""The answer a completion gives.
 
-    A completion that goes on with a question of its own is read up to there. Behind a template without rationale the
-    first line is the answer. Else the answer is the line behind the
+    A completion that goes on with a question of its own is read up to there. The answer is the line behind the
     template's answer marker; without one, the last \boxed{...}; then the sentence behind the last "the answer is" or
     "####"; then, whatever the kind of answer asks for: the last number, letter in brackets, or yes or no. A text has to
     be announced.
@@ -51,16 +52,17 @@ def extract_answer(completion: str, template: str = DEFAULT_TEMPLATE, kind: Answ
         completion: generated text, from the rationale on.
         template: the training text's, for its markers.
         kind: what is looked for where nothing announces the answer.
+        task: what was asked for (see `mold.data.render`); "predict" and "answer" complete to the answer's line itself.
 
     Returns:
         The answer's text, None where nothing looks like one.
     """
-    parts = split_template(template)
-    opening, marker = parts.opening.strip(), parts.marker.strip()
+    if task in ("predict", "answer"):
+        return completion.strip().partition("\n")[0].strip() or None
+    opening = template.split("{question}")[0].strip()
     if opening:
         completion = re.split(rf"\n\s*{re.escape(opening)}", completion, maxsplit=1)[0]
-    if parts.reasoning is None:
-        return completion.strip().partition("\n")[0].strip() or None
+    marker = template.split("{rationale}")[1].split("{answer}")[0].strip()
     if marker and marker in completion:
         return completion.rpartition(marker)[2].strip().partition("\n")[0].strip() or None
     if boxed := _BOXED.findall(completion):

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from mold.data import DEFAULT_TEMPLATE, split_template
+from mold.data import DEFAULT_TEMPLATE, check_template
+
+METHODS = {
+    "mixture": "stepwise attention of a mixture of layers (MoLSAKI)",
+    "single_layer": "stepwise attention of one teacher layer taught to one student layer",
+    "step_by_step": "distilling step-by-step: one task explains, one predicts, no attention",
+    "rationales": "plain fine-tuning on rationale and answer",
+    "answers": "plain fine-tuning on answers alone",
+}
+"""What `MoldConfig.method` may be: the method of the paper and the baselines of its tables."""
 
 
 @dataclass
@@ -19,11 +28,19 @@ class MoldConfig(TrainingArguments):
     loss = alpha * answer cross-entropy + (1 - alpha) * rationale cross-entropy + beta * stepwise attention KL
 
     Every term is averaged over all answer tokens, rationale tokens and examples with a signal of an optimizer step,
-    however many gradient accumulation steps it has.
+    however many gradient accumulation steps and processes it has. Plain fine-tuning (method "rationales" or "answers")
+    takes the mean over all learned tokens instead of weighing answer and rationale.
     """
 
+    method: str = field(
+        default="mixture",
+        metadata={"help": "; ".join(f"{k}: {v}" for k, v in METHODS.items()), "choices": list(METHODS)},
+    )
     alpha: float = field(default=0.5, metadata={"help": "Weight of the answer against the rationale, in [0, 1]."})
-    beta: float = field(default=1.0, metadata={"help": "Weight of the attention loss; 0 trains without it."})
+    beta: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the attention loss. 1 where not given, 0 for a method without attention."},
+    )
     tau_1: float = field(default=0.1, metadata={"help": "Temperature of the teacher's layer weights."})
     tau_2: float = field(default=0.5, metadata={"help": "Temperature of the student's router."})
     row_reduction: str = field(
@@ -37,19 +54,28 @@ class MoldConfig(TrainingArguments):
             "choices": ["softmax", "l1"],
         },
     )
-    layer_pair: list[int] | None = field(
-        default=None,
-        metadata={"help": "One teacher and one student layer in place of both mixtures (the paper's SL baseline)."},
+    mol_two_tasks: bool = field(
+        default=False,
+        metadata={"help": "Two texts an example, one explains and one predicts, as step_by_step has them."},
     )
+    mol_teacher_layer: int = field(default=-1, metadata={"help": "single_layer: the teacher's; -1 is the last."})
+    mol_student_layer: int = field(default=-1, metadata={"help": "single_layer: the student's; -1 is the last."})
     template: str = field(
-        default=DEFAULT_TEMPLATE,
-        metadata={
-            "help": "The training text; holds {question}, {rationale} and {answer}. Without {rationale}: plain "
-            "fine-tuning on answers (with beta 0)."
-        },
+        default=DEFAULT_TEMPLATE, metadata={"help": "The training text; holds {question}, {rationale} and {answer}."}
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Most tokens of an example. A longer one is an error: nothing is cut."}
+    )
+    cross_entropy: str = field(
+        default="full",
+        metadata={
+            "help": '"full", or "chunked": tokens x vocabulary logits are never stored.',
+            "choices": ["full", "chunked"],
+        },
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "A batch is one row of texts one behind another, without padding; none sees another."},
     )
     pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad batches to a multiple of this many tokens."})
     padding_side: str = field(default="right", metadata={"help": "Side of the padding.", "choices": ["right", "left"]})
@@ -70,7 +96,29 @@ class MoldConfig(TrainingArguments):
         default="none", metadata={"help": "Where to report besides the run folder's metrics.jsonl."}
     )
 
+    @property
+    def with_attention(self) -> bool:
+        """Whether the method has the attention loss."""
+        return self.method in ("mixture", "single_layer")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The texts an example is trained as (see `mold.data.render`); the last one is what evaluation completes."""
+        if self.method == "step_by_step" or self.mol_two_tasks:
+            return ("explain", "predict")
+        return ("answer",) if self.method == "answers" else ("joint",)
+
     def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method: is {self.method!r}, must be one of {', '.join(METHODS)}")
+        if self.beta is None:
+            self.beta = 1.0 if self.with_attention else 0.0
+        if self.beta > 0 and not self.with_attention:
+            raise ValueError(
+                f"beta: is {self.beta}, must be 0 with method={self.method!r}, which has no attention loss"
+            )
+        if self.mol_two_tasks and self.method in ("rationales", "answers"):
+            raise ValueError(f"mol_two_tasks: is True, must be False with method={self.method!r}, which has one task")
         for name, low, high in (("alpha", 0, 1), ("beta", 0, float("inf"))):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be in [{low}, {high}]")
@@ -81,17 +129,15 @@ class MoldConfig(TrainingArguments):
             ("row_reduction", ("sum", "mean")),
             ("row_norm", ("softmax", "l1")),
             ("padding_side", ("right", "left")),
+            ("cross_entropy", ("full", "chunked")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+        if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
+            raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: is True, must be False")
-        if split_template(self.template).reasoning is None and self.beta > 0:
-            raise ValueError(
-                f"beta: is {self.beta}, must be 0 with a template without {{rationale}}, which has no steps"
-            )
-        if self.layer_pair is not None and (len(self.layer_pair) != 2 or min(self.layer_pair) < 0):
-            raise ValueError(f"layer_pair: is {self.layer_pair}, must be a teacher layer and a student layer, from 0")
+        check_template(self.template)
         if isinstance(self.model_init_kwargs, str):
             self.model_init_kwargs = json.loads(self.model_init_kwargs)
         # On by default, and a warning a data loader where there is nothing to copy to.
@@ -148,6 +194,9 @@ class TeacherOptions:
     )
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
     teacher_dtype: str = field(default="float32", metadata={"help": "dtype of the teacher's weights."})
+    teacher_online: bool = field(
+        default=False, metadata={"help": "Run the teacher beside the student instead of reading its cached signals."}
+    )
     signals_dir: str | None = field(default=None, metadata={"help": "Folder of the teacher's signals."})
     extract_batch_size: int = field(default=8, metadata={"help": "Examples a teacher forward."})
     extract_shard_size: int = field(default=64, metadata={"help": "Examples a file of the cache."})

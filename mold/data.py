@@ -13,6 +13,12 @@ from typing import NamedTuple
 from mold.text import Span
 
 DEFAULT_TEMPLATE = "Question: {question}\nReasoning: {rationale}\nAnswer: {answer}"
+_PLACEHOLDERS = ("{question}", "{rationale}", "{answer}")
+ASSISTANT = "{assistant}"
+"""Where the assistant's message begins in the template of a chat (see `mold.chat`)."""
+TASK_PREFIXES = {"joint": "", "explain": "explain: ", "predict": "predict: ", "answer": ""}
+"""The texts an example can be trained as: joint holds question, rationale and answer; explain and predict are the two
+tasks of distilling step-by-step, question and rationale, question and answer; answer is predict without its prefix."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,7 @@ class Example:
     """A question, a teacher's rationale and the answer.
 
     keywords: the key information of a commonsense question; None where it is every number.
+    history: (role, text) of the messages before the question, where the example is a conversation.
     """
 
     id: str
@@ -27,14 +34,17 @@ class Example:
     rationale: str
     answer: str
     keywords: tuple[str, ...] | None = None
+    history: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class RenderedText:
+class RenderedText(NamedTuple):
     """A training text with the character spans of its parts.
 
-    prompt: what generation starts from, the text before the rationale without trailing spaces.
-    answer: from the end of the rationale to the end of the text, so the marker before the answer is learned too.
+    prompt: what generation starts from, the text before what is learned without trailing spaces.
+    rationale: empty where the task has none.
+    answer: behind a rationale from its end to the end of the text, so the marker before the answer is learned too;
+        empty where the task has none.
+    special_tokens: whether the tokenizer adds its special tokens; a chat template has written them into the text.
     """
 
     text: str
@@ -42,58 +52,60 @@ class RenderedText:
     question: Span
     rationale: Span
     answer: Span
+    special_tokens: bool = True
 
 
-class TemplateParts(NamedTuple):
-    """opening {question} reasoning {rationale} marker {answer} closing.
+def check_template(template: str) -> None:
+    """Raise a ValueError unless the template holds each placeholder once, in the order of the text.
 
-    A template without {rationale} is for plain fine-tuning on answers: `reasoning` is None.
+    A chat's template holds {assistant} too, between question and rationale.
     """
+    expected = list(_PLACEHOLDERS)
+    if ASSISTANT in template:
+        expected.insert(1, ASSISTANT)
+    places = [template.find(placeholder) for placeholder in expected]
+    if any(template.count(placeholder) != 1 for placeholder in expected) or places != sorted(places):
+        raise ValueError(f"template: is {template!r}, must hold {', '.join(expected)} once each, in this order")
 
-    opening: str
-    reasoning: str | None
-    marker: str
-    closing: str
 
+def render(example: Example, template: str = DEFAULT_TEMPLATE, task: str = "joint") -> RenderedText:
+    """The training text of an example, for a template without {assistant} (see `mold.chat.render_for`).
 
-def split_template(template: str) -> TemplateParts:
-    """The literal parts of a template.
+    Args:
+        example: question, rationale and answer.
+        template: of the joint task; the other tasks leave out the rationale, or the answer and its marker.
+        task: one of TASK_PREFIXES.
 
     Raises:
-        ValueError: it does not hold {question} and {answer} once each, and {rationale} once or not at all, in the order
-            of the text.
+        ValueError: the template does not fit (see `check_template`).
+
+    Source: the prefixes are those of Distilling Step-by-Step (arXiv:2305.02301).
     """
-    match = re.fullmatch(r"(.*?)\{question\}(?:(.*?)\{rationale\})?(.*?)\{answer\}(.*)", template, re.DOTALL)
-    parts = TemplateParts(*match.groups()) if match else None
-    if parts is None or re.search(r"\{(question|rationale|answer)\}", "".join(part or "" for part in parts)):
-        raise ValueError(
-            f"template: is {template!r}, must hold {{question}}, {{rationale}}, {{answer}} once each, in this order "
-            "({rationale} may be left out for fine-tuning on answers alone)"
-        )
-    return parts
-
-
-def render(example: Example, template: str = DEFAULT_TEMPLATE) -> RenderedText:
-    """The training text of an example.
-
-    Raises:
-        ValueError: the template does not fit (see `split_template`).
-    """
-    opening, reasoning, marker, closing = split_template(template)
-    question = (len(opening), len(opening) + len(example.question))
-    prompt = opening + example.question + (marker if reasoning is None else reasoning)
-    if reasoning is None:
-        rationale = (question[1], question[1])
-        text = prompt + example.answer + closing
-    else:
-        rationale = (len(prompt), len(prompt) + len(example.rationale))
-        text = prompt + example.rationale + marker + example.answer + closing
+    check_template(template)
+    if ASSISTANT in template:
+        raise ValueError(f"template: holds {ASSISTANT}, must be rendered for a tokenizer (mold.chat.render_for)")
+    before, rest = template.split("{question}")
+    between, rest = rest.split("{rationale}")
+    marker, after = rest.split("{answer}")
+    before = TASK_PREFIXES[task] + before
+    question = (len(before), len(before) + len(example.question))
+    if task in ("predict", "answer"):
+        prompt = before + example.question + marker
+        text, prompt = prompt + example.answer + after, prompt.rstrip(" ")
+        return RenderedText(text, prompt, question, (len(prompt), len(prompt)), (len(prompt), len(text)))
+    prompt = before + example.question + between
+    rationale = (len(prompt), len(prompt) + len(example.rationale))
+    text = prompt + example.rationale
+    if task == "joint":
+        text += marker + example.answer + after
     return RenderedText(text, prompt.rstrip(" "), question, rationale, (rationale[1], len(text)))
 
 
 def text_hash(example: Example, template: str) -> str:
     """A hash of everything that decides an example's text and its steps and key words."""
     parts = [example.question, example.rationale, example.answer, example.keywords, template]
+    if example.history:
+        parts.append(example.history)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

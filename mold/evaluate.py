@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.answers import answer_kind, answers_match, extract_answer
-from mold.data import DEFAULT_TEMPLATE, Example, render
-from mold.generation import Journal, batches_by_length, generate_batch
+from mold.chat import render_for
+from mold.data import DEFAULT_TEMPLATE, Example
+from mold.generation import Completion, Journal, batches_by_length, generate_batch
 from mold.signals import write_atomically
 
 
@@ -22,6 +23,7 @@ def generate_predictions(
     examples: Sequence[Example],
     template: str = DEFAULT_TEMPLATE,
     *,
+    task: str = "joint",
     batch_size: int = 16,
     max_new_tokens: int = 256,
     static_cache: bool = False,
@@ -34,7 +36,7 @@ def generate_predictions(
         model: a causal language model.
         tokenizer: its tokenizer.
         examples: their rationales and answers are only compared with, never shown to the model.
-        template: the training text's.
+        template, task: the training text's (see `mold.chat.render_for`).
         batch_size: prompts a batch, padded on the left.
         max_new_tokens: most tokens of a completion. A completion that reaches it is marked "truncated".
         static_cache: see `generate_batch`.
@@ -46,7 +48,8 @@ def generate_predictions(
         was found), completion, correct, truncated.
     """
     model.eval()
-    prompts = [tokenizer(render(example, template).prompt)["input_ids"] for example in examples]
+    rendered = [render_for(example, template, tokenizer, task) for example in examples]
+    prompts = [tokenizer(text.prompt, add_special_tokens=text.special_tokens)["input_ids"] for text in rendered]
     rows = [None] * len(prompts)
     for place, chosen in enumerate(tqdm(batches_by_length(prompts, batch_size), "Generating", disable=not progress)):
         name = f"predictions-{place}"
@@ -59,7 +62,7 @@ def generate_predictions(
                 static_cache=static_cache,
             )
             answered = [
-                _prediction(examples[index], completion, template)
+                _prediction(examples[index], completion, template, task)
                 for index, completion in zip(chosen, completions, strict=True)
             ]
             if journal is not None:
@@ -71,8 +74,8 @@ def generate_predictions(
     return rows
 
 
-def _prediction(example: Example, completion, template: str) -> dict:
-    prediction = extract_answer(completion.text, template, answer_kind(example.answer))
+def _prediction(example: Example, completion: Completion, template: str, task: str) -> dict:
+    prediction = extract_answer(completion.text, template, answer_kind(example.answer), task)
     return {
         "id": example.id,
         "question": example.question,

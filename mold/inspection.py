@@ -8,7 +8,8 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from mold.data import Example, render
+from mold.chat import render_for
+from mold.data import Example
 from mold.encoding import encode_example
 from mold.models import load_tokenizer
 from mold.run import Options, load_examples, load_signals
@@ -37,7 +38,7 @@ def describe(options: Options, which: str) -> Iterator[Text | Table]:
     tokenizer = load_tokenizer(name)
     encoded = encode_example(example, tokenizer, options.training.template, max_length=options.training.max_length)
     yield Text(f"{example.id}: {len(encoded.input_ids)} tokens of {name}", style="bold")
-    yield Text(render(example, options.training.template).text)
+    yield Text(render_for(example, options.training.template, tokenizer).text)
     for title, texts, spans in (
         ("step", encoded.step_texts, encoded.row_spans),
         ("key word", encoded.key_word_texts, encoded.key_spans),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 GIB = 2**30
 
@@ -26,11 +26,6 @@ class Memory:
         return (
             f"{self.parameters / 1e6:,.0f} M parameters, {total:.1f} GiB ({self.activations / GIB:.1f} of activations)"
         )
-
-
-def config_of(shape: dict) -> PretrainedConfig:
-    """A configuration from its model_type and sizes."""
-    return AutoConfig.for_model(**shape)
 
 
 def inference_memory(config: PretrainedConfig, dtype: torch.dtype, batch: int, length: int, *, cache: bool) -> Memory:

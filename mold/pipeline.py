@@ -134,6 +134,7 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
                 "weights": weights_fingerprint(model),
                 "examples": _digest([(e.id, e.question, e.answer) for e in examples]),
                 "template": options.training.template,
+                "task": options.training.tasks[-1],
                 "batch_size": options.student.generate_batch_size,
                 "max_new_tokens": options.student.max_new_tokens,
             }
@@ -142,6 +143,7 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
                 tokenizer,
                 examples,
                 options.training.template,
+                task=options.training.tasks[-1],
                 batch_size=options.student.generate_batch_size,
                 max_new_tokens=options.student.max_new_tokens,
                 static_cache=options.student.static_cache,

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.answers import answer_kind, answers_match, extract_answer
-from mold.data import DEFAULT_TEMPLATE, Example, question_key, split_template
+from mold.data import ASSISTANT, DEFAULT_TEMPLATE, Example, question_key
 from mold.generation import Completion, Journal, batch_seed, batches_by_length, generate_batch
 from mold.prompting import PromptFile, prompt_ids
 from mold.readers import json_lines
@@ -134,14 +134,14 @@ def write_rationales(
 
 def split_completion(completion: str, template: str = DEFAULT_TEMPLATE) -> str:
     """The rationale in a completion: what stands before the answer marker, or all of it without one."""
-    marker = split_template(template).marker.strip()
+    marker = _parts(template)[2].strip()
     if marker and marker in completion:
         completion = completion.rpartition(marker)[0]
     return re.sub(r"\n?#### .*$", "", completion).strip(" *\n")
 
 
 def _prompt_of(tokenizer, prompt, example, stage, template, chat) -> list[int]:
-    opening, reasoning, marker, _ = split_template(template)
+    opening, reasoning, marker = _parts(template)
     turns = [(f"{opening}{shot['question']}", f"{shot['rationale']}{marker}{shot['answer']}") for shot in prompt.shots]
     question = example.question
     if stage == "hint":
@@ -149,8 +149,15 @@ def _prompt_of(tokenizer, prompt, example, stage, template, chat) -> list[int]:
     return prompt_ids(tokenizer, prompt.instruction, turns, opening + question, reasoning.rstrip(" "), chat)
 
 
+def _parts(template: str) -> tuple[str, str, str]:
+    """What stands before the question, between it and the rationale, and before the answer."""
+    opening, rest = template.replace(ASSISTANT, "").split("{question}")
+    reasoning, rest = rest.split("{rationale}")
+    return opening, reasoning, rest.split("{answer}")[0]
+
+
 def _next_question(template: str) -> str | None:
-    opening = split_template(template).opening.strip()
+    opening = _parts(template)[0].strip()
     return f"\n{opening}" if opening else None
 
 

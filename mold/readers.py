@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from mold.conversations import question_row
 from mold.data import Example, question_key
 
 SUFFIXES = (".jsonl", ".json", ".xml", ".parquet")
@@ -267,7 +268,8 @@ def _example(place: str, row: Mapping, require_rationale: bool) -> Example:
     keywords = row.get("keywords")
     if keywords is not None and (not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords)):
         raise ValueError(f"{place}: keywords is {keywords!r}, must be a list of texts")
-    return Example(str(row["id"]), **values, keywords=None if keywords is None else tuple(keywords))
+    keywords = None if keywords is None else tuple(keywords)
+    return Example(str(row["id"]), **values, keywords=keywords, history=row.get("history", ()))
 
 
 # --- formats: a row as published -> question, answer and whatever else of an example it has ---
@@ -281,8 +283,7 @@ class Format(NamedTuple):
 
 
 def _plain(row: dict) -> dict:
-    if "messages" in row or "prompt" in row:
-        raise ValueError(f"has {', '.join(sorted(row))}; must have the keys question, rationale and answer")
+    row = question_row(row, "the row")
     return {key: row[key] for key in ("id", *Example.__dataclass_fields__, "correct") if row.get(key) is not None}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import itertools
 import json
 import random
 import time
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from mold import pipeline, plots, run
-from mold.data import DEFAULT_TEMPLATE, Example, question_key, split_template, without_questions_of
+from mold.data import Example, question_key, without_questions_of
 from mold.evaluate import wilson_interval, write_jsonl
-from mold.memory import config_of, inference_memory, training_memory
+from mold.memory import inference_memory, training_memory
 from mold.models import load_config
 from mold.options import make_options, read_yaml
 from mold.readers import is_hub_name, read_examples
@@ -46,7 +48,8 @@ class Recipe:
         take (train, test: a number or "all"); a question of a test set is never trained on.
     options: of every stage. generate, keywords: more options of these stages, which are left out where None. train:
         more options of training.
-    variants: by name, what a training changes. sweep: by option, values that a training changes it to.
+    variants: by name, what a training changes. sweep: by option, values that a training changes it to;
+        single_layer takes pairs of a teacher's and a student's layer, or "all".
     seeds: of the trainings of every variant.
     memory_gib: of the device, which a dry run checks against. shapes: configurations for that, by model name, where
         the models' own are not at hand.
@@ -66,12 +69,35 @@ class Recipe:
 
     def trainings(self) -> dict[str, dict]:
         """What each variant and each value of the sweep changes, by name."""
-        swept = {
-            f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}": {key: value}
-            for key, values in self.sweep.items()
-            for value in values
-        }
+        swept = {}
+        for key, values in self.sweep.items():
+            for value in self._every_pair() if (key, values) == ("single_layer", "all") else values:
+                if key == "single_layer":
+                    teacher, student = value
+                    change = {"method": key, "mol_teacher_layer": teacher, "mol_student_layer": student}
+                    swept[f"{key}={teacher},{student}"] = change
+                else:
+                    swept[f"{key}={value}"] = {key: value}
         return {name: dict(values or {}) for name, values in self.variants.items()} | swept
+
+    def config(self, options: Mapping, student: bool) -> PretrainedConfig:
+        """The configuration of the teacher or the student that options name.
+
+        Raises:
+            ValueError: it is not at hand and not in shapes.
+        """
+        name = options.get("teacher_model_name_or_path")
+        name = options.get("model_name_or_path", name) if student else name
+        config = AutoConfig.for_model(**self.shapes[name]) if name in self.shapes else load_config(name)
+        if student:
+            layers = options.get("student_layers")
+            layers = len(layers) if layers else options.get("student_num_layers")
+            config.num_hidden_layers = layers or config.num_hidden_layers
+        return config
+
+    def _every_pair(self) -> Iterator[tuple[int, int]]:
+        layers = [self.config(self.options, student).num_hidden_layers for student in (False, True)]
+        return itertools.product(*map(range, layers))
 
 
 def load_recipe(name: str, data_dir: str = "data", changes: Sequence[str] = ()) -> Recipe:
@@ -226,13 +252,11 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
     for name, change in recipe.trainings().items():
         label = "".join(c if c.isalnum() or c in "=.-" else "-" for c in name)
         common = {**recipe.options, **recipe.train, **change, "dataset": str(train_file)}
-        signals = None
-        if split_template(common.get("template", DEFAULT_TEMPLATE)).reasoning is not None:
-            signals = stages.run("extract", common, [content], _extract, ("dataset",), decides=_SIGNAL_OPTIONS)
-            common["signals_dir"] = str(signals / "signals")
+        signals = stages.run("extract", common, [content], _extract, ("dataset",), decides=_SIGNAL_OPTIONS)
+        common["signals_dir"] = str(signals / "signals")
         for seed in recipe.seeds:
-            inputs = [content, signals.name if signals else ""]
             values = {**common, "seed": seed}
+            inputs = [content, signals.name]
             student = stages.run(f"train-{label}-seed{seed}", values, inputs, _train, ("dataset", "signals_dir"))
             values = {**recipe.options, **change, "models": [str(student)], "eval_sets": sets}
             evaluated = stages.run(
@@ -268,7 +292,7 @@ _SIGNAL_OPTIONS = (
 
 class _Stages:
     def __init__(self, root: Path, say: Callable[[str], None]):
-        self.root, self.say = root, say
+        self.root, self.say, self.told = root, say, set()
 
     def run(
         self,
@@ -292,8 +316,11 @@ class _Stages:
         chosen = values.keys() - set(places) if decides is None else values.keys() & set(decides)
         folder = self.root / f"{name}-{_digest({key: values[key] for key in sorted(chosen)}, inputs)}"
         if (folder / DONE).is_file():
-            self.say(f"{name}: is there ({folder.name})")
+            if folder not in self.told:
+                self.say(f"{name}: is there ({folder.name})")
+            self.told.add(folder)
             return folder
+        self.told.add(folder)
         self.say(f"{name}: {folder.name}")
         options = make_options({**values, "output_dir": str(folder)}, [], "run", f"recipe: {name}")
         folder.mkdir(exist_ok=True)
@@ -406,34 +433,28 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     common = {**recipe.options, "output_dir": recipe.output_dir, "use_cpu": not torch.cuda.is_available()}
     for stage in ("generate", "keywords"):
         if (more := getattr(recipe, stage)) is not None:
-            options = make_options({**common, **more}, [], "run", f"recipe: {stage}")
+            values = {**common, **more}
+            options = make_options(values, [], "run", f"recipe: {stage}")
             pipeline.check_prompting(options)
             yield f"{stage}: by {options.teacher.teacher_model_name_or_path}"
-            batch, length = options.student.generate_batch_size, options.training.max_length
-            yield from _check_memory(recipe, options, stage, batch, length)
-    options = make_options({**common, **recipe.train}, [], "run", "recipe: train")
-    batch, length = options.teacher.extract_batch_size, options.training.max_length
-    yield from _check_memory(recipe, options, "extract", batch, length)
+            yield from _check_memory(recipe, values, options, stage, options.student.generate_batch_size)
+    values = {**common, **recipe.train}
+    options = make_options(values, [], "run", "recipe: train")
+    yield from _check_memory(recipe, values, options, "extract", options.teacher.extract_batch_size)
+    yield from _check_memory(recipe, values, options, "train", options.training.per_device_train_batch_size)
     for name, change in recipe.trainings().items():
-        options = make_options({**common, **recipe.train, **change}, [], "run", f"recipe: {name}")
+        options = make_options({**values, **change}, [], "run", f"recipe: {name}")
         yield f"train {name}: {len(recipe.seeds)} seeds, {options.training.num_train_epochs:g} epochs"
-    yield from _check_memory(recipe, options, "train", options.training.per_device_train_batch_size, length)
 
 
-def _check_memory(recipe: Recipe, options: run.Options, stage: str, batch: int, length: int) -> Iterator[str]:
-    training = stage == "train"
-    own = options.student.model_name_or_path if training else options.teacher.teacher_model_name_or_path
-    name = own or options.teacher.teacher_model_name_or_path
+def _check_memory(recipe: Recipe, values: Mapping, options: run.Options, stage: str, batch: int) -> Iterator[str]:
+    length, training = options.training.max_length, stage == "train"
     try:
-        config = config_of(recipe.shapes[name]) if name in recipe.shapes else load_config(name)
+        config = recipe.config(values, training)
     except ValueError as error:
         yield f"{stage}: memory not checked ({error})"
         return
     if training:
-        layers = options.student.student_layers
-        config.num_hidden_layers = (
-            len(layers) if layers else options.student.student_num_layers or config.num_hidden_layers
-        )
         checkpointing = getattr(options.training, "activation_checkpointing", False)
         dtype = getattr(torch, options.student.model_dtype)
         mixed = options.training.bf16 or options.training.fp16
@@ -441,10 +462,10 @@ def _check_memory(recipe: Recipe, options: run.Options, stage: str, batch: int, 
     else:
         dtype = getattr(torch, options.teacher.teacher_dtype)
         memory = inference_memory(config, dtype, batch, length, cache=stage != "extract")
-    yield f"{stage}, {name}: {memory} at most, {batch} x {length} tokens"
+    yield f"{stage}: {memory} at most, {batch} x {length} tokens"
     needed = (memory.state + memory.activations) / 2**30
     if recipe.memory_gib is not None and needed > recipe.memory_gib:
-        raise ValueError(f"{stage}: {name} needs {needed:.1f} GiB, memory_gib is {recipe.memory_gib}")
+        raise ValueError(f"{stage}: needs {needed:.1f} GiB of memory, memory_gib is {recipe.memory_gib}")
 
 
 def _row(example: Example) -> dict:

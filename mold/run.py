@@ -21,13 +21,15 @@ from transformers.utils import logging
 
 import mold
 from mold.config import DataOptions, EvalOptions, MoldConfig, PromptOptions, StudentOptions, TeacherOptions
-from mold.data import Example, split_examples, split_template
+from mold.data import Example, split_examples
+from mold.encoding import has_signal
 from mold.evaluate import accuracy, generate_predictions, write_jsonl
 from mold.models import load_model, spread_layers, take_layers
 from mold.problems import generate_problems
 from mold.readers import read_examples
+from mold.router_training import ROUTER_FILE
 from mold.signals import SignalCache, SignalSettings, extract_signals, write_atomically
-from mold.trainer import ROUTER_FILE, MoldTrainer
+from mold.trainer import MoldTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -133,6 +135,13 @@ def load_signals(options: Options) -> SignalCache:
     return signals
 
 
+def teaching(options: Options, teacher, needed: bool) -> dict:
+    """What teaches attention, as arguments of MoldTrainer: the teacher itself, or its cached signals."""
+    if options.teacher.teacher_online:
+        return {"teacher_model": teacher[0], "teacher_processing_class": teacher[1]}
+    return {"signals": load_signals(options) if needed or options.signals_folder.exists() else None}
+
+
 def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The student: a model of its own, or the teacher with fewer layers."""
     student = options.student
@@ -170,10 +179,16 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
     """
     folder, seconds = options.folder, dict(seconds or {})
     train_examples, held_out = load_examples(options.data)
-    signals = load_signals(options) if options.training.beta > 0 or _has_signals(options) else None
+    if options.teacher.teacher_online:
+        teacher = teacher or load_teacher(options)
     student, tokenizer = make_student(options, teacher)
     trainer = MoldTrainer(
-        student, options.training, train_examples, held_out, processing_class=tokenizer, signals=signals
+        student,
+        options.training,
+        train_examples,
+        held_out,
+        processing_class=tokenizer,
+        **teaching(options, teacher, needed=options.training.beta > 0),
     )
     _claim_folder(options)
     start = time.perf_counter()
@@ -201,24 +216,21 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
 def evaluate(options: Options) -> dict:
     """Evaluate a trained (or any) student on the held-out examples; writes eval.json and its predictions."""
     _, held_out = load_examples(options.data)
-    signals = load_signals(options) if _has_signals(options) else None
-    student, tokenizer = make_student(options)
-    if signals is None:
+    teacher = load_teacher(options) if options.teacher.teacher_online else None
+    taught_by = teaching(options, teacher, needed=False)
+    student, tokenizer = make_student(options, teacher)
+    if not any(taught_by.values()):
         options.training.beta = 0.0
-    trainer = MoldTrainer(student, options.training, eval_dataset=held_out, processing_class=tokenizer, signals=signals)
+    trainer = MoldTrainer(student, options.training, eval_dataset=held_out, processing_class=tokenizer, **taught_by)
     router = Path(options.student.model_name_or_path or "") / ROUTER_FILE
     if router.is_file():
         trainer.mold_loss.router.load_state_dict(load_file(router))
-    elif signals is not None:
+    elif options.training.beta > 0:
         logger.warning(f"{router} does not exist: the attention loss is that of an untrained router")
     result = _evaluate(options, trainer, held_out, "eval")
     metrics = result["metrics"] | {"accuracy": result["accuracy"], "num_eval": len(held_out)}
     write_atomically(options.folder / "eval.json", json.dumps(metrics, indent=1).encode())
     return metrics
-
-
-def _has_signals(options: Options) -> bool:
-    return options.signals_folder.exists() and split_template(options.training.template).reasoning is not None
 
 
 def _claim_folder(options: Options) -> None:
@@ -245,7 +257,7 @@ def _evaluate(options: Options, trainer: MoldTrainer, examples: list[Example], w
     """Losses, predictions (written) and maps of the held-out examples."""
     metrics = trainer.evaluate()
     predictions = _predict(options, trainer.model, trainer.processing_class, examples, when)
-    with_signal = [item for item in trainer.eval_dataset if item["signal"] is not None]
+    with_signal = [item for item in trainer.eval_dataset if has_signal(item)]
     maps = trainer.attention_maps(with_signal[: options.student.num_maps])
     return {"metrics": metrics, "accuracy": accuracy(predictions), "maps": maps}
 
@@ -256,6 +268,7 @@ def _predict(options: Options, model, tokenizer, examples: list[Example], when: 
         tokenizer,
         examples,
         options.training.template,
+        task=options.training.tasks[-1],
         batch_size=options.student.generate_batch_size,
         max_new_tokens=options.student.max_new_tokens,
         static_cache=options.student.static_cache,
@@ -300,7 +313,7 @@ def _summarise(options: Options, trainer: MoldTrainer, before: dict, after: dict
         "rows": rows,
         "num_train": len(trainer.train_dataset),
         "num_eval": len(trainer.eval_dataset),
-        "num_without_signal": sum(item["signal"] is None for item in trainer.train_dataset),
+        "num_without_signal": sum(not has_signal(item) for item in trainer.train_dataset),
         "gradient_norms": before["gradient_norms"],
         "seconds": seconds,
         "versions": versions(),

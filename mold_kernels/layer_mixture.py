@@ -70,7 +70,8 @@ def layer_mixture_kl(
         tau: temperature of the teacher's layer weights.
         row_norm: "softmax" over the valid key words of a step (the paper), or "l1": each row, plus
             `mold_kernels.reference.L1_EPSILON`, divided by its sum.
-        backend: "auto", "torch", "cuda" (float32) or "reference". A named backend is used or refused, never replaced.
+        backend: "auto", "triton" (GPU, float32), "cuda" (likewise), "torch" or "reference". A named backend is used or
+            refused, never replaced.
 
     Returns:
         [B], loss of each example, differentiable in student_attention and student_weights. Exactly 0, with zero
@@ -103,13 +104,17 @@ def layer_mixture_kl(
     if row_norm not in ("softmax", "l1"):
         raise ValueError(f'row_norm: is {row_norm!r}, must be "softmax" or "l1"')
     tensors = teacher_attention, student_attention, student_weights, num_steps, num_keys
-    float32 = all(tensor.dtype == torch.float32 for tensor in tensors[:3])
-    candidates = ("torch", "cuda", "reference") if float32 else ("torch", "reference")
+    candidates = ["torch", "reference"]
+    if all(tensor.dtype == torch.float32 for tensor in tensors[:3]):
+        candidates.insert(0 if student_attention.is_cuda else 1, "triton")
+        candidates.append("cuda")
     match choose_backend("layer_mixture_kl", backend, candidates, student_attention.device):
-        case "torch":
-            return _LayerMixtureKL.apply(*tensors, tau, row_norm)
+        case "triton":
+            return torch.ops.mold.triton_layer_mixture_kl(*tensors, tau, row_norm == "l1")[0]
         case "cuda":
             return _CudaLayerMixtureKL.apply(*tensors, tau, row_norm)
+        case "torch":
+            return _LayerMixtureKL.apply(*tensors, tau, row_norm)
         case "reference":
             return reference.layer_mixture_kl(*tensors, tau=tau, row_norm=row_norm)
 
@@ -177,3 +182,48 @@ class _CudaLayerMixtureKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return None, *cuda.layer_mixture_kl_backward(grad, *ctx.saved_tensors), *[None] * 4
+
+
+@torch.library.custom_op("mold::triton_layer_mixture_kl", mutates_args=())
+def _triton_layer_mixture_kl(
+    teacher: torch.Tensor,
+    student: torch.Tensor,
+    weights: torch.Tensor,
+    num_steps: torch.Tensor,
+    num_keys: torch.Tensor,
+    tau: float,
+    l1: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from mold_kernels._triton.layer_mixture import layer_mixture_kl_forward
+
+    return layer_mixture_kl_forward(teacher, student, weights, num_steps, num_keys, tau, reference.L1_EPSILON, l1)
+
+
+@_triton_layer_mixture_kl.register_fake
+def _(teacher, student, weights, num_steps, num_keys, tau, l1):
+    return student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])
+
+
+@torch.library.custom_op("mold::triton_layer_mixture_kl_backward", mutates_args=())
+def _triton_layer_mixture_kl_backward(
+    grad: torch.Tensor, mixture_grad: torch.Tensor, student: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from mold_kernels._triton.layer_mixture import layer_mixture_kl_backward
+
+    return layer_mixture_kl_backward(grad, mixture_grad, student, weights)
+
+
+@_triton_layer_mixture_kl_backward.register_fake
+def _(grad, mixture_grad, student, weights):
+    return student.new_empty(student.shape), weights.new_empty(weights.shape)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(output[1], inputs[1], inputs[2])
+
+
+def _differentiate(ctx, grad, _):
+    return None, *torch.ops.mold.triton_layer_mixture_kl_backward(grad, *ctx.saved_tensors), *[None] * 4
+
+
+_triton_layer_mixture_kl.register_autograd(_differentiate, setup_context=_keep)

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run the command line."""
+"""Tiny models, signals and data, and the command line as a function."""
 
 import json
 import sys
@@ -7,8 +7,11 @@ import pytest
 from transformers import BloomConfig, BloomForCausalLM
 
 from mold import cli
+from mold.data import DEFAULT_TEMPLATE
 from mold.problems import generate_problems
+from mold.signals import SignalSettings, extract_signals
 from tests.tiny_models import make_model
+from tests.tiny_runs import BARE, EXAMPLES, TEACHER_TOKENIZER, make_teacher
 from tests.tiny_tokenizers import make_tokenizer
 
 
@@ -28,6 +31,20 @@ def models(tmp_path_factory):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def signals(tmp_path_factory):
+    """Signals of a GPT-2 teacher with another tokenizer than the student has."""
+    teacher = make_teacher()
+    return extract_signals(
+        teacher,
+        TEACHER_TOKENIZER,
+        [*EXAMPLES, BARE],
+        tmp_path_factory.mktemp("signals"),
+        SignalSettings.of(teacher, "tiny", DEFAULT_TEMPLATE, "sum"),
+        progress=False,
+    )
 
 
 @pytest.fixture

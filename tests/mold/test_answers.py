@@ -67,11 +67,6 @@ def test_the_marker_is_the_templates():
     assert extract_answer("2 + 2 = 4.\n=> four", "{question} {rationale} {answer}") == "4"
 
 
-@pytest.mark.parametrize(("completion", "answer"), [(" 4 of 5\nAnd 6", "4 of 5"), ("\n4\nQ: 7", "4"), ("", None)])
-def test_behind_a_template_without_rationale_the_first_line_is_the_answer(completion, answer):
-    assert extract_answer(completion, "Q: {question}\nA: {answer}") == answer
-
-
 @pytest.mark.parametrize(
     ("right", "kind"),
     [

@@ -10,7 +10,7 @@ import yaml
 from mold import pipeline, run
 from mold import recipe as recipes
 from mold.data import question_key
-from mold.memory import config_of, inference_memory, training_memory
+from mold.memory import inference_memory, training_memory
 from mold.problems import generate_problems
 from mold.readers import read_examples
 from mold.recipe import Recipe, collect, load_recipe, markdown, run_recipe, summarise, table
@@ -51,8 +51,8 @@ def tiny(models, tmp_path):
         },
         "train": {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1},
         "variants": {
-            "answers": {"template": "Question: {question}\nAnswer: {answer}", "alpha": 1.0, "beta": 0.0},
-            "a pair": {"layer_pair": [3, 1]},
+            "answers": {"method": "answers"},
+            "a pair": {"method": "single_layer", "mol_teacher_layer": 3, "mol_student_layer": 1},
             "mixture": None,
         },
         "sweep": {"beta": [5.0]},
@@ -97,9 +97,9 @@ def test_from_files_to_the_table(mold, tiny):
     said = []
     assert run_recipe(load(tiny), said.append) == {"variants": results}
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*-*/done.json")} == before
-    assert sum("is there" in line for line in said) == 3 + 8 + 8
+    assert sum("is there" in line for line in said) == 1 + 8 + 8
     said.clear()
-    run_recipe(load(tiny, "variants.a pair.layer_pair=[0, 1]", "seeds=[0]"), said.append)
+    run_recipe(load(tiny, "variants.a pair.mol_teacher_layer=0", "seeds=[0]"), said.append)
     assert [line for line in said if "is there" not in line and not line.startswith("data")] == [
         f"{path.parent.name.rpartition('-')[0]}: {path.parent.name}"
         for path in sorted(set(folder.glob("*-*/done.json")) - before.keys(), key=lambda p: p.parent.name[0] != "t")
@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on(tiny, monkeypatch):
 
         return wrapped
 
-    for module, name, at in ((run, "extract", 1), (run, "train", 2), (pipeline, "compare", 2)):
+    for module, name, at in ((run, "extract", 1), (run, "train", 2), (pipeline, "compare", 1)):
         with monkeypatch.context() as patch:
             count = 0
             patch.setattr(module, name, dies(getattr(module, name), at))
@@ -148,7 +148,7 @@ def test_rationales_by_a_teacher_and_key_words_come_before_training(tiny, monkey
 
     monkeypatch.setattr(pipeline, "write_rationales", write)
     changes = ["generate={num_shots: 0, prompt: math}", "keywords={num_shots: 1}", "sweep={}", "seeds=[0]"]
-    recipe = load(tiny, *changes, "variants={none: {beta: 0.0}}")
+    recipe = load(tiny, *changes, "variants={none: {method: step_by_step}}")
     said = []
     run_recipe(recipe, said.append)
     stages = [line.partition(":")[0] for line in said if not line.startswith("data")]
@@ -192,7 +192,7 @@ def test_no_question_is_trained_on_and_tested(tiny):
         ("variants.mixture={beta: -1}", "beta: is -1.0, must be in"),
         ("generate={num_tries: 3}", "num_tries: is 3 at temperature 0.0"),
         ("generate={prompt: maths}", "prompt: is 'maths', must be one of"),
-        ("memory_gib=0.001", r"needs 0.0 GiB, memory_gib is 0.001"),
+        ("memory_gib=0.001", r"needs 0.0 GiB of memory, memory_gib is 0.001"),
         ("output_dir", "--set: is 'output_dir', must be KEY=VALUE"),
         ("output_dir.x=1", "--set: output_dir.x goes through 'output_dir', which holds no keys"),
     ],
@@ -205,7 +205,7 @@ def test_a_dry_run_finds_what_is_wrong(mold, tiny, change, message):
 def test_a_dry_run_says_what_there_is(mold, tiny):
     status, out, _ = mold("run", tiny, "--data_dir", tiny.parent, "--dry_run")
     assert status in (0, None)
-    for text in ("data near, test: 6 of 6 rows", "extract, ", "train a pair: 2 seeds", "M parameters"):
+    for text in ("data near, test: 6 of 6 rows", "extract: ", "train: ", "train a pair: 2 seeds", "M parameters"):
         assert text in out
     assert not (tiny.parent / "out").exists()
 
@@ -241,16 +241,17 @@ def test_packaged_recipes_pass_a_dry_run(name, tmp_path):
     if options["teacher_model_name_or_path"] == "smollm2-135m-instruct":
         shapes["smollm2-135m-instruct"] = {"model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576}
     lines = list(recipes.dry_run(replace(recipe, data=local, shapes=shapes)))
-    assert any(line.startswith("train, ") and "GiB" in line for line in lines)
+    assert any(line.startswith("train: ") and "GiB" in line for line in lines)
     assert not any("not checked" in line for line in lines)
 
 
 def test_the_papers_hyperparameters():
     for name in PACKAGED[2:]:
-        train = load_recipe(name).train
+        recipe = load_recipe(name)
+        train = {**recipe.train, **recipe.variants["mixture"]}
         expected = {"alpha": 0.5, "beta": 1.0, "tau_1": 0.1, "tau_2": 0.5, "per_device_train_batch_size": 16}
         assert train | expected == train
-        assert len(load_recipe(name).seeds) == 3
+        assert len(recipe.seeds) == 3
 
 
 def test_results_are_means_over_seeds():
@@ -287,7 +288,20 @@ def test_memory_is_that_of_the_real_parameters():
     cached = inference_memory(model.config, torch.bfloat16, 2, 8, cache=True)
     heads, dim = model.config.num_key_value_heads, model.config.head_dim
     assert cached.activations - forward.activations == 2 * 8 * 2 * model.config.num_hidden_layers * heads * dim * 2
-    assert config_of({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2}).num_hidden_layers == 2
+
+
+def test_a_sweep_over_every_pair_of_layers(tiny):
+    recipe = load(tiny, "variants={}", "sweep={single_layer: all, tau_1: [0.5]}")
+    trainings = recipe.trainings()
+    assert len(trainings) == 4 * 3 + 1
+    assert trainings["single_layer=3,1"] == {
+        "method": "single_layer",
+        "mol_teacher_layer": 3,
+        "mol_student_layer": 1,
+    }
+    assert trainings["tau_1=0.5"] == {"tau_1": 0.5}
+    few = replace(recipe, options={**recipe.options, "student_num_layers": 2})
+    assert len(few.trainings()) == 4 * 2 + 1
 
 
 def test_a_recipe_has_defaults_of_its_own():

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 
 import pytest
@@ -8,67 +7,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mold import MoldConfig, MoldTrainer
-from mold.data import DEFAULT_TEMPLATE, Example
-from mold.problems import generate_problems
-from mold.signals import SignalSettings, extract_signals
 from mold.trainer import last_complete_checkpoint
-from tests.tiny_models import make_model
-from tests.tiny_tokenizers import make_tokenizer
-
-STUDENT_TOKENIZER, TEACHER_TOKENIZER = make_tokenizer("smollm"), make_tokenizer("gpt2")
-EXAMPLES = generate_problems(12, seed=4)
-BARE = Example("bare", "Who came first?", "The hen came first.", "the hen")
-
-
-@pytest.fixture(scope="module")
-def signals(tmp_path_factory):
-    """Signals of a GPT-2 teacher with another tokenizer than the student has."""
-    teacher = make_model("gpt2", vocab=len(TEACHER_TOKENIZER), layers=5, heads=6, seed=8)
-    return extract_signals(
-        teacher,
-        TEACHER_TOKENIZER,
-        [*EXAMPLES, BARE],
-        tmp_path_factory.mktemp("signals"),
-        SignalSettings.of(teacher, "tiny", DEFAULT_TEMPLATE, "sum"),
-        progress=False,
-    )
-
-
-def make_student(family="llama", seed=0, **options):
-    options = {"vocab": len(STUDENT_TOKENIZER), "initializer_range": 0.05} | options
-    return make_model(family, seed=seed, attention="sdpa", **options)
-
-
-def make_trainer(folder, signals, student=None, examples=EXAMPLES, eval_examples=EXAMPLES[:5], **options):
-    options = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "row_norm": "l1",
-        "beta": 2.0,
-        "seed": 3,
-    } | options
-    return MoldTrainer(
-        student or make_student(),
-        MoldConfig(**options),
-        examples,
-        eval_examples,
-        processing_class=STUDENT_TOKENIZER,
-        signals=signals,
-    )
-
-
-def weights(trainer):
-    named = {**dict(trainer.model.named_parameters()), **dict(trainer.mold_loss.named_parameters())}
-    return {name: parameter.detach().clone() for name, parameter in named.items()}
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from tests.tiny_runs import BARE, EXAMPLES, STUDENT_TOKENIZER, make_student, make_trainer, metrics, weights
 
 
 def test_every_parameter_of_student_and_router_moves(tmp_path, signals):
@@ -335,7 +275,7 @@ def test_data_that_cannot_be_learned_from_is_refused(tmp_path, signals):
         ({"row_reduction": "max"}, "row_reduction: is 'max'"),
         ({"padding_side": "both"}, "padding_side: is 'both'"),
         ({"remove_unused_columns": True}, "remove_unused_columns: is True, must be False"),
-        ({"template": "{question} {rationale}"}, "template: is '{question} {rationale}', must hold"),
+        ({"template": "{question} {answer}"}, "template: is '{question} {answer}', must hold"),
     ],
 )
 def test_options_are_checked(tmp_path, option, message):
