@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mold_kernels import reference
+from mold_kernels import native, reference
 from mold_kernels.attention import check_attention_inputs
 from mold_kernels.backends import choose_backend
 from mold_kernels.spans import check_spans, key_columns, row_weights
@@ -58,7 +58,8 @@ def span_attention(
             tell that a key was masked.
         scale: of the scores; 1 / sqrt(D) where None.
         row_reduction: "sum" over the rows of a step (the paper), or "mean".
-        backend: "auto", "torch" or "reference". A named backend is used or refused, never replaced.
+        backend: "auto", "native" (CPU; float32, float64, bfloat16), "torch" or "reference". A named backend is used
+            or refused, never replaced.
 
     Returns:
         [B, S, M], float32 (float64 with float64 q), differentiable in q, k and lse.
@@ -78,11 +79,29 @@ def span_attention(
     if row_reduction not in ("sum", "mean"):
         raise ValueError(f'row_reduction: is {row_reduction!r}, must be "sum" or "mean"')
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    match choose_backend("span_attention", backend, ("torch", "reference"), q.device):
+    candidates = ["native", "torch", "reference"] if q.dtype in native.DTYPES else ["torch", "reference"]
+    match choose_backend("span_attention", backend, candidates, q.device):
+        case "native":
+            return _NativeSpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
         case "torch":
             return _SpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
         case "reference":
             return reference.span_attention(q, k, lse, row_spans, key_spans, scale=scale, row_reduction=row_reduction)
+
+
+class _NativeSpanAttention(torch.autograd.Function):
+    """The native backend: as the torch one, but only the rows of a step and the columns that they see."""
+
+    @staticmethod
+    def forward(ctx, q, k, lse, row_spans, key_spans, scale, row_reduction):
+        ctx.save_for_backward(q, k, lse, row_spans, key_spans)
+        ctx.options = scale, row_reduction
+        return native.span_attention_forward(q, k, lse, row_spans, key_spans, scale, row_reduction)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *native.span_attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 class _SpanAttention(torch.autograd.Function):

@@ -1,0 +1,12 @@
+#include "level_kernels.hpp"
+
+namespace mold::MOLD_LEVEL {
+
+const Kernels kernels = {
+    span_attention_forward,
+    span_attention_backward,
+    value_pool_forward,
+    value_pool_backward,
+};
+
+}  // namespace mold::MOLD_LEVEL
