@@ -21,14 +21,14 @@ struct RowBlock {
     int64_t token(int64_t row) const { return first_token + row / group; }
 };
 
-// target[i] = factor * source[i * stride] for i < count, zeros up to `width`.
+// target[i] = source[i * stride] for i < count, zeros up to `width`.
 template <typename Element, typename T>
-inline void load_row(const Element* source, int64_t stride, int64_t count, T factor, T* target, int64_t width) {
+inline void load_row(const Element* source, int64_t stride, int64_t count, T* target, int64_t width) {
     if (stride == 1) {
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) target[i] = factor * widen(source[i]);
+        for (int64_t i = 0; i < count; ++i) target[i] = widen(source[i]);
     } else {
-        for (int64_t i = 0; i < count; ++i) target[i] = factor * widen(source[i * stride]);
+        for (int64_t i = 0; i < count; ++i) target[i] = widen(source[i * stride]);
     }
     for (int64_t i = count; i < width; ++i) target[i] = 0;
 }
@@ -44,13 +44,13 @@ inline void store_row(const T* source, int64_t stride, int64_t count, T factor, 
     }
 }
 
-// The block's rows of source [B, Hq, T, D], times factor, as [padded rows, width] with zeros where padded.
+// The block's rows of source [B, Hq, T, D] as [padded rows, width] with zeros where padded.
 template <typename Element, typename T>
-inline void load_rows(const View& source, const RowBlock& block, T factor, T* target, int64_t width) {
+inline void load_rows(const View& source, const RowBlock& block, T* target, int64_t width) {
     const int64_t rows = block.rows(), padded = round_up(rows, lanes<T>);
     for (int64_t r = 0; r < rows; ++r) {
         const Element* row = source.at<const Element>(block.example, block.head(r), block.token(r));
-        load_row(row, source.strides[3], source.sizes[3], factor, target + r * width, width);
+        load_row(row, source.strides[3], source.sizes[3], target + r * width, width);
     }
     for (int64_t i = rows * width; i < padded * width; ++i) target[i] = 0;
 }

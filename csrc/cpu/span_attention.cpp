@@ -41,7 +41,7 @@ struct Keys {
             T* target = at(b, head);
             for (std::size_t n = 0; n < columns.size(); ++n, target += sizes.width) {
                 const Element* key = k.at<const Element>(b, head, columns[n]);
-                load_row(key, k.strides[3], sizes.depth, T{1}, target, sizes.width);
+                load_row(key, k.strides[3], sizes.depth, target, sizes.width);
             }
         };
         parallel(threads, sizes.batch * sizes.kv_heads, [](Scratch&) { return 0; }, gather);
@@ -63,17 +63,17 @@ struct Rows {
           products(scratch.take<T>(block_columns * sizes.most_rows)) {}
 
     template <typename Element>
-    void load(const View& q_view, const View& lse_view, const RowBlock& block, T scale, const Sizes& sizes) {
-        load_rows<Element>(q_view, block, scale, q, sizes.width);
+    void load(const View& q_view, const View& lse_view, const RowBlock& block, const Sizes& sizes) {
+        load_rows<Element>(q_view, block, q, sizes.width);
         transpose(q, round_up(block.rows(), lanes<T>), sizes.depth, sizes.width, panels);
         // exp(score - infinity) = 0: padded rows add nothing.
         load_entries(lse_view, block, static_cast<T>(HUGE_VAL), lse);
     }
 
-    // Calls visit(column, probabilities, first row) for columns begin to end; earlier rows see none of them.
-    // visit may change the probabilities.
+    // Products of the columns with the rows, -infinity where hidden, to visit(column, products, first row, rows).
+    // Rows before the first, which is returned, see none of the columns.
     template <typename Visit>
-    int64_t probabilities(
+    int64_t visit_columns(
         const RowBlock& block, const SpanPlan& plan, const T* keys, Range columns, const Sizes& sizes, Visit visit) {
         const int64_t rows = round_up(block.rows(), lanes<T>);
         const int64_t first = block.hidden_from(plan.columns[columns.begin]) / tile_width<T> * tile_width<T>;
@@ -144,16 +144,16 @@ void forward(
         for (std::size_t n = 0; n < plan.columns.size(); ++n) buffers.columns[n] = 0;
         for (int64_t head = 0; head < sizes.kv_heads; ++head) {
             const RowBlock block{at.example, head, sizes.group, piece.begin, piece.end - piece.begin};
-            buffers.rows.template load<Element>(q, lse, block, scale, sizes);
+            buffers.rows.template load<Element>(q, lse, block, sizes);
             for (int64_t n = 0; n < visible; n += block_columns) {
                 const auto add = [&](int64_t column, const T* scores, int64_t first, int64_t rows) {
                     Vector<T> total{};
                     for (int64_t r = first; r < rows; r += lanes<T>) {
-                        total += exponential<T>(load(scores + r) - load(buffers.rows.lse + r));
+                        total += exponential<T>(load(scores + r) * scale - load(buffers.rows.lse + r));
                     }
                     buffers.columns[column] += sum<T>(total);
                 };
-                buffers.rows.probabilities(
+                buffers.rows.visit_columns(
                     block, plan, keys.at(at.example, head), {n, smaller(n + block_columns, visible)}, sizes, add);
             }
         }
@@ -233,7 +233,7 @@ void backward(
         const RowBlock block{at.example, head, sizes.group, piece.begin, piece.end - piece.begin};
         const int64_t rows = round_up(block.rows(), lanes<T>);
         const T* head_keys = keys.at(at.example, head);
-        buffers.rows.template load<Element>(q, lse, block, scale, sizes);
+        buffers.rows.template load<Element>(q, lse, block, sizes);
         column_gradient(grad, plan, at, q.sizes[1], buffers.word_gradient, buffers.gradient);
         for (int64_t i = 0; i < rows * sizes.width; ++i) buffers.dq[i] = 0;
         for (int64_t r = 0; r < rows; ++r) buffers.dlse[r] = 0;
@@ -243,13 +243,14 @@ void backward(
             const auto weigh = [&](int64_t column, T* scores, int64_t first, int64_t rows) {
                 const T g = buffers.gradient[column];
                 for (int64_t r = first; r < rows; r += lanes<T>) {
-                    const Vector<T> weight = exponential<T>(load(scores + r) - load(buffers.rows.lse + r)) * g;
+                    const Vector<T> lse = load(buffers.rows.lse + r);
+                    const Vector<T> weight = exponential<T>(load(scores + r) * scale - lse) * g;
                     store<T>(load(buffers.dlse + r) - weight, buffers.dlse + r);
                     store<T>(weight, scores + r);
                 }
             };
             const int64_t first =
-                buffers.rows.probabilities(block, plan, head_keys, {n, n + columns}, sizes, weigh);
+                buffers.rows.visit_columns(block, plan, head_keys, {n, n + columns}, sizes, weigh);
             const T* weights = buffers.rows.products + first;
             multiply<T>(
                 rows - first, sizes.width, columns, {weights, 1, rows}, head_keys + n * sizes.width, sizes.width,
@@ -261,7 +262,7 @@ void backward(
             for (int64_t i = 0; i < columns; ++i) {
                 T* target = dk.at<T>(at.example, head, plan.columns[n + i]);
                 const T* source = buffers.dk + i * sizes.width;
-                for (int64_t d = 0; d < sizes.depth; ++d) target[d * dk.strides[3]] += source[d];
+                for (int64_t d = 0; d < sizes.depth; ++d) target[d * dk.strides[3]] += scale * source[d];
             }
             turns.finish(task, chunk);
         }
