@@ -92,6 +92,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("build_info", build_info);
     module.def("supported_levels", supported_levels);
     module.def("set_level", mold::set_level);
+    module.def("attention_forward", kernel(&mold::Kernels::attention_forward), call_guard<gil_scoped_release>());
+    module.def("attention_backward", kernel(&mold::Kernels::attention_backward), call_guard<gil_scoped_release>());
     module.def("span_attention_forward", span_attention_forward, call_guard<gil_scoped_release>());
     module.def("span_attention_backward", span_attention_backward, call_guard<gil_scoped_release>());
     module.def("value_pool_forward", kernel(&mold::Kernels::value_pool_forward), call_guard<gil_scoped_release>());

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from mold_kernels import reference
+from mold_kernels import native, reference
 from mold_kernels.backends import choose_backend
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -64,7 +64,10 @@ def attention_with_lse(
         raise ValueError(f"v: is {v.dtype} {list(v.shape)}, must be {q.dtype} {list(k.shape)} as k")
     _check_padding_mask(key_padding_mask, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    match choose_backend("attention_with_lse", engine, ("cpu", "reference"), q.device, argument="engine"):
+    candidates = ["native", "cpu", "reference"] if q.dtype in native.DTYPES else ["cpu", "reference"]
+    match choose_backend("attention_with_lse", engine, candidates, q.device, argument="engine"):
+        case "native":
+            return _NativeAttention.apply(q, k, v, key_padding_mask, scale)
         case "cpu":
             if q.dtype == torch.float16:  # the replaced entries of out need float32's exponent range
                 out, lse = _FlashCpu.apply(q.float(), k.float(), v.float(), key_padding_mask, scale)
@@ -122,6 +125,27 @@ def _check_padding_mask(mask: torch.Tensor | None, q: torch.Tensor) -> None:
         raise ValueError(
             f"key_padding_mask: is {mask.dtype} {list(mask.shape)}, must be torch.bool {[q.shape[0], q.shape[2]]}"
         )
+
+
+class _NativeAttention(torch.autograd.Function):
+    """Our own flash attention for the CPU."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        out, lse = native.attention_forward(q, k, v, mask, scale)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        # A gradient that is not there is one zero, expanded.
+        grad_out = out.new_zeros(()).expand_as(out) if grad_out is None else grad_out
+        grad_lse = lse.new_zeros(()).expand_as(lse) if grad_lse is None else grad_lse
+        return *native.attention_backward(grad_out, grad_lse, q, k, v, mask, ctx.scale, out, lse), None, None
 
 
 class _FlashCpu(torch.autograd.Function):

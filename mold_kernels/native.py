@@ -39,6 +39,27 @@ def set_level(name: str) -> None:
     _native.set_level(name)
 
 
+def attention_forward(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse)."""
+    batch, heads, length, width = q.shape
+    # In memory [B, T, Hq, D], so that joining the heads copies nothing.
+    out = q.new_empty(batch, length, heads, width).transpose(1, 2)
+    lse = q.new_empty(batch, heads, length, dtype=torch.promote_types(q.dtype, torch.float32))
+    padding = None if mask is None else _view(mask)
+    threads = torch.get_num_threads()
+    _native.attention_forward(_view(q), _view(k), _view(v), padding, scale, _view(out), _view(lse), threads)
+    return out, lse
+
+
+def attention_backward(grad_out, grad_lse, q, k, v, mask, scale: float, out, lse):
+    """(dq, dk, dv)."""
+    dq, dk, dv = torch.empty_like(q), lse.new_empty(k.shape), lse.new_empty(v.shape)
+    views = [None if tensor is None else _view(tensor) for tensor in (grad_out, grad_lse, q, k, v, mask)]
+    results = map(_view, (out, lse, dq, dk, dv))
+    _native.attention_backward(*views, scale, *results, torch.get_num_threads())
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
 def span_attention_forward(q, k, lse, row_spans, key_spans, scale: float, row_reduction: str) -> torch.Tensor:
     pooled = lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
     # Held here until the kernel returns; a view does not own its memory.

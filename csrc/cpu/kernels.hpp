@@ -11,6 +11,16 @@
 namespace mold {
 
 struct Kernels {
+    // q and out [B, Hq, T, D], k and v [B, Hkv, T, D], lse [B, Hq, T]; mask bool [B, T], null without padding.
+    void (*attention_forward)(
+        const View& q, const View& k, const View& v, const View* mask, double scale, const View& out, const View& lse,
+        int threads);
+
+    // dk and dv are contiguous, of lse's dtype.
+    void (*attention_backward)(
+        const View& grad_out, const View& grad_lse, const View& q, const View& k, const View& v, const View* mask,
+        double scale, const View& out, const View& lse, const View& dq, const View& dk, const View& dv, int threads);
+
     // q [B, Hq, T, D], k [B, Hkv, T, D], lse [B, Hq, T], pooled [B, S, M] contiguous.
     void (*span_attention_forward)(
         const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale, const View& pooled,

@@ -3,6 +3,8 @@
 namespace mold::MOLD_LEVEL {
 
 const Kernels kernels = {
+    attention_forward,
+    attention_backward,
     span_attention_forward,
     span_attention_backward,
     value_pool_forward,
