@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import torch
 
-from mold_kernels import reference
+from mold_kernels import native, reference
+from mold_kernels.backends import choose_backend
 
 
 def teacher_layer_weights(
@@ -56,6 +57,7 @@ def layer_mixture_kl(
     *,
     tau: float = 0.1,
     row_norm: str = "softmax",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Mean over an example's steps of KL(teacher || student) between their mixed stepwise attentions.
 
@@ -68,6 +70,8 @@ def layer_mixture_kl(
         tau: temperature of the teacher's layer weights.
         row_norm: "softmax" over the valid key words of a step (the paper), or "l1": each row, plus
             `mold_kernels.reference.L1_EPSILON`, divided by its sum.
+        backend: "auto", "native" (CPU; all three of one dtype), "torch" or "reference". A named backend is used or
+            refused, never replaced.
 
     Returns:
         [B], loss of each example, differentiable in student_attention and student_weights. Exactly 0, with zero
@@ -91,9 +95,16 @@ def layer_mixture_kl(
     _check_tau(tau)
     if row_norm not in ("softmax", "l1"):
         raise ValueError(f'row_norm: is {row_norm!r}, must be "softmax" or "l1"')
-    return _LayerMixtureKL.apply(
-        teacher_attention, student_attention, student_weights, num_steps, num_keys, tau, row_norm
-    )
+    arguments = teacher_attention, student_attention, student_weights, num_steps, num_keys
+    same_dtype = teacher_attention.dtype == student_attention.dtype == student_weights.dtype
+    candidates = ["native", "torch", "reference"] if same_dtype else ["torch", "reference"]
+    match choose_backend("layer_mixture_kl", backend, candidates, student_attention.device):
+        case "native":
+            return _NativeLayerMixtureKL.apply(*arguments, tau, row_norm)
+        case "torch":
+            return _LayerMixtureKL.apply(*arguments, tau, row_norm)
+        case "reference":
+            return reference.layer_mixture_kl(*arguments, tau=tau, row_norm=row_norm)
 
 
 def _check(name: str, attention: torch.Tensor, num_steps: torch.Tensor, num_keys: torch.Tensor) -> None:
@@ -112,6 +123,21 @@ def _check(name: str, attention: torch.Tensor, num_steps: torch.Tensor, num_keys
 def _check_tau(tau: float) -> None:
     if not tau > 0:
         raise ValueError(f"tau: is {tau}, must be greater than 0")
+
+
+class _NativeLayerMixtureKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, teacher_attention, student_attention, student_weights, num_steps, num_keys, tau, row_norm):
+        loss, mixture_grad = native.layer_mixture_forward(
+            teacher_attention, student_attention, student_weights, num_steps, num_keys, tau, row_norm
+        )
+        ctx.save_for_backward(student_attention, student_weights, mixture_grad)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, *native.layer_mixture_backward(grad, *ctx.saved_tensors), *[None] * 4
 
 
 class _LayerMixtureKL(torch.autograd.Function):

@@ -5,6 +5,8 @@ Importing it never fails; `why_missing` says why the module is not there. Argume
 
 import torch
 
+from mold_kernels.reference import L1_EPSILON
+
 try:
     from mold_kernels import _native
 except ImportError as error:  # not built, built for another Python, or a library that it needs is not there
@@ -78,6 +80,25 @@ def span_attention_backward(grad, q, k, lse, row_spans, key_spans, scale: float,
     gradients = map(_view, (dq, dk, dlse))
     _native.span_attention_backward(*views, scale, row_reduction == "mean", *gradients, torch.get_num_threads())
     return dq, dk.to(k.dtype), dlse
+
+
+def layer_mixture_forward(teacher, student, weights, num_steps, num_keys, tau: float, row_norm: str):
+    """(loss [B], its gradient by the mixed student attention [B, S, M])."""
+    loss, mixture_grad = student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])
+    counts = num_steps.long(), num_keys.long()
+    views = map(_view, (teacher, student, weights, *counts))
+    epsilon = L1_EPSILON if row_norm == "l1" else 0.0
+    threads = torch.get_num_threads()
+    _native.layer_mixture_forward(*views, tau, epsilon, _view(loss), _view(mixture_grad), threads)
+    return loss, mixture_grad
+
+
+def layer_mixture_backward(grad, student, weights, mixture_grad):
+    """(dstudent, dweights)."""
+    dstudent, dweights = student.new_empty(student.shape), weights.new_empty(weights.shape)
+    views = map(_view, (grad, student, weights, mixture_grad, dstudent, dweights))
+    _native.layer_mixture_backward(*views, torch.get_num_threads())
+    return dstudent, dweights
 
 
 def value_pool_forward(v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
