@@ -14,7 +14,7 @@ demo: $(INSTALLED) $(TEACHER)
 	$(BIN)/mold demo
 
 # pytest comes last: its summary is the last line.
-test: lint
+test: lint $(TEACHER)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m benchmarks.training_step
 
 clean:
 	rm -rf $(VENV) build

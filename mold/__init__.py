@@ -5,9 +5,11 @@ Importing this package registers the "mold" attention in transformers.
 
 from mold.attention_interface import LayerAttention, stack_attention, use_mold_attention
 from mold.config import MoldConfig
-from mold.data import Example, read_examples
+from mold.data import Example
 from mold.loss import MoldLoss
+from mold.readers import read_examples
 from mold.router import LayerRouter
+from mold.sft import StepwiseAttentionMixin
 from mold.signals import SignalCache, SignalSettings, extract_signals
 from mold.trainer import MoldTrainer
 
@@ -22,6 +24,7 @@ __all__ = [
     "MoldTrainer",
     "SignalCache",
     "SignalSettings",
+    "StepwiseAttentionMixin",
     "extract_signals",
     "read_examples",
     "stack_attention",

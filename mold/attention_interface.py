@@ -11,6 +11,7 @@ Without spans it is an ordinary causal attention: training, and generation with 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,6 +51,10 @@ def mold_attention_forward(
     key_spans: torch.Tensor | None = None,
     row_reduction: str = "sum",
     value_features: bool = False,
+    cu_seqlens: Sequence[int] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, LayerAttention | None]:
     """One layer's attention, called by transformers with the keyword arguments of the model's forward.
@@ -61,23 +66,77 @@ def mold_attention_forward(
         row_spans, key_spans: int32 [B, S, 2] and [B, M, 2], see `mold_kernels.span_attention`; both or neither.
         row_reduction: "sum" or "mean".
         value_features: whether to pool the values for the router.
+        cu_seqlens: where each of B texts begins that stand one behind another in one row, and T at the end; spans
+            count from there. The model's forward needs position_ids that start again, and a mask of ones.
+        sliding_window: how many keys a row sees, itself included.
+        softcap: of the scores, as in Gemma 2.
+        s_aux: [Hq] sinks, as in gpt-oss: one more score a head, whose probability goes nowhere.
 
     Returns:
         The attention's output [B, T, Hq, D], and a LayerAttention (None without spans).
 
     Raises:
-        ValueError: spans together with something the pooled attention does not have (a cache, attention dropout,
-            a sliding window shorter than the sequence, packing, soft-capping, sinks, a bidirectional attention).
+        ValueError: spans together with something the pooled attention does not have (a cache, attention dropout, a
+            mask that is more than causal, windowed and padding, packing without cu_seqlens, a position bias, a
+            bidirectional attention).
     """
+    options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
+    options |= {"sinks": s_aux, "row_reduction": row_reduction, "value_features": value_features, **kwargs}
+    device, states = query.device.type, (query, key, value)
+    if torch.is_autocast_enabled(device):
+        # Rotary embeddings leave queries and keys in float32.
+        states = tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in states)
+    # What accumulates in float32 below must not be cast.
+    with torch.autocast(device, enabled=False):
+        if cu_seqlens is None:
+            return _attend(module, *states, attention_mask, row_spans, key_spans, **options)
+        if attention_mask is not None or len(query) > 1:
+            raise ValueError("cu_seqlens: is given with padding or a mask, must come with one row and a mask of ones")
+        texts = []
+        for index, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+            text = (tensor[:, :, start:end] for tensor in states)
+            spans = (None if spans is None else spans[index, None] for spans in (row_spans, key_spans))
+            texts.append(_attend(module, *text, None, *spans, **options))
+        outs, captured = zip(*texts, strict=True)
+        return torch.cat(outs, 1), None if captured[0] is None else _concatenated(captured)
+
+
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    row_spans,
+    key_spans,
+    *,
+    scaling,
+    dropout,
+    sliding_window,
+    softcap,
+    sinks,
+    row_reduction,
+    value_features,
+    **kwargs,
+):
+    """`mold_attention_forward` of texts that have a row each."""
+    options = {}
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        options["sliding_window"] = sliding_window
+    if softcap is not None:
+        options["softcap"] = softcap
     if row_spans is None and key_spans is None:
-        return _ordinary_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs), None
-    _check_supported(module, query, key, attention_mask, dropout, row_spans, key_spans, kwargs)
-    out, lse = attention_with_lse(query, key, value, scale=scaling, key_padding_mask=attention_mask)
-    pooled = span_attention(query, key, lse, row_spans, key_spans, scale=scaling, row_reduction=row_reduction)
+        out = _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs)
+        return out.transpose(1, 2), None
+    _check_supported(module, query, key, mask, dropout, row_spans, key_spans, kwargs)
+    out, lse = _attention(query, key, value, mask, scaling, options, sinks)
+    pooled = span_attention(
+        query, key, lse, row_spans, key_spans, scale=scaling, row_reduction=row_reduction, **options
+    )
     features = None
     if value_features:
         batch, heads, length, head_dim = value.shape
-        valid = value.new_ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask
+        valid = value.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
         # The router's norm weight factors out of the sum over tokens; the router applies it.
         features = value_pool(value, value.new_ones(heads * head_dim), valid, VALUE_NORM_EPSILON)
     return out.transpose(1, 2), LayerAttention(pooled, features)
@@ -97,12 +156,18 @@ def mold_mask(
 ) -> torch.Tensor | None:
     """The mask that `mold_attention_forward` gets: no T x T mask for causal attention over a whole sequence.
 
+    A sliding window is no part of the mask: the layers that have one hand it to the attention, as flash needs it.
     transformers sets `allow_is_causal_skip` to False whenever the mask is more than causal and padding (packed
     sequences, overlays), so the flag tells the two cases apart.
     """
     whole = q_length == kv_length and isinstance(q_offset, int) and q_offset == 0
-    if whole and allow_is_causal_skip and (local_size is None or kv_length <= local_size):
-        if attention_mask is None or bool(attention_mask.all()):
+    if (
+        whole
+        and allow_is_causal_skip
+        and (local_size is None or kv_length <= local_size or _is_window(mask_function, local_size))
+    ):
+        # Looking into the mask would break a graph of torch.compile: there it stays, even if nothing is padded.
+        if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
             return None
         return attention_mask[:, kv_offset : kv_offset + kv_length]
     return sdpa_mask(
@@ -117,6 +182,13 @@ def mold_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )
+
+
+def _is_window(mask_function, local_size: int) -> bool:
+    """Whether a local mask is a sliding window and not one of chunks, whose first row sees nothing before it."""
+    first, before = torch.tensor(local_size), torch.tensor(local_size - 1)
+    zero = torch.tensor(0)
+    return local_size > 1 and bool(mask_function(zero, zero, first, before))
 
 
 def use_mold_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -158,18 +230,70 @@ def attention_dropout_option(config) -> str | None:
     return None
 
 
-def _ordinary_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs):
-    if attention_mask is not None and attention_mask.ndim == 2:
-        if query.device.type == "cpu" and dropout == 0:
-            return attention_with_lse(query, key, value, scale=scaling, key_padding_mask=attention_mask)[0].transpose(
-                1, 2
-            )
-        length = query.shape[2]
-        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        attention_mask = causal & attention_mask[:, None, None, :]
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )[0]
+def check_attention_dropout(config) -> None:
+    """Raise a ValueError that names the option if the configuration has attention dropout."""
+    if option := attention_dropout_option(config):
+        raise ValueError(
+            f"{option}: is {getattr(config, option)}, must be 0: pooled attention has no attention dropout; load the "
+            f"student with {option}=0.0 (model_init_kwargs)"
+        )
+
+
+def _concatenated(captured: Sequence[LayerAttention]) -> LayerAttention:
+    attention, features = zip(*captured, strict=True)
+    return LayerAttention(torch.cat(attention), None if features[0] is None else torch.cat(features))
+
+
+def _attention(query, key, value, padding_mask, scaling, options, sinks):
+    """Output [B, Hq, T, D] and log-sum-exp [B, Hq, T] of causal attention."""
+    out, lse = attention_with_lse(query, key, value, scale=scaling, key_padding_mask=padding_mask, **options)
+    if sinks is not None:
+        # exp(lse) / (exp(lse) + exp(sink)) of the weight stays; in this form a row that sees no key (lse = inf) is 0.
+        sinks = sinks[:, None].to(lse.dtype)
+        out = (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
+        lse = lse + torch.nn.functional.softplus(sinks - lse)
+    return out, lse
+
+
+def _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs):
+    """Output [B, Hq, T, D] without spans: training without the loss, and generation with any cache."""
+    whole = query.shape[2] == key.shape[2] and (mask is None or mask.ndim == 2) and getattr(module, "is_causal", True)
+    special = bool(options) or sinks is not None
+    if whole and dropout == 0 and (special or (mask is not None and query.device.type == "cpu")):
+        return _attention(query, key, value, mask, scaling, options, sinks)[0]
+    if whole and (mask is not None or "sliding_window" in options):
+        mask = _dense_mask(query, mask, options.get("sliding_window"))
+    if "softcap" in options or sinks is not None:
+        return _materialised_attention(query, key, value, mask, scaling, dropout, options.get("softcap"), sinks)
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    return out.transpose(1, 2)
+
+
+def _dense_mask(query, padding_mask, sliding_window):
+    """bool [B or 1, 1, T, T], True where a row sees a key."""
+    token = torch.arange(query.shape[2], device=query.device)
+    distance = token[:, None] - token
+    visible = (distance >= 0) & (distance < (sliding_window or len(token)))
+    return visible[None, None] if padding_mask is None else visible & padding_mask[:, None, None, :]
+
+
+def _materialised_attention(query, key, value, mask, scaling, dropout, softcap, sinks):
+    """Soft-capping and sinks for queries over a cache, which no fused attention of torch has."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is None and query.shape[2] > 1:  # transformers' convention: a single query sees the whole cache
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks[:, None, None].to(scores.dtype).expand(len(scores), -1, scores.shape[2], 1)
+        scores = torch.cat([scores, column], -1)
+    probabilities = torch.dropout(scores.softmax(-1)[..., : key.shape[2]], dropout, train=True)
+    return probabilities.to(value.dtype) @ value
 
 
 def _check_supported(module, query, key, attention_mask, dropout, row_spans, key_spans, kwargs):
@@ -186,14 +310,13 @@ def _check_supported(module, query, key, attention_mask, dropout, row_spans, key
         raise ValueError(f"{option}: is {dropout}, must be 0: pooled attention has no attention dropout")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            "attention_mask: is more than causal attention with padding (a sliding window shorter than the sequence, "
-            "packed sequences or a custom mask), which pooled attention does not have yet"
+            "attention_mask: is more than causal attention with padding and a sliding window (packed sequences "
+            "without cu_seqlens, chunked attention or a custom mask), which pooled attention does not have"
         )
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__}: is a bidirectional attention, must be causal")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__}: uses {name}, which pooled attention does not have yet")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__}: uses position_bias, which pooled attention does not have")
 
 
 AttentionInterface.register(ATTENTION_NAME, mold_attention_forward)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mold.data import Example, render
+from mold.chat import render_for
+from mold.data import Example
 from mold.loss import ANSWER, PROMPT, RATIONALE
-from mold.text import Span, segment, token_spans
+from mold.text import Segments, Span, segment, token_spans
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class EncodedExample:
     """One example in a model's tokens.
 
     input_ids, regions: one entry a token (regions: PROMPT, RATIONALE or ANSWER).
-    row_spans, key_spans: half-open token ranges of the steps and key words; key_spans is empty without key words.
+    row_spans, key_spans: half-open token ranges of the steps and key words; key_spans is empty without key words, both
+        are in a task without rationale.
     step_texts, key_word_texts: what they say, for pictures and messages.
     """
 
@@ -36,6 +38,7 @@ def encode_example(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     *,
+    task: str = "joint",
     append_eos: bool = True,
     max_length: int | None = None,
 ) -> EncodedExample:
@@ -44,8 +47,8 @@ def encode_example(
     Args:
         example: question, rationale and answer.
         tokenizer: a fast tokenizer (its offsets map characters to tokens).
-        template: see `mold.data.render`.
-        append_eos: whether the answer ends with the tokenizer's end-of-sequence token (training wants it).
+        template, task: see `mold.chat.render_for`.
+        append_eos: whether the text ends with the tokenizer's end-of-sequence token (training wants it).
         max_length: most tokens an example may have; nothing is ever cut. None: no limit.
 
     Raises:
@@ -53,10 +56,18 @@ def encode_example(
             names the example.
     """
     check_tokenizer(tokenizer)
-    rendered = render(example, template)
     try:
-        segments = segment(rendered.text, rendered.question, rendered.rationale, example.keywords)
-        encoding = tokenizer(rendered.text, return_offsets_mapping=True, truncation=False, verbose=False)
+        rendered = render_for(example, template, tokenizer, task)
+        segments = Segments((), ())
+        if task in ("joint", "explain"):
+            segments = segment(rendered.text, rendered.question, rendered.rationale, example.keywords)
+        encoding = tokenizer(
+            rendered.text,
+            add_special_tokens=rendered.special_tokens,
+            return_offsets_mapping=True,
+            truncation=False,
+            verbose=False,
+        )
         input_ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
         row_spans = token_spans(segments.steps, offsets, rendered.text)
         key_spans = token_spans(segments.key_words, offsets, rendered.text)
@@ -69,7 +80,7 @@ def encode_example(
     ]
     if append_eos and input_ids[-1] != tokenizer.eos_token_id:
         input_ids.append(tokenizer.eos_token_id)
-        regions.append(ANSWER)
+        regions.append(RATIONALE if task == "explain" else ANSWER)
     if max_length is not None and len(input_ids) > max_length:
         raise ValueError(
             f"example {example.id}: has {len(input_ids)} tokens, more than max_length={max_length}, which would cut a "
@@ -103,20 +114,31 @@ class Collator:
 
     input_ids, attention_mask, regions: int64 [B, T]; row_spans [B, S, 2], key_spans [B, M, 2]: int32, empty spans as
     padding; num_steps, num_keys: int64 [B], both 0 for an example without a signal; teacher_attention: float32
-    [B, L1, S, M], absent if no example has a signal.
+    [B, L1, S, M], absent if no example has a signal. With a `teacher`, its input_ids, attention_mask, row_spans and
+    key_spans of the same examples under "teacher_" + name instead of teacher_attention.
+
+    With `padding_free`, input_ids, attention_mask and regions are [1, tokens of all examples], position_ids [1, tokens]
+    start again and cu_seqlens int64 [B + 1] says where each example begins; spans count from there.
 
     Args:
         pad_token_id: what to pad input_ids with.
         padding_side: "right" or "left".
         pad_to_multiple_of: T becomes a multiple of it.
+        padding_free: whether examples stand one behind another in one row.
+        teacher: of a teacher that runs beside the student.
     """
 
     pad_token_id: int
     padding_side: str = "right"
     pad_to_multiple_of: int = 1
+    padding_free: bool = False
+    teacher: Collator | None = None
 
     def __call__(self, items: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        """A batch from items {"example": EncodedExample, "signal": float32 [L1, S, M] or None}."""
+        """A batch from items with "example" (EncodedExample) and any of "signal" (float32 [L1, S, M] or None),
+        "teacher" (EncodedExample in the teacher's tokens, or None) and "predict" (EncodedExample of the second task,
+        which becomes an example of its own without a signal)."""
+        items = [row for item in items for row in (item, {"example": item.get("predict")}) if row["example"]]
         examples = [item["example"] for item in items]
         signals = [item.get("signal") for item in items]
         longest = max(len(example.input_ids) for example in examples)
@@ -128,14 +150,17 @@ class Collator:
             "regions": torch.full((len(items), length), PROMPT),
             "row_spans": _pad_spans([e.row_spans for e in examples], shifts),
             "key_spans": _pad_spans([e.key_spans for e in examples], shifts),
-            "num_steps": torch.tensor([0 if s is None else s.shape[1] for s in signals]),
-            "num_keys": torch.tensor([0 if s is None else s.shape[2] for s in signals]),
         }
+        taught = [has_signal(item) for item in items]
+        for name, spans in (("num_steps", "row_spans"), ("num_keys", "key_spans")):
+            batch[name] = torch.tensor([len(getattr(e, spans)) * t for e, t in zip(examples, taught, strict=True)])
         for index, (example, shift) in enumerate(zip(examples, shifts, strict=True)):
             tokens = slice(shift, shift + len(example.input_ids))
             batch["input_ids"][index, tokens] = torch.tensor(example.input_ids)
             batch["attention_mask"][index, tokens] = 1
             batch["regions"][index, tokens] = torch.tensor(example.regions)
+        if self.padding_free:
+            _remove_padding(batch)
         layers = {signal.shape[0] for signal in signals if signal is not None}
         if layers:
             (num_layers,) = layers
@@ -144,7 +169,30 @@ class Collator:
             for index, signal in enumerate(signals):
                 if signal is not None:
                     batch["teacher_attention"][index, :, : signal.shape[1], : signal.shape[2]] = signal
+        if self.teacher is not None and any(taught):
+            # An example without signal keeps its place, as a text of one token.
+            placeholder = EncodedExample("", [self.teacher.pad_token_id], [PROMPT], [], [], [], [])
+            encoded = self.teacher([{"example": item.get("teacher") or placeholder} for item in items])
+            names = ("input_ids", "attention_mask", "row_spans", "key_spans")
+            batch |= {f"teacher_{name}": encoded[name] for name in names}
         return batch
+
+
+def _remove_padding(batch: dict[str, torch.Tensor]) -> None:
+    lengths = batch["attention_mask"].sum(1)
+    real = batch["attention_mask"].bool()
+    positions = torch.arange(real.shape[1]).expand(real.shape)
+    for name, values in [
+        *((n, batch[n]) for n in ("input_ids", "attention_mask", "regions")),
+        ("position_ids", positions),
+    ]:
+        batch[name] = values[real][None]
+    batch["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def has_signal(item: Mapping) -> bool:
+    """Whether a collator's item has something to learn attention from."""
+    return item.get("signal") is not None or item.get("teacher") is not None
 
 
 def _pad_spans(spans: Sequence[Sequence[Span]], shifts: Sequence[int]) -> torch.Tensor:

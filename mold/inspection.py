@@ -8,11 +8,14 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from mold.data import Example, render
+from mold.chat import render_for
+from mold.data import Example
 from mold.encoding import encode_example
 from mold.models import load_tokenizer
 from mold.run import Options, load_examples, load_signals
 from mold_kernels import teacher_layer_weights
+
+STEPS_A_TABLE = 6  # what 80 columns hold
 
 
 def describe(options: Options, which: str) -> Iterator[Text | Table]:
@@ -35,7 +38,7 @@ def describe(options: Options, which: str) -> Iterator[Text | Table]:
     tokenizer = load_tokenizer(name)
     encoded = encode_example(example, tokenizer, options.training.template, max_length=options.training.max_length)
     yield Text(f"{example.id}: {len(encoded.input_ids)} tokens of {name}", style="bold")
-    yield Text(render(example, options.training.template).text)
+    yield Text(render_for(example, options.training.template, tokenizer).text)
     for title, texts, spans in (
         ("step", encoded.step_texts, encoded.row_spans),
         ("key word", encoded.key_word_texts, encoded.key_spans),
@@ -56,11 +59,14 @@ def describe(options: Options, which: str) -> Iterator[Text | Table]:
     counts = torch.tensor([attention.shape[1]]), torch.tensor([attention.shape[2]])
     weights = teacher_layer_weights(attention[:, None], *counts, options.training.tau_1)[0]
     mixed = torch.einsum("l,lsm->sm", weights, attention)
-    table = Table("step", *(f"{m}: {text}" for m, text in enumerate(encoded.key_word_texts)))
-    table.title = f"attention of {signals.settings.teacher}, {options.training.row_reduction} over the rows of a step"
-    for index, row in enumerate(mixed.tolist()):
-        table.add_row(str(index), *(f"{value:.3f}" for value in row))
-    yield table
+    # Key words run down the page: there are more of them than steps.
+    for first in range(0, len(mixed), STEPS_A_TABLE):
+        steps = range(first, min(first + STEPS_A_TABLE, len(mixed)))
+        table = Table("key word", *(f"step {step}" for step in steps))
+        table.title = f"attention of {signals.settings.teacher}, {options.training.row_reduction} over a step's rows"
+        for index, text in enumerate(encoded.key_word_texts):
+            table.add_row(f"{index}: {text}", *(f"{value:.3f}" for value in mixed[steps.start : steps.stop, index]))
+        yield table
     most = weights.topk(min(5, len(weights)))
     named = ", ".join(f"{layer} ({weight:.3f})" for weight, layer in zip(*map(torch.Tensor.tolist, most), strict=True))
     yield Text(f"layers that count most, of {len(weights)}: {named}")

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from mold.attention_interface import LayerAttention, stack_attention
-from mold.router import LayerRouter
-from mold_kernels import layer_mixture_kl
+from mold.router import FixedLayer, LayerRouter, check_layer
+from mold_kernels import layer_mixture_kl, teacher_layer_weights
 
 PROMPT, RATIONALE, ANSWER = 0, 1, 2
 """Regions of a training text; every token has one (padding is PROMPT)."""
@@ -35,23 +35,53 @@ class MoldLoss(nn.Module):
     The optimizer must get `loss_fn.parameters()` beside the model's.
 
     Args:
-        router: of the student.
+        router: of the student; a FixedLayer takes one of its layers.
         tau: temperature of the teacher's layer weights (the paper's tau_1).
         row_norm: "softmax" (the paper) or "l1".
+        teacher_layer: the only teacher layer to learn from; None: the mixture.
     """
 
-    def __init__(self, router: LayerRouter, tau: float = 0.1, row_norm: str = "softmax"):
+    def __init__(
+        self,
+        router: LayerRouter | FixedLayer,
+        tau: float = 0.1,
+        row_norm: str = "softmax",
+        teacher_layer: int | None = None,
+    ):
         super().__init__()
         self.router = router
         self.tau = tau
         self.row_norm = row_norm
+        self.teacher_layer = teacher_layer
 
     @classmethod
     def for_config(
-        cls, config: PretrainedConfig, tau_1: float = 0.1, tau_2: float = 0.5, row_norm: str = "softmax"
+        cls,
+        config: PretrainedConfig,
+        tau_1: float = 0.1,
+        tau_2: float = 0.5,
+        row_norm: str = "softmax",
+        *,
+        teacher_layer: int | None = None,
+        student_layer: int | None = None,
     ) -> MoldLoss:
-        """The loss, with a fresh router, for a student of this configuration."""
-        return cls(LayerRouter.for_config(config, tau_2), tau_1, row_norm)
+        """The loss for a student of this configuration: with a fresh router, or of one layer where that is given."""
+        if student_layer is None:
+            return cls(LayerRouter.for_config(config, tau_2), tau_1, row_norm, teacher_layer)
+        router = FixedLayer(config.get_text_config().num_hidden_layers, student_layer)
+        return cls(router, tau_1, row_norm, teacher_layer)
+
+    def teacher_weights(
+        self, teacher_attention: torch.Tensor, num_steps: torch.Tensor, num_keys: torch.Tensor
+    ) -> torch.Tensor:
+        """How much each teacher layer counts, [B, L1]; the arguments are those of `forward`."""
+        if self.teacher_layer is None:
+            return teacher_layer_weights(teacher_attention.transpose(0, 1), num_steps, num_keys, self.tau)
+        batch, layers = teacher_attention.shape[:2]
+        check_layer("mol_teacher_layer", self.teacher_layer, layers)
+        weights = teacher_attention.new_zeros(batch, layers)
+        weights[:, self.teacher_layer] = 1
+        return weights
 
     def forward(
         self,
@@ -81,15 +111,20 @@ class MoldLoss(nn.Module):
                 'gradient_checkpointing_kwargs={"use_reentrant": False}; or every parameter of the model is frozen'
             )
         weights = self.router([layer.value_features for layer in attentions])
-        loss = layer_mixture_kl(
-            teacher_attention.transpose(0, 1),
-            student_attention,
-            weights.to(student_attention.dtype),
-            num_steps,
-            num_keys,
-            tau=self.tau,
-            row_norm=self.row_norm,
-        )
+        if self.teacher_layer is not None:
+            # A mixture of one layer is that layer.
+            check_layer("mol_teacher_layer", self.teacher_layer, teacher_attention.shape[1])
+            teacher_attention = teacher_attention[:, self.teacher_layer, None]
+        with torch.autocast(student_attention.device.type, enabled=False):
+            loss = layer_mixture_kl(
+                teacher_attention.transpose(0, 1).to(student_attention.dtype),
+                student_attention,
+                weights.to(student_attention.dtype),
+                num_steps,
+                num_keys,
+                tau=self.tau,
+                row_norm=self.row_norm,
+            )
         return AttentionLoss(loss, weights)
 
 
@@ -110,5 +145,10 @@ def region_cross_entropy(logits: torch.Tensor, input_ids: torch.Tensor, regions:
     logits = logits[:, :-1][predicted]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, input_ids[:, 1:][predicted], reduction="none")
-    answer = regions[predicted] == ANSWER
+    return region_sums(losses, regions[predicted])
+
+
+def region_sums(losses: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Sums [2] of losses [N] whose regions [N] are RATIONALE and ANSWER."""
+    answer = regions == ANSWER
     return torch.stack([losses.masked_fill(answer, 0).sum(), losses.masked_fill(~answer, 0).sum()])

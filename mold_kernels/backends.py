@@ -3,12 +3,13 @@
 A backend is one line of `BACKENDS`. An op names the backends that implement it, fastest first.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mold_kernels import native
+from mold_kernels import _triton, cuda, native
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,18 @@ class Backend:
     devices: frozenset[str] | None = None
 
 
+def _why_no_fa4() -> str | None:
+    missing = importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None
+    return "the package flash-attn-4 is not installed" if missing else None
+
+
 BACKENDS = {
     "cpu": Backend(lambda: None, frozenset({"cpu"})),  # aten's flash attention, an engine of attention_with_lse
     "native": Backend(native.why_missing, frozenset({"cpu"})),
+    "cuda": Backend(cuda.why_missing, frozenset({"cuda"})),
+    "triton": Backend(_triton.why_missing, _triton.DEVICES),
+    "fa4": Backend(_why_no_fa4, frozenset({"cuda"})),  # flash-attn-4 and FlexAttention: engines of attention_with_lse
+    "flex": Backend(lambda: None),
     "torch": Backend(lambda: None),
     "reference": Backend(lambda: None),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mold_kernels.spans import row_weights, span_membership
+from mold_kernels.spans import row_weights, span_membership, visible_ranges
 
 L1_EPSILON = 1e-6
 """Added to every entry before `row_norm="l1"` divides a row by its sum, so that an all-zero row is uniform."""
@@ -19,36 +19,41 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def causal_scores(q, k, scale=None, key_padding_mask=None):
+def causal_scores(q, k, scale=None, key_padding_mask=None, *, sliding_window=None, softcap=None, cu_seqlens=None):
     """Scaled scores [B, Hq, T, T] in the accumulation dtype, -inf where row i must not see column j."""
-    repeats = q.shape[1] // k.shape[1]
+    repeats, length = q.shape[1] // k.shape[1], q.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q @ k.repeat_interleave(repeats, dim=1).mT).to(accumulation_dtype(q.dtype)) * scale
-    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    ranges = visible_ranges(length, sliding_window, cu_seqlens, q.device)
+    if ranges is not None:
+        visible = visible & (torch.arange(length, device=q.device) >= ranges[0, :, None])
     if key_padding_mask is not None:
         visible = visible & key_padding_mask[:, None, None, :]
     return scores.masked_fill(~visible, -torch.inf)
 
 
-def attention_lse(q, k, *, scale=None, key_padding_mask=None):
+def attention_lse(q, k, *, scale=None, key_padding_mask=None, **options):
     """Log-sum-exp of every row's scores; see `mold_kernels.attention_lse`."""
-    lse = causal_scores(q, k, scale, key_padding_mask).logsumexp(-1)
+    lse = causal_scores(q, k, scale, key_padding_mask, **options).logsumexp(-1)
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
-def attention_with_lse(q, k, v, *, scale=None, key_padding_mask=None):
+def attention_with_lse(q, k, v, *, scale=None, key_padding_mask=None, **options):
     """Causal attention and its log-sum-exp; see `mold_kernels.attention_with_lse`."""
-    lse = attention_lse(q, k, scale=scale, key_padding_mask=key_padding_mask)
+    lse = attention_lse(q, k, scale=scale, key_padding_mask=key_padding_mask, **options)
     # exp(-inf - inf) = 0: a row that sees no key is zero, where a softmax would be NaN.
-    probabilities = (causal_scores(q, k, scale, key_padding_mask) - lse.unsqueeze(-1)).exp()
+    probabilities = (causal_scores(q, k, scale, key_padding_mask, **options) - lse.unsqueeze(-1)).exp()
     repeats = q.shape[1] // v.shape[1]
     return probabilities.to(v.dtype) @ v.repeat_interleave(repeats, dim=1), lse
 
 
-def span_attention(q, k, lse, row_spans, key_spans, *, scale=None, row_reduction="sum"):
+def span_attention(q, k, lse, row_spans, key_spans, *, scale=None, row_reduction="sum", **options):
     """Attention pooled over steps and key words; see `mold_kernels.span_attention`."""
     dtype, length = accumulation_dtype(q.dtype), q.shape[2]
-    probabilities = (causal_scores(q, k, scale) - lse.to(dtype).unsqueeze(-1)).exp().mean(1)
+    probabilities = (causal_scores(q, k, scale, **options) - lse.to(dtype).unsqueeze(-1)).exp().mean(1)
     rows = row_weights(row_spans, length, row_reduction, dtype)
     return rows @ probabilities @ span_membership(key_spans, length).to(dtype).mT
 

@@ -25,10 +25,10 @@ from collections.abc import Iterator
 
 import torch
 
-from mold_kernels import native, reference
-from mold_kernels.attention import check_attention_inputs
+from mold_kernels import _triton, cuda, native, reference
+from mold_kernels.attention import check_attention_inputs, check_visibility
 from mold_kernels.backends import choose_backend
-from mold_kernels.spans import check_spans, key_columns, row_weights
+from mold_kernels.spans import check_spans, key_columns, row_weights, visible_ranges
 
 _BLOCK_ELEMENTS = 1 << 22
 """Most probabilities that the torch backend holds at once (16 MiB in float32)."""
@@ -43,6 +43,9 @@ def span_attention(
     *,
     scale: float | None = None,
     row_reduction: str = "sum",
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Causal attention probabilities, averaged over heads and pooled over spans of rows and of keys.
@@ -58,14 +61,17 @@ def span_attention(
             tell that a key was masked.
         scale: of the scores; 1 / sqrt(D) where None.
         row_reduction: "sum" over the rows of a step (the paper), or "mean".
-        backend: "auto", "native" (CPU; float32, float64, bfloat16), "torch" or "reference". A named backend is used
-            or refused, never replaced.
+        sliding_window, softcap, cu_seqlens: as of `mold_kernels.attention_with_lse`, which made `lse`. Probabilities
+            are 0 outside a row's window or sequence.
+        backend: "auto", "triton" (GPU; D up to 256, no float64), "cuda" (likewise, none of the three options above),
+            "native" (CPU; no float16, none of the three options), "torch" or "reference". A named backend is used or
+            refused, never replaced.
 
     Returns:
         [B, S, M], float32 (float64 with float64 q), differentiable in q, k and lse.
 
     Raises:
-        ValueError: a shape, dtype or span does not fit, or the backend is not available; names the argument.
+        ValueError: a shape, dtype, device or span does not fit, or the backend is not available; names the argument.
 
     Source: MoLSAKI (EMNLP 2025), equations 2 and 3; the gradient is derived in this module's docstring.
     """
@@ -74,70 +80,83 @@ def span_attention(
         raise ValueError(f"lse: shape is {list(lse.shape)}, must be {list(q.shape[:3])} (batch, heads, tokens of q)")
     if lse.dtype != reference.accumulation_dtype(q.dtype):
         raise ValueError(f"lse: dtype is {lse.dtype}, must be {reference.accumulation_dtype(q.dtype)}")
+    for name, tensor in (("lse", lse), ("row_spans", row_spans), ("key_spans", key_spans)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: is on {tensor.device}, must be on {q.device} as q")
     check_spans("row_spans", row_spans, q.shape[0], q.shape[2])
     check_spans("key_spans", key_spans, q.shape[0], q.shape[2])
     if row_reduction not in ("sum", "mean"):
         raise ValueError(f'row_reduction: is {row_reduction!r}, must be "sum" or "mean"')
+    check_visibility(q, None, sliding_window, softcap, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    candidates = ["native", "torch", "reference"] if q.dtype in native.DTYPES else ["torch", "reference"]
+    ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
+    candidates = ["torch", "reference"]
+    if _triton.takes(q):
+        candidates.insert(0 if q.is_cuda else 1, "triton")
+    if q.dtype in native.DTYPES and ranges is None and softcap is None:
+        candidates.insert(0, "native")
+    if cuda.takes(q) and ranges is None and softcap is None:
+        candidates.append("cuda")
     match choose_backend("span_attention", backend, candidates, q.device):
-        case "native":
-            return _NativeSpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
-        case "torch":
-            return _SpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
         case "reference":
-            return reference.span_attention(q, k, lse, row_spans, key_spans, scale=scale, row_reduction=row_reduction)
+            options = {"sliding_window": sliding_window, "softcap": softcap, "cu_seqlens": cu_seqlens}
+            return reference.span_attention(
+                q, k, lse, row_spans, key_spans, scale=scale, row_reduction=row_reduction, **options
+            )
+        case "cuda":
+            return _CudaSpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
+        case "native":
+            function = torch.ops.mold.native_span_attention
+        case "triton":
+            function = torch.ops.mold.triton_span_attention
+        case "torch":
+            function = torch.ops.mold.torch_span_attention
+    return function(q, k, lse, row_spans, key_spans, ranges, scale, softcap, row_reduction == "mean")
 
 
-class _NativeSpanAttention(torch.autograd.Function):
-    """The native backend: as the torch one, but only the rows of a step and the columns that they see."""
-
-    @staticmethod
-    def forward(ctx, q, k, lse, row_spans, key_spans, scale, row_reduction):
-        ctx.save_for_backward(q, k, lse, row_spans, key_spans)
-        ctx.options = scale, row_reduction
-        return native.span_attention_forward(q, k, lse, row_spans, key_spans, scale, row_reduction)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return *native.span_attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
-
-
-class _SpanAttention(torch.autograd.Function):
+def _torch_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
     """The torch backend: two thin matrix products a block of rows."""
+    dtype = lse.dtype
+    columns, membership = key_columns(key_spans, q.shape[2])
+    rows = row_weights(row_spans, q.shape[2], "mean" if mean else "sum", dtype)
+    pooled = torch.zeros(*rows.shape[:2], columns.shape[1], dtype=dtype, device=q.device)
+    for block, _, probabilities, _ in _blocks(q, k, lse, columns, rows, ranges, scale, softcap):
+        pooled += rows[:, :, block] @ probabilities.sum((1, 2))
+    return pooled @ membership.to(dtype).mT / q.shape[1]
 
+
+def _torch_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+    dtype = lse.dtype
+    columns, membership = key_columns(key_spans, q.shape[2])
+    rows = row_weights(row_spans, q.shape[2], "mean" if mean else "sum", dtype)
+    column_grad = grad @ membership.to(dtype) / q.shape[1]
+    dq, dlse = torch.zeros_like(q), torch.zeros(lse.shape, dtype=dtype, device=q.device)
+    keys = _gather_keys(k, columns).to(dtype)
+    dkeys = torch.zeros_like(keys)
+    for block, queries, probabilities, slope in _blocks(q, k, lse, columns, rows, ranges, scale, softcap):
+        weights = probabilities.mul_((rows[:, :, block].mT @ column_grad)[:, None, None])
+        dlse[:, :, block] = -weights.sum(-1).flatten(1, 2)
+        weights *= scale if slope is None else slope.mul_(scale)
+        dq[:, :, block] = (weights @ keys[:, :, None]).flatten(1, 2)
+        dkeys += (weights.mT @ queries).sum(2)
+    index = columns[:, None, :, None].expand_as(dkeys)
+    # Padding columns all point at token 0 and add exact zeros there.
+    dk = torch.zeros(k.shape, dtype=dtype, device=k.device).scatter_add_(2, index, dkeys)
+    return dq, dk.to(k.dtype), dlse
+
+
+class _CudaSpanAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, lse, row_spans, key_spans, scale, row_reduction):
-        dtype = lse.dtype
-        columns, membership = key_columns(key_spans, q.shape[2])
-        rows = row_weights(row_spans, q.shape[2], row_reduction, dtype)
-        ctx.save_for_backward(q, k, lse, columns, membership, rows)
-        ctx.scale = scale
-        pooled = torch.zeros(*rows.shape[:2], columns.shape[1], dtype=dtype, device=q.device)
-        for block, _, probabilities in _blocks(q, k, lse, columns, rows, scale):
-            pooled += rows[:, :, block] @ probabilities.sum((1, 2))
-        return pooled @ membership.to(dtype).mT / q.shape[1]
+        ctx.save_for_backward(q, k, lse)
+        rows = row_spans.clamp(0, q.shape[2]).int().contiguous()
+        ctx.arguments = rows, cuda.key_columns(key_spans, q.shape[2]), scale, row_reduction
+        return cuda.span_attention_forward(q, k, lse, *ctx.arguments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, lse, columns, membership, rows = ctx.saved_tensors
-        scale, dtype = ctx.scale, lse.dtype
-        column_grad = grad @ membership.to(dtype) / q.shape[1]
-        dq, dlse = torch.zeros_like(q), torch.zeros_like(lse)
-        keys = _gather_keys(k, columns).to(dtype)
-        dkeys = torch.zeros_like(keys)
-        for block, queries, probabilities in _blocks(q, k, lse, columns, rows, scale):
-            weights = probabilities.mul_((rows[:, :, block].mT @ column_grad)[:, None, None])
-            dlse[:, :, block] = -weights.sum(-1).flatten(1, 2)
-            weights *= scale
-            dq[:, :, block] = (weights @ keys[:, :, None]).flatten(1, 2)
-            dkeys += (weights.mT @ queries).sum(2)
-        index = columns[:, None, :, None].expand_as(dkeys)
-        # Padding columns all point at token 0 and add exact zeros there.
-        dk = torch.zeros(k.shape, dtype=dtype, device=k.device).scatter_add_(2, index, dkeys)
-        return dq, dk.to(k.dtype), dlse, None, None, None, None
+        return *cuda.span_attention_backward(grad, *ctx.saved_tensors, *ctx.arguments), *[None] * 4
 
 
 def _gather_keys(k: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -145,8 +164,8 @@ def _gather_keys(k: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return k.gather(2, columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
 
 
-def _blocks(q, k, lse, columns, rows, scale) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Blocks of the rows that any step holds: (rows, queries [B, Hkv, G, R, D], P [B, Hkv, G, R, N])."""
+def _blocks(q, k, lse, columns, rows, ranges, scale, softcap) -> Iterator[tuple]:
+    """Blocks of the rows that any step holds: (rows, queries [B, Hkv, G, R, D], P and d score [B, Hkv, G, R, N])."""
     batch, heads, _, head_dim = q.shape
     kv_heads, dtype = k.shape[1], lse.dtype
     used = rows.any(1).any(0).nonzero()
@@ -160,5 +179,88 @@ def _blocks(q, k, lse, columns, rows, scale) -> Iterator[tuple[slice, torch.Tens
         queries = q[:, :, block].to(dtype).view(batch, kv_heads, heads // kv_heads, -1, head_dim)
         row = torch.arange(block.start, block.stop, device=q.device)
         hidden = columns[:, None, :] > row[:, None]
-        scores = (queries @ keys).mul_(scale).sub_(lse[:, :, block].view(*queries.shape[:-1], 1))
-        yield block, queries, scores.masked_fill_(hidden[:, None, None], -torch.inf).exp_()
+        if ranges is not None:
+            hidden |= columns[:, None, :] < ranges[0, block, None]
+        scores, slope = (queries @ keys).mul_(scale), None
+        if softcap is not None:
+            capped = scores.div_(softcap).tanh_()
+            slope, scores = 1 - capped.square(), capped * softcap
+        scores = scores.sub_(lse[:, :, block].view(*queries.shape[:-1], 1))
+        yield block, queries, scores.masked_fill_(hidden[:, None, None], -torch.inf).exp_(), slope
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.softcap, ctx.mean = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _register(name, forward, backward):
+    """The operators mold::`name` and its backward, so that torch.compile takes either as one node."""
+
+    @torch.library.custom_op(f"mold::{name}", mutates_args=())
+    def operator(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        lse: torch.Tensor,
+        row_spans: torch.Tensor,
+        key_spans: torch.Tensor,
+        ranges: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        mean: bool,
+    ) -> torch.Tensor:
+        return forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean)
+
+    @torch.library.custom_op(f"mold::{name}_backward", mutates_args=())
+    def backward_operator(
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        lse: torch.Tensor,
+        row_spans: torch.Tensor,
+        key_spans: torch.Tensor,
+        ranges: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        mean: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean)
+
+    @operator.register_fake
+    def _(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+        return lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
+
+    @backward_operator.register_fake
+    def _(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+        return torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(lse.shape)
+
+    def differentiate(ctx, grad):
+        grads = backward_operator(grad, *ctx.saved_tensors, ctx.scale, ctx.softcap, ctx.mean)
+        return *grads, *[None] * 6
+
+    operator.register_autograd(differentiate, setup_context=_keep)
+
+
+def _triton_forward(*arguments):
+    from mold_kernels._triton.span_attention import span_attention_forward
+
+    return span_attention_forward(*arguments)
+
+
+def _triton_backward(*arguments):
+    from mold_kernels._triton.span_attention import span_attention_backward
+
+    return span_attention_backward(*arguments)
+
+
+def _native_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+    return native.span_attention_forward(q, k, lse, row_spans, key_spans, scale, mean)
+
+
+def _native_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+    return native.span_attention_backward(grad, q, k, lse, row_spans, key_spans, scale, mean)
+
+
+_register("native_span_attention", _native_forward, _native_backward)
+_register("torch_span_attention", _torch_forward, _torch_backward)
+_register("triton_span_attention", _triton_forward, _triton_backward)

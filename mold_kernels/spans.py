@@ -12,7 +12,8 @@ import torch
 def check_spans(name: str, spans: torch.Tensor, batch: int, length: int) -> None:
     """Raise a ValueError that names the argument unless `spans` is a valid span tensor of the batch.
 
-    The ranges themselves are checked on CPU tensors only: reading them on a device would wait for it.
+    The ranges themselves are checked on CPU tensors only, and not inside torch.compile: reading them on a device would
+    wait for it, reading them in a graph would break it.
 
     Args:
         name: the argument's name, for the message.
@@ -24,7 +25,7 @@ def check_spans(name: str, spans: torch.Tensor, batch: int, length: int) -> None
         raise ValueError(f"{name}: dtype is {spans.dtype}, must be torch.int32 or torch.int64")
     if spans.ndim != 3 or spans.shape[0] != batch or spans.shape[2] != 2:
         raise ValueError(f"{name}: shape is {list(spans.shape)}, must be [{batch}, number of spans, 2]")
-    if spans.device.type == "cpu" and spans.numel():
+    if spans.device.type == "cpu" and spans.numel() and not torch.compiler.is_compiling():
         start, end = spans.unbind(-1)
         wrong = (start < 0) | (end < start) | (end > length)
         if wrong.any():
@@ -33,6 +34,46 @@ def check_spans(name: str, spans: torch.Tensor, batch: int, length: int) -> None
                 f"{name}: span {index} of example {example} is {spans[example, index].tolist()}, "
                 f"must be a half-open range within [0, {length}] (start == end is padding)"
             )
+
+
+def check_sequences(cu_seqlens: torch.Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    """Raise a ValueError that names the argument unless `cu_seqlens` cuts one row of `length` tokens into sequences.
+
+    Its values are checked on CPU tensors only, as those of spans are.
+    """
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.device != device:
+        raise ValueError(
+            f"cu_seqlens: is {cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}, "
+            f"must be torch.int32 [sequences + 1] on {device}"
+        )
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: given with a batch of {batch}, must be 1: packed sequences are one long row")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (cu_seqlens.diff() < 0).any() or cu_seqlens[:1].tolist() != [0] or cu_seqlens[-1] != length
+        if wrong:
+            raise ValueError(f"cu_seqlens: is {cu_seqlens.tolist()}, must ascend from 0 to {length}")
+
+
+def visible_ranges(
+    length: int, sliding_window: int | None, cu_seqlens: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """What causal rows see besides being causal, int32 [2, T]; None where they see everything before them.
+
+    Row i sees the keys j with ``ranges[0, i] <= j <= i``; key j is seen by the rows i with ``j <= i < ranges[1, j]``.
+    Both ascend, so a tile of rows sees the keys between its first row's start and its last row.
+    """
+    if sliding_window is None and cu_seqlens is None:
+        return None
+    token = torch.arange(length, dtype=torch.int32, device=device)
+    start, end = torch.zeros_like(token), torch.full_like(token, length)
+    if cu_seqlens is not None:
+        after = torch.searchsorted(cu_seqlens, token, right=True)
+        start, end = cu_seqlens[after - 1], cu_seqlens[after]
+    if sliding_window is not None:
+        start, end = start.maximum(token - (sliding_window - 1)), end.minimum(token + sliding_window)
+    return torch.stack([start, end])
 
 
 def span_membership(spans: torch.Tensor, length: int) -> torch.Tensor:

@@ -1,11 +1,14 @@
 """The "mold" attention in transformers: ordinary use equals sdpa, spans give pooled attention, the rest is refused."""
 
+from unittest import mock
+
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache
+from transformers.masking_utils import create_chunked_causal_mask
 
 from mold.attention_interface import LayerAttention, stack_attention, use_mold_attention
-from tests.tiny_models import FAMILIES, make_model
+from tests.tiny_models import FAMILIES, make_model, plain_attention
 
 SPANS = {
     "row_spans": torch.tensor([[[0, 5], [5, 12]], [[2, 9], [0, 0]]], dtype=torch.int32),
@@ -28,7 +31,7 @@ def make_inputs(padding=None, length=12):
 def test_without_spans_it_is_an_ordinary_attention(family, padding):
     inputs = make_inputs(padding)
     results = []
-    for attention in ("mold", "sdpa"):
+    for attention in ("mold", plain_attention(family)):
         model = make_model(family, attention=attention).train()
         logits = model(**inputs).logits[inputs["attention_mask"].bool()]
         logits.square().sum().backward()
@@ -43,7 +46,10 @@ def test_generation_with_a_cache_and_left_padding(family, cache):
     inputs = make_inputs("left")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     options |= {"use_cache": False} if cache is None else {"cache_implementation": cache}
-    generated = [make_model(family, attention=name).eval().generate(**inputs, **options) for name in ("mold", "sdpa")]
+    generated = [
+        make_model(family, attention=name).eval().generate(**inputs, **options)
+        for name in ("mold", plain_attention(family))
+    ]
     assert torch.equal(*generated)
 
 
@@ -59,7 +65,7 @@ def test_spans_change_no_output_and_give_one_map_a_layer(family):
     assert not stack_attention(out.attentions)[:, 1, 1:].any()
     for layer in out.attentions:
         assert isinstance(layer, LayerAttention)
-        assert layer.value_features.shape == (2, 64 if family == "gpt2" else 32)
+        assert layer.value_features.shape == (2, 64 if family in ("gpt2", "gpt_neox") else 32)
     with torch.no_grad():
         means = model(**inputs, **SPANS, output_attentions=True, row_reduction="mean", use_cache=False).attentions
     lengths = torch.tensor([[5, 7], [7, 1]])[:, :, None]
@@ -87,14 +93,22 @@ def test_padding_is_not_attended_to():
 
 def test_a_sliding_window_counts_only_where_it_is_shorter_than_the_text():
     inputs = make_inputs()
-    wide = make_model("mistral", sliding_window=12).eval()
-    narrow = make_model("mistral", sliding_window=6).eval()
-    assert len(wide(**inputs, **SPANS, output_attentions=True, use_cache=False).attentions) == 3
-    torch.testing.assert_close(
-        narrow(**inputs).logits, make_model("mistral", sliding_window=6, attention="sdpa").eval()(**inputs).logits
-    )
-    with pytest.raises(ValueError, match="sliding window"):
-        narrow(**inputs, **SPANS, output_attentions=True, use_cache=False)
+    plain = make_model("mistral").eval()(**inputs, **SPANS, output_attentions=True, use_cache=False)
+    for window in (12, 6):
+        out = make_model("mistral", sliding_window=window).eval()(
+            **inputs, **SPANS, output_attentions=True, use_cache=False
+        )
+        assert torch.equal(out.attentions[0].attention, plain.attentions[0].attention) == (window == 12)
+
+
+def test_attention_in_chunks_is_no_window_and_refused():
+    model = make_model("mistral", sliding_window=None).eval()
+    chunked = create_chunked_causal_mask
+    model.config.attention_chunk_size = 5
+    with mock.patch("transformers.models.mistral.modeling_mistral.create_causal_mask", chunked):
+        model(**make_inputs(), use_cache=False)
+        with pytest.raises(ValueError, match="chunked attention"):
+            model(**make_inputs(), **SPANS, output_attentions=True, use_cache=False)
 
 
 def test_packed_sequences_are_refused_with_spans_and_right_without():

@@ -133,6 +133,7 @@ def test_reference_gradients():
         ("student_weights", torch.zeros(3, 4), r"student_weights: shape is \[3, 4\], must be \[4, 3\]"),
         ("num_steps", torch.ones(4), "num_steps: is torch.float32"),
         ("num_keys", torch.ones(3, dtype=torch.int64), "num_keys: is"),
+        ("num_keys", torch.ones(4, dtype=torch.int64, device="meta"), "num_keys: is on meta, must be on cpu"),
         ("tau", 0.0, "tau: is 0.0"),
         ("row_norm", "l2", "row_norm: is 'l2'"),
     ],

@@ -1,0 +1,197 @@
+"""Is `mold plan` right? Predicted against measured peak memory and time of real training steps on this machine.
+
+    python -m benchmarks.plan             # every case; exits with 1 if a peak is off by more than 15 %
+    python -m benchmarks.plan --cases 0 3
+
+Each case trains two steps of MoldTrainer in a fresh process (the optimizer's state is there from the second on), on a
+model of random weights and one text of exactly T tokens. Measured are the process's highest resident memory and the
+second step's time. With eager attention there is no MoldTrainer: the loop there pools the T x T maps itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from mold.config import MoldConfig
+from mold.encoding import EncodedExample
+from mold.loss import RATIONALE
+from mold.plan import GIB, Setup, plan_step, this_machine
+from mold.trainer import MoldTrainer
+
+TOLERANCE = 0.15
+_LLAMA = {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 65536}
+SHAPES = {
+    "smollm2-135m": _LLAMA
+    | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    | {"tie_word_embeddings": True},
+    "llama-8-layers": _LLAMA
+    | {"vocab_size": 32000, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8},
+    "qwen3-6-layers": {"model_type": "qwen3", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1536}
+    | {"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
+    "gpt2-6-layers": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 6, "n_head": 12}
+    | {"n_positions": 4096, "attn_pdrop": 0.0},
+}
+CASES = [
+    ("llama-8-layers", Setup(512)),
+    ("llama-8-layers", Setup(2048)),
+    ("llama-8-layers", Setup(2048, activation_checkpointing=True)),
+    ("llama-8-layers", Setup(2048, cross_entropy="chunked")),
+    ("llama-8-layers", Setup(4096, activation_checkpointing=True, cross_entropy="chunked")),
+    ("llama-8-layers", Setup(2048, bf16=True)),
+    ("llama-8-layers", Setup(2048, dtype="bfloat16")),
+    ("llama-8-layers", Setup(2048, lora_rank=8, cross_entropy="chunked")),
+    ("llama-8-layers", Setup(512, per_device_train_batch_size=4)),
+    ("llama-8-layers", Setup(1024, gradient_accumulation_steps=2)),
+    ("llama-8-layers", Setup(1024, optim="sgd")),
+    ("llama-8-layers", Setup(2048, attention="eager")),
+    ("qwen3-6-layers", Setup(1536)),
+    ("gpt2-6-layers", Setup(1024, activation_checkpointing=True)),
+    ("smollm2-135m", Setup(1024)),
+    ("smollm2-135m", Setup(2048, activation_checkpointing=True, cross_entropy="chunked")),
+]
+
+
+def config_of(shape: str):
+    options = dict(SHAPES[shape])
+    return AutoConfig.for_model(options.pop("model_type"), **options)
+
+
+def measure(shape: str, setup: Setup) -> None:
+    """Train two steps and print the second one's seconds and this process's peak memory in GiB."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(shape), dtype=getattr(torch, setup.dtype))
+    seconds = _train_eager(model, setup) if setup.attention == "eager" else _train(model, setup)
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    print(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+def _spans(length: int) -> tuple[list, list]:
+    """Steps of 20 tokens and a key word of one token every 16."""
+    return [(i, min(i + 20, length)) for i in range(0, length, 20)], [(i, i + 1) for i in range(3, length, 16)]
+
+
+def _train(model, setup: Setup) -> float:
+    rows, keys = _spans(setup.length)
+    ids = torch.randint(3, 1000, (setup.length,)).tolist()
+    example = EncodedExample("long", ids, [RATIONALE] * setup.length, rows, keys, [], [])
+    item = {"example": example, "signal": torch.rand(4, len(rows), len(keys))}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>")), eos_token="</s>"
+    )
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            times[-1] = time.perf_counter() - times[-1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = MoldConfig(
+            output_dir=folder,
+            max_steps=2,
+            per_device_train_batch_size=setup.per_device_train_batch_size,
+            gradient_accumulation_steps=setup.gradient_accumulation_steps,
+            bf16=setup.bf16,
+            gradient_checkpointing=setup.activation_checkpointing,
+            cross_entropy=setup.cross_entropy,
+            optim=setup.optim,
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        peft_config = None
+        if setup.lora_rank:
+            from peft import LoraConfig
+
+            peft_config = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = _TrainerOfItems(model, args, processing_class=tokenizer, items=[item], peft_config=peft_config)
+        trainer.add_callback(Clock())
+        trainer.train()
+    return times[-1]
+
+
+class _Teacher:
+    """Stands where a cache of signals does; the items have theirs."""
+
+    def require(self, **settings):
+        pass
+
+
+class _TrainerOfItems(MoldTrainer):
+    def __init__(self, *args, items, **kwargs):
+        super().__init__(*args, signals=_Teacher(), **kwargs)
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        self.train_dataset = items * (2 * batch)
+
+
+def _train_eager(model, setup: Setup) -> float:
+    model.set_attn_implementation("eager")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(3, 1000, (setup.per_device_train_batch_size, setup.length))
+    for _ in range(2):
+        start = time.perf_counter()
+        out = model(input_ids=ids, use_cache=False, output_attentions=True)
+        pooled = sum(maps.mean(1)[:, :, 3::16].sum() for maps in out.attentions)
+        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        (loss + 1e-3 * pooled).backward()
+        del out, loss, pooled
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="places in the table, from 0")
+    parser.add_argument("--measure", type=int, help="train this case here and print what it took")
+    parser.add_argument("--output", type=Path, help="also write the rows and the versions as JSON")
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        measure(*CASES[arguments.measure])
+        return 0
+    machine, rows = this_machine(), []
+    print(f"{torch.get_num_threads()} threads, {machine.flops['float32'] / 1e9:.0f} GFLOP/s, torch {torch.__version__}")
+    print(
+        f"{'case':>4} {'peak GiB':>9} {'predicted':>9} {'ratio':>6} {'step s':>7} {'predicted':>9} {'ratio':>6}  what"
+    )
+    for number in arguments.cases:
+        shape, setup = CASES[number]
+        plan = plan_step(config_of(shape), setup)
+        command = [sys.executable, "-m", "benchmarks.plan", "--measure", str(number)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        peak, seconds = plan.peak(machine), plan.seconds(machine)
+        changed = {f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)}
+        changed = {k: v for k, v in changed.items() if v != getattr(Setup(setup.length), k) or k == "length"}
+        row = {"shape": shape, "setup": changed, "peak": found["peak"], "predicted_peak": peak}
+        row |= {"seconds": found["seconds"], "predicted_seconds": seconds}
+        rows.append(row)
+        print(
+            f"{number:4} {found['peak'] / GIB:9.2f} {peak / GIB:9.2f} {peak / found['peak']:6.2f} "
+            f"{found['seconds']:7.1f} {seconds:9.1f} {seconds / found['seconds']:6.2f}  {shape} {changed}",
+            flush=True,
+        )
+    if arguments.output:
+        about = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": machine.name}
+        arguments.output.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    return int(any(abs(row["predicted_peak"] / row["peak"] - 1) > TOLERANCE for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

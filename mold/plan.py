@@ -1,0 +1,385 @@
+"""Peak memory and time of a training step, predicted from a model's configuration: no weights, no data, no GPU.
+
+**Memory.** At any moment of a step a device holds
+
+    base + weights + optimizer state + live(t)
+
+base is what the process takes before it has a model. The optimizer's state is there from the second step on. live(t)
+are gradients and everything that autograd and the running operator hold at moment t. For a decoder of L layers, hidden
+size H, vocabulary V, with N = B T tokens and an element of e bytes, it has three summits, and the peak is the highest:
+
+    end of the forward    L N (c H + 2 F) e + V N (e + 4 + 4)     what c operators of width H and an MLP of width F
+                                                                  keep, logits and their two float32 copies
+    end of the backward   gradients + one layer's N (c H + 2 F) e
+    the optimizer's step  gradients
+
+Activation checkpointing turns L N (c H + 2 F) e into L N H e + one layer's; chunked cross-entropy removes V N;
+an adapter removes most of the gradients and of the optimizer's state; attention maps, if they are made, add
+L Hq B T^2 twice. What c is depends on the family, the dtype, autocast and the version of transformers. So it is not
+written down here: the step is run on fake tensors, which have shapes and no values (torch's FakeTensorMode), with the
+model's own code, and every storage is counted from the operator that makes it until it dies. live(t) is exact but for
+what happens inside a single operator. It holds for every family and every saver alike.
+
+**Time.** Operator by operator the roofline max(FLOPs / rate, bytes / bandwidth), with matrix products and attention
+counted by torch's FLOP counter and causal attention at half of T^2. Rate and bandwidth are measured on this machine, or
+those of a named GPU times an assumed efficiency (`EFFICIENCY`).
+
+Not covered: several processes (DDP keeps another copy of the gradients), quantized weights, offloading.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+
+from mold.attention_interface import mold_mask
+from mold.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy
+from mold.loss import region_sums
+
+GIB = 2**30
+EFFICIENCY = 0.5
+"""Share of a GPU's peak rate and bandwidth that training reaches: assumed."""
+
+_PLANNED = "mold_planned"
+_STATE_BYTES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0, "lion_32bit": 1.0, "sgd": 0.0}
+"""Optimizer state, in parameters of the same dtype."""
+_STATE_BYTES_8BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "adamw_torch_8bit": 2, "lion_8bit": 1}
+"""Optimizer state, in bytes a parameter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where a step runs.
+
+    flops: FLOP/s reached in float32 and in bfloat16 matrix products; bandwidth: bytes/s reached; memory: bytes;
+    base: bytes taken before there is a model.
+    """
+
+    name: str
+    flops: dict[str, float]
+    bandwidth: float
+    memory: float
+    base: float
+
+
+def _gpu(name: str, tf32: float, bf16: float, bandwidth: float, memory: float) -> Machine:
+    """From the vendor's dense TFLOP/s, TB/s and GB; the base is a context with its libraries."""
+    rates = {"float32": tf32 * 1e12 * EFFICIENCY, "bfloat16": bf16 * 1e12 * EFFICIENCY}
+    return Machine(name, rates, bandwidth * 1e12 * EFFICIENCY, memory * 1e9, 0.8 * GIB)
+
+
+# float32 at the rate of TF32, which has to be switched on.
+GPUS = {
+    "a100-80gb": _gpu("NVIDIA A100 80 GB", 156, 312, 2.04, 80),
+    "h100-80gb": _gpu("NVIDIA H100 SXM", 494, 989, 3.35, 80),
+    "h200": _gpu("NVIDIA H200", 494, 989, 4.8, 141),
+    "b200": _gpu("NVIDIA B200", 1100, 2250, 8.0, 180),
+    "l40s": _gpu("NVIDIA L40S", 183, 362, 0.86, 48),
+    "l4": _gpu("NVIDIA L4", 60, 121, 0.3, 24),
+    "rtx-4090": _gpu("NVIDIA GeForce RTX 4090", 83, 165, 1.01, 24),
+    "rtx-3090": _gpu("NVIDIA GeForce RTX 3090", 36, 71, 0.94, 24),
+}
+
+
+def this_machine() -> Machine:
+    """This machine's CPU: rates and bandwidth measured now (about a second), memory as the system reports it."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    memory = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total, base = (int(text.split()[0]) * 1024 for text in (memory["MemTotal"], status["VmRSS"]))
+    rates = {}
+    for name in ("float32", "bfloat16"):
+        a, b = (torch.ones(1024, 1024, dtype=getattr(torch, name)) for _ in range(2))
+        rates[name] = 2 * 1024**3 / _seconds(lambda a=a, b=b: a @ b)
+    source = torch.ones(1 << 25)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+    return Machine("this machine", rates, bandwidth, total, base)
+
+
+def _seconds(call: Callable) -> float:
+    """The fastest of a few runs, in seconds."""
+    call()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What decides a step's memory and time beside the model; the names are those of `MoldConfig` where it has them.
+
+    length: tokens of a sequence.
+    dtype: of the weights, "float32" or "bfloat16".
+    bf16: autocast of float32 weights.
+    optim: the optimizer's name as transformers has it.
+    attention: "mold", or "eager": T x T maps of every layer, as output_attentions=True makes them elsewhere.
+    lora_rank: of an adapter on all linear layers of the decoder; 0: every weight is trained.
+    learned: share of the tokens that have a cross-entropy.
+    """
+
+    length: int
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    dtype: str = "float32"
+    bf16: bool = False
+    activation_checkpointing: bool = False
+    cross_entropy: str = "full"
+    optim: str = "adamw_torch_fused"
+    attention: str = "mold"
+    lora_rank: int = 0
+    learned: float = 1.0
+
+    def __post_init__(self):
+        if self.length < 2:
+            raise ValueError(f"length: is {self.length}, must be at least 2")
+        if self.optim not in _STATE_BYTES | _STATE_BYTES_8BIT:
+            known = ", ".join(_STATE_BYTES | _STATE_BYTES_8BIT)
+            raise ValueError(f"optim: is {self.optim!r}, must be one whose memory is known: {known}")
+        for name, choices in (
+            ("dtype", ("float32", "bfloat16")),
+            ("cross_entropy", ("full", "chunked")),
+            ("attention", ("mold", "eager")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A step's predicted memory (bytes) and cost.
+
+    parameters, trainable: how many; activations: what the forward keeps for the backward, logits included;
+    step: the highest sum of gradients, activations and buffers of a moment; operators: (FLOPs, bytes moved, dtype).
+    """
+
+    setup: Setup
+    parameters: int
+    trainable: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    step: float
+    operators: list[tuple[float, float, str]] = dataclasses.field(repr=False)
+
+    @property
+    def flops(self) -> float:
+        return sum(flops for flops, _, _ in self.operators)
+
+    def peak(self, machine: Machine) -> float:
+        """Bytes at the peak, with the process's base."""
+        return machine.base + self.weights + self.optimizer + max(self.step, self.gradients)
+
+    def seconds(self, machine: Machine) -> float:
+        """Of one optimizer step of all its accumulated batches."""
+        total = sum(max(f / machine.flops[dtype], b / machine.bandwidth) for f, b, dtype in self.operators)
+        return total * self.setup.gradient_accumulation_steps
+
+
+def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
+    """Predict a training step from a model's configuration.
+
+    Args:
+        config: of a causal language model.
+        setup: the options.
+
+    Raises:
+        ValueError: the configuration has no causal language model, or an option that does not go with it.
+        ImportError: lora_rank is given without peft.
+
+    Source: the derivation at the top of this module.
+    """
+    tracker = _Tracker()
+    model = _model(config, setup)
+    with FakeTensorMode(), tracker:
+        _on_fake_cpu(model)
+        parameters = list(model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        tracker.restart()
+        weights = tracker.live
+        # Gradients of an earlier batch of the window are there when the next one starts.
+        for _ in range(min(2, setup.gradient_accumulation_steps)):
+            tracker.restart()
+            loss = _loss(model, setup)
+            activations = tracker.live - weights
+            loss.backward()
+            del loss
+    optimizer = sum(
+        p.numel() * _STATE_BYTES_8BIT[setup.optim]
+        if setup.optim in _STATE_BYTES_8BIT
+        else p.nbytes * _STATE_BYTES[setup.optim]
+        for p in trained
+    )
+    return Plan(
+        setup=setup,
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in trained),
+        weights=weights,
+        gradients=sum(p.nbytes for p in trained),
+        optimizer=optimizer,
+        activations=activations,
+        step=tracker.peak - weights,
+        operators=tracker.operators,
+    )
+
+
+def _model(config, setup):
+    """The model on the meta device: shapes alone."""
+    config = copy.deepcopy(config)
+    for name in ("attention_dropout", "attn_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    attention = _PLANNED if setup.attention == "mold" else "eager"
+    with torch.device("meta"):
+        dtype = getattr(torch, setup.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
+        if setup.lora_rank:
+            try:
+                from peft import LoraConfig, get_peft_model
+            except ImportError as error:
+                raise ImportError("lora_rank: needs peft: pip install peft") from error
+            adapter = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, adapter)
+    if setup.activation_checkpointing:
+        # Saving the random state reads values, which there are none of.
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        if setup.lora_rank:
+            model.enable_input_require_grads()
+    return model
+
+
+def _on_fake_cpu(model):
+    """The model's parameters and buffers become fake CPU tensors, shared where they were; inside a FakeTensorMode."""
+    made = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if tensors is module._parameters:
+                        fake = torch.nn.Parameter(fake, tensor.requires_grad)
+                    made[id(tensor)] = tensor, fake
+                tensors[name] = made[id(tensor)][1]
+    return model
+
+
+def _loss(model, setup):
+    """The cross-entropy of a forward, as the trainer computes it."""
+    batch, length = setup.per_device_train_batch_size, setup.length
+    ids = torch.zeros(batch, length, dtype=torch.int64)
+    count = max(1, int(batch * (length - 1) * setup.learned))
+    rows, targets = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    kwargs = {"use_cache": False, "output_attentions": setup.attention == "eager"}
+    inner = model.get_base_model() if setup.lora_rank else model
+    hidden = []
+    if setup.cross_entropy == "chunked":
+        kwargs |= ChunkedHead.arguments
+        inner.base_model.register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
+    with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16):
+        outputs = model(input_ids=ids, **kwargs)
+        if setup.cross_entropy == "chunked":
+            head = inner.get_output_embeddings()
+            learned = hidden.pop()[:, :-1][rows // length, rows % length]
+            losses = chunked_cross_entropy(learned, head.weight, targets, bias=head.bias)
+        else:
+            logits = outputs.logits[:, :-1][rows // length, rows % length]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return region_sums(losses, targets).sum()
+
+
+class _Tracker(TorchDispatchMode):
+    """Counts the bytes of all live storages, and each operator's FLOPs and bytes moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.operators: list[tuple[float, float, str]] = []
+        self._alive: dict[int, weakref.ref] = {}
+
+    def restart(self):
+        self.peak, self.operators = self.live, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.namespace == "prim" or function.is_view:
+            return result
+        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        for tensor in outputs:
+            self._watch(tensor.untyped_storage())
+        moved = sum(x.numel() * x.itemsize for x in (*inputs, *outputs))
+        counter = flop_registry.get(function._overloadpacket)
+        flops = counter(*args, **(kwargs or {}), out_val=result) if counter else 0.0
+        self.add(flops, moved, outputs[0].dtype if outputs else torch.float32)
+        return result
+
+    def add(self, flops: float, moved: float, dtype: torch.dtype):
+        self.operators.append((flops, moved, "bfloat16" if dtype.itemsize == 2 else "float32"))
+
+    def _watch(self, storage):
+        key = id(storage)
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+
+        def gone(_):
+            self.live -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+class _PlannedAttention(torch.autograd.Function):
+    """What any flash attention makes and keeps, and what the pooled attention's gradient adds to it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        _count_attention(q, k, 4)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, _, _ = ctx.saved_tensors
+        _count_attention(q, k, 10)
+        pooled = torch.empty_like(q), torch.empty_like(k)
+        flash = torch.empty_like(q), torch.empty_like(k)
+        return pooled[0] + flash[0], pooled[1] + flash[1], torch.empty_like(v)
+
+
+def _count_attention(q, k, products):
+    """FLOPs of causal attention: 2 products of 2 T^2 D in the forward, 5 in the backward, over half of T x T."""
+    tracker = next(
+        mode for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack() if isinstance(mode, _Tracker)
+    )
+    batch, heads, length, head_dim = q.shape
+    tracker.add(products * batch * heads * length**2 * head_dim / 2, q.nbytes + k.nbytes, q.dtype)
+
+
+def _planned_attention(module, query, key, value, attention_mask, **kwargs):
+    return _PlannedAttention.apply(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register(_PLANNED, _planned_attention)
+AttentionMaskInterface.register(_PLANNED, mold_mask)

@@ -1,0 +1,453 @@
+"""Span attention: probabilities at the key columns, pooled over pieces of rows and keys; and its gradient.
+
+The derivation is in `mold_kernels.span_attention`, pieces and columns in `mold_kernels._triton.span_pieces`.
+
+Forward: a program takes one row piece and a block of key pieces. All its scores are k q^T tiles of [columns, rows], the
+rows of a piece and the query heads of one key head side by side; they are added up over heads in registers and over
+rows and columns at the end, so that one number a pair of pieces leaves the program. Backward: with the gradient spread
+over pairs of pieces, g is one number a column and row piece. dq: a program takes one row piece and a key head and walks
+the columns. dk: a program takes a tile of columns and a share of the row pieces; shares are added in a fixed order.
+
+Cost with P = B Hq T N / 2 pairs: forward 2 P D FLOPs, reading q once a tile of columns and the columns once a row
+piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pairs of pieces.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from mold_kernels._triton.scores import LOG2_E, load_rows, product, score_slope, scores_base_2, store_rows
+from mold_kernels._triton.span_pieces import make_pieces, pool_spans
+from mold_kernels._triton.tiles import choose_tile
+
+_PROGRAMS = 512
+"""Enough programs to fill a GPU of 132 to 148 multiprocessors: work is split until there are as many."""
+
+
+@triton.jit
+def _piece_rows(row_start_ptr, piece):
+    """(first row, row after the last, whether a step holds the piece)"""
+    start = tl.load(row_start_ptr + piece)
+    return start // 2, tl.load(row_start_ptr + piece + 1) // 2, start % 2 == 1
+
+
+@triton.jit
+def _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row, HAS_RANGES: tl.constexpr):
+    """Of the columns [low, high) those that some row of a piece may see."""
+    high = tl.minimum(high, tl.load(before_ptr + end_row))
+    if HAS_RANGES:
+        low = tl.maximum(low, tl.load(before_ptr + tl.load(range_ptr + first_row)))
+    return low, high
+
+
+@triton.jit
+def _probabilities(scores, lse, row, column, range_ptr, T, HAS_RANGES: tl.constexpr):
+    """exp(score - lse) where the row sees the column; all broadcast, lse in base 2."""
+    visible = column <= row
+    if HAS_RANGES:
+        visible = visible & (column >= tl.load(range_ptr + row, mask=row < T, other=0))
+    return tl.where(visible, tl.exp2(scores - lse), 0.0)
+
+
+@triton.jit
+def _sum_columns(column_sums, column_piece, key_piece):
+    """The columns' sums added up into the key pieces they are in."""
+    return tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["lse_strides", "parts", "row_count", "key_count", "T"])
+def _span_attention_forward_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    pairs_ptr,
+    row_start_ptr,
+    key_first_ptr,
+    before_ptr,
+    columns_ptr,
+    column_piece_ptr,
+    range_ptr,
+    q_strides,
+    k_strides,
+    lse_strides,
+    kv_heads,
+    group,
+    parts,
+    row_count,
+    key_count,
+    T,
+    scale,
+    softcap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    PIECES: tl.constexpr = 2 * BLOCK_N  # enough that their columns fill tiles
+    blocks = tl.cdiv(key_count, PIECES)
+    row_piece = tl.program_id(0) // blocks
+    key_block = tl.program_id(0) % blocks * PIECES
+    batch = (tl.program_id(1) // parts).to(tl.int64)
+    part = tl.program_id(1) % parts
+    row_start_ptr += batch * (row_count + 1)
+    key_first_ptr += batch * (key_count + 1)
+    before_ptr += batch * (T + 1)
+    columns_ptr += batch * T
+    column_piece_ptr += batch * T
+
+    first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
+    low = tl.load(key_first_ptr + key_block)
+    high = tl.load(key_first_ptr + tl.minimum(key_block + PIECES, key_count))
+    low, high = _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row, HAS_RANGES)
+    high = tl.where(held, high, 0)
+    length = end_row - first_row
+    tiles = tl.cdiv(length * group, BLOCK_M)
+    key_piece = key_block + tl.arange(0, BLOCK_N)
+    lower = tl.zeros([BLOCK_N], tl.float32)
+    upper = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(low, high, BLOCK_N):
+        place = start + tl.arange(0, BLOCK_N)
+        column = tl.load(columns_ptr + place, mask=place < high, other=T)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for x in range(kv_heads * part // parts * tiles, kv_heads * (part + 1) // parts * tiles):
+            kv_head = (x // tiles).to(tl.int64)
+            pair = x % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+            inside = pair < length * group
+            head = kv_head * group + pair // length
+            row = first_row + pair % length
+            lse = tl.load(
+                lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+                mask=inside,
+                other=float("inf"),
+            )
+            k = load_rows(
+                k_ptr + batch * k_strides[0] + kv_head * k_strides[1], column, column < T, k_strides[2:], D, BLOCK_D
+            )
+            q_base = q_ptr + batch * q_strides[0] + (head * q_strides[1])[:, None]
+            q = load_rows(q_base, row, inside, q_strides[2:], D, BLOCK_D)
+            scores = scores_base_2(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
+            acc += _probabilities(
+                scores, lse[None, :] * LOG2_E, row[None, :], column[:, None], range_ptr, T, HAS_RANGES
+            )
+        column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=-1)
+        column_sums = tl.sum(acc, 1)
+        lower += _sum_columns(column_sums, column_piece, key_piece)
+        upper += _sum_columns(column_sums, column_piece, key_piece + BLOCK_N)
+    line = ((part * tl.num_programs(1) // parts + batch) * row_count + row_piece) * key_count
+    tl.store(pairs_ptr + line + key_piece, lower, mask=key_piece < key_count)
+    tl.store(pairs_ptr + line + key_piece + BLOCK_N, upper, mask=key_piece + BLOCK_N < key_count)
+
+
+@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
+def _span_attention_backward_dq_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    pairs_ptr,
+    unit_ptr,
+    dq_ptr,
+    dlse_ptr,
+    row_start_ptr,
+    before_ptr,
+    columns_ptr,
+    column_piece_ptr,
+    range_ptr,
+    q_strides,
+    k_strides,
+    lse_strides,
+    dq_strides,
+    kv_heads,
+    group,
+    row_count,
+    key_count,
+    T,
+    scale,
+    softcap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+):
+    row_piece = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    row_start_ptr += batch * (row_count + 1)
+    before_ptr += batch * (T + 1)
+    columns_ptr += batch * T
+    column_piece_ptr += batch * T
+    pairs_ptr += (batch * row_count + row_piece) * key_count
+    k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[1]
+
+    first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
+    low, high = _seen_columns(before_ptr, range_ptr, 0, T, first_row, end_row, HAS_RANGES)
+    high = tl.where(held, high, 0)
+    length = end_row - first_row
+    unit = 1.0
+    if HAS_UNIT:
+        unit = tl.load(unit_ptr)
+    for first in range(0, length * group, BLOCK_M):
+        pair = first + tl.arange(0, BLOCK_M)
+        inside = pair < length * group
+        head = kv_head * group + pair // length
+        row = first_row + pair % length
+        q_base = q_ptr + batch * q_strides[0] + (head * q_strides[1])[:, None]
+        q = load_rows(q_base, row, inside, q_strides[2:], D, BLOCK_D)
+        lse = LOG2_E * tl.load(
+            lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+            mask=inside,
+            other=float("inf"),
+        )
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        dlse = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(low, high, BLOCK_N):
+            place = start + tl.arange(0, BLOCK_N)
+            column = tl.load(columns_ptr + place, mask=place < high, other=T)
+            column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=0)
+            g = tl.load(pairs_ptr + column_piece)
+            k = load_rows(k_base, column, column < T, k_strides[2:], D, BLOCK_D)
+            scores = scores_base_2(product(q, k.T, None), scale, softcap, HAS_SOFTCAP)
+            slope = score_slope(scores, softcap, HAS_SOFTCAP)
+            weights = g[None, :] * _probabilities(
+                scores, lse[:, None], row[:, None], column[None, :], range_ptr, T, HAS_RANGES
+            )
+            dlse -= tl.sum(weights, 1)
+            dq = product((weights * slope).to(k.dtype), k, dq)
+        dq_base = dq_ptr + batch * dq_strides[0] + (head * dq_strides[1])[:, None]
+        store_rows(dq_base, row, inside, dq_strides[2:], dq * (scale * unit), D, BLOCK_D)
+        tl.store(dlse_ptr + (batch * kv_heads * group + head) * T + row, dlse * unit, mask=inside)
+
+
+@triton.jit
+def _shares(columns, slots, BLOCK_N: tl.constexpr):
+    """(tiles of columns, shares of the rows) that fill the slots; few enough shares that adding them is cheap."""
+    tiles = tl.maximum(tl.cdiv(columns, BLOCK_N), 1)
+    return tiles, tl.minimum(slots // tiles, 32)
+
+
+@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
+def _span_attention_backward_dk_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    pairs_ptr,
+    slots_ptr,
+    row_piece_ptr,
+    row_start_ptr,
+    before_ptr,
+    columns_ptr,
+    column_piece_ptr,
+    range_ptr,
+    q_strides,
+    k_strides,
+    lse_strides,
+    kv_heads,
+    group,
+    row_count,
+    key_count,
+    T,
+    scale,
+    softcap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    row_piece_ptr += batch * (T + 1)
+    row_start_ptr += batch * (row_count + 1)
+    columns_ptr += batch * T
+    column_piece_ptr += batch * T
+    pairs_ptr += batch * row_count * key_count
+
+    count = tl.load(before_ptr + batch * (T + 1) + T)
+    tiles, shares = _shares(count, tl.num_programs(0), BLOCK_N)
+    share = tl.program_id(0) // tiles
+    start = tl.program_id(0) % tiles * BLOCK_N
+    if (start < count) & (share < shares):
+        place = start + tl.arange(0, BLOCK_N)
+        column = tl.load(columns_ptr + place, mask=place < count, other=T)
+        column_piece = tl.load(column_piece_ptr + place, mask=place < count, other=0)
+        k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[1]
+        k = load_rows(k_base, column, column < T, k_strides[2:], D, BLOCK_D)
+        low = tl.load(row_piece_ptr + tl.load(columns_ptr + start))
+        last_row = T - 1
+        if HAS_RANGES:
+            last_column = tl.load(columns_ptr + tl.minimum(start + BLOCK_N, count) - 1)
+            last_row = tl.load(range_ptr + T + last_column) - 1
+        pieces = tl.load(row_piece_ptr + last_row) + 1 - low
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for x in range((low + pieces * share // shares) * group, (low + pieces * (share + 1) // shares) * group):
+            row_piece = (x // group).to(tl.int64)
+            head = kv_head * group + x % group
+            first_row, end_row, _ = _piece_rows(row_start_ptr, row_piece)
+            row = first_row + tl.arange(0, BLOCK_M)
+            inside = row < end_row
+            g = tl.load(pairs_ptr + row_piece * key_count + column_piece)
+            q = load_rows(q_ptr + batch * q_strides[0] + head * q_strides[1], row, inside, q_strides[2:], D, BLOCK_D)
+            lse = LOG2_E * tl.load(
+                lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+                mask=inside,
+                other=float("inf"),
+            )
+            scores = scores_base_2(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
+            weights = g[:, None] * score_slope(scores, softcap, HAS_SOFTCAP)
+            weights *= _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T, HAS_RANGES)
+            dk = product(weights.to(q.dtype), q, dk)
+        slot = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N
+        lane = tl.arange(0, BLOCK_N)
+        store_rows(slots_ptr + slot * D, lane, lane < BLOCK_N, (D, 1), dk, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["slots", "T"])
+def _span_attention_gather_dk_kernel(
+    slots_ptr,
+    unit_ptr,
+    dk_ptr,
+    before_ptr,
+    dk_strides,
+    kv_heads,
+    slots,
+    T,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+):
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    before_ptr += batch * (T + 1)
+    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = tl.load(before_ptr + token, mask=token < T, other=0)
+    held = (token < T) & (tl.load(before_ptr + token + 1, mask=token < T, other=0) > place)
+    tiles, shares = _shares(tl.load(before_ptr + T), slots, BLOCK_N)
+    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    slots_ptr += tl.program_id(1).to(tl.int64) * slots * BLOCK_N * D
+    for share in range(shares):
+        acc += load_rows(slots_ptr, share * tiles * BLOCK_N + place, held, (D, 1), D, BLOCK_D)
+    if HAS_UNIT:
+        scale *= tl.load(unit_ptr)
+    store_rows(
+        dk_ptr + batch * dk_strides[0] + kv_head * dk_strides[1], token, token < T, dk_strides[2:], acc * scale, D,
+        BLOCK_D,
+    )  # fmt: skip
+
+
+def span_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    row_spans: torch.Tensor,
+    key_spans: torch.Tensor,
+    ranges: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    mean: bool,
+) -> torch.Tensor:
+    """[B, S, M] float32."""
+    batch, heads, length, _ = q.shape
+    kv_heads, steps, keys = k.shape[1], row_spans.shape[1], key_spans.shape[1]
+    pooled = lse.new_empty(batch, steps, keys)
+    if not pooled.numel() or not q.numel():
+        return pooled.zero_()
+    row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
+    pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
+    tile, options = _options("span_attention_forward", q, ranges, softcap)
+    programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
+    parts = min(kv_heads, triton.cdiv(2 * _PROGRAMS, programs * batch))
+    pairs = lse.new_empty(parts, batch, pieces.row_count, pieces.key_count)
+    _span_attention_forward_kernel[programs, batch * parts](
+        *(q, k, lse, pairs, pieces.row_start, pieces.key_first, pieces.before, pieces.columns, pieces.column_piece),
+        *(q if ranges is None else ranges, q.stride(), k.stride(), lse.stride()),
+        *(kv_heads, heads // kv_heads, parts, pieces.row_count, pieces.key_count, length, scale, softcap or 1.0),
+        **options,
+    )
+    by_step = lse.new_empty(batch, steps, pieces.key_count)
+    pool_spans(by_step, pairs, row_spans, pieces.row_piece, spread=False, mean=mean, factor=1 / heads)
+    pool_spans(pooled.mT, by_step.mT[None], key_spans, pieces.key_piece, spread=False)
+    return pooled
+
+
+def span_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    row_spans: torch.Tensor,
+    key_spans: torch.Tensor,
+    ranges: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    mean: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dlse) from grad [B, S, M]."""
+    batch, heads, length, head_dim = q.shape
+    kv_heads, steps = k.shape[1], row_spans.shape[1]
+    if not grad.numel() or not q.numel():
+        return torch.zeros_like(q), k.new_zeros(k.shape), lse.new_zeros(lse.shape)
+    unit = None
+    if q.dtype == torch.float16:  # gradients of A are small: keep the weights within float16
+        unit = grad.abs().amax().clamp_min(1e-30)
+        grad = grad / unit
+    row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
+    pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
+    by_step = lse.new_empty(batch, steps, pieces.key_count)
+    pairs = lse.new_empty(batch, pieces.row_count, pieces.key_count)
+    pool_spans(by_step.mT, grad.mT[None], key_spans, pieces.key_piece, spread=True, factor=1 / heads)
+    pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, spread=True, mean=mean)
+
+    dq, dk, dlse = torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(batch, heads, length)
+    unit_, ranges_ = q if unit is None else unit, q if ranges is None else ranges
+    scalars = kv_heads, heads // kv_heads, pieces.row_count, pieces.key_count, length, scale, softcap or 1.0
+    _, options = _options("span_attention_backward_dq", q, ranges, softcap)
+    _span_attention_backward_dq_kernel[pieces.row_count, batch * kv_heads](
+        *(q, k, lse, pairs, unit_, dq, dlse, pieces.row_start, pieces.before, pieces.columns, pieces.column_piece),
+        *(ranges_, q.stride(), k.stride(), lse.stride(), dq.stride(), *scalars),
+        HAS_UNIT=unit is not None,
+        **options,
+    )
+    tile, options = _options("span_attention_backward_dk", q, ranges, softcap)
+    slots = max(triton.cdiv(length, tile.n), triton.cdiv(_PROGRAMS, batch * kv_heads))
+    partial = lse.new_empty(batch * kv_heads, slots, tile.n, head_dim)
+    _span_attention_backward_dk_kernel[slots, batch * kv_heads](
+        *(q, k, lse, pairs, partial, pieces.row_piece, pieces.row_start, pieces.before, pieces.columns),
+        *(pieces.column_piece, ranges_, q.stride(), k.stride(), lse.stride(), *scalars),
+        **options,
+    )
+    _span_attention_gather_dk_kernel[triton.cdiv(length, tile.n), batch * kv_heads](
+        *(partial, unit_, dk, pieces.before, dk.stride(), kv_heads, slots, length, scale),
+        D=head_dim,
+        BLOCK_D=options["BLOCK_D"],
+        BLOCK_N=tile.n,
+        HAS_UNIT=unit is not None,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    return dq, dk, dlse
+
+
+def _piece_length(q):
+    return choose_tile("span_attention_backward_dk", q).m
+
+
+def _options(kernel, q, ranges, softcap):
+    tile = choose_tile(kernel, q)
+    return tile, {
+        "D": q.shape[-1],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "HAS_RANGES": ranges is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }

@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from mold.models import load_model, load_tokenizer, spread_layers, take_layers
+from tests.tiny_models import FAMILIES, make_model
+from tests.tiny_tokenizers import make_tokenizer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_layers_taken_are_the_model(family):
+    model = make_model(family, layers=4).eval()
+    ids = torch.arange(1, 20)[None]
+    taken = take_layers(model, [0, 1, 2, 3]).eval()
+    taken.set_attn_implementation("mold")
+    assert torch.equal(taken(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taken_layers_are_those_of_the_model(family):
+    model = make_model(family, layers=5).eval()
+    taken = take_layers(model, [1, 4]).eval()
+    layers = "h" if family == "gpt2" else "layers"
+    kept = getattr(model.base_model, layers)
+    setattr(model.base_model, layers, torch.nn.ModuleList([kept[1], kept[4]]))
+    expected = {name: value for name, value in model.state_dict().items()}
+    assert taken.state_dict().keys() == expected.keys()
+    for name, value in taken.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+        assert value.data_ptr() != expected[name].data_ptr()
+    assert taken.config.num_hidden_layers == 2
+    out = taken.generate(torch.arange(1, 6)[None], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert out.shape[1] > 5
+
+
+@pytest.mark.parametrize("layers", [[], [1, 0], [0, 0], [-1, 2], [0, 3]])
+def test_layers_that_are_not_there(layers):
+    with pytest.raises(ValueError, match=r"student_layers: is \[.*\], must be ascending indices from 0 to 2"):
+        take_layers(make_model("llama"), layers)
+
+
+def test_spread_layers():
+    assert spread_layers(30, 6) == [0, 6, 12, 17, 23, 29]
+    assert spread_layers(5, 5) == [0, 1, 2, 3, 4]
+    assert spread_layers(5, 1) == [0]
+    for total in range(1, 40):
+        for count in range(1, total + 1):
+            layers = spread_layers(total, count)
+            assert len(set(layers)) == count
+            assert set(layers) <= set(range(total))
+    with pytest.raises(ValueError, match="student_num_layers: is 6, must be from 1 to 5"):
+        spread_layers(5, 6)
+
+
+def test_a_folder(tmp_path):
+    model = make_model("llama", vocab=400, attention="eager")
+    model.save_pretrained(tmp_path)
+    make_tokenizer("smollm").save_pretrained(tmp_path)
+    loaded, tokenizer = load_model(str(tmp_path), dtype="bfloat16")
+    assert loaded.dtype == torch.bfloat16
+    assert tokenizer.pad_token_id == 2
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end(tmp_path):
+    tokenizer = make_tokenizer.__wrapped__("gpt2")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "</s>"
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    with pytest.raises(ValueError, match="model: cannot load the tokenizer of 'no/such'"):
+        load_model("no/such")
+    with pytest.raises(ValueError, match=r"model: .*weights\.gguf does not exist"):
+        load_model(str(tmp_path / "weights.gguf"))
+    with pytest.raises(ValueError, match="model: cannot load"):
+        load_model(str(tmp_path))
+    for path in (tmp_path / "no", "runs/of/mine", "./student"):
+        with pytest.raises(ValueError, match=rf"model: {path} does not exist"):
+            load_model(str(path))
+    with pytest.raises(ValueError, match="dtype: is 'float31', must be a torch dtype"):
+        load_model("no/such", dtype="float31")
