@@ -96,6 +96,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("attention_backward", kernel(&mold::Kernels::attention_backward), call_guard<gil_scoped_release>());
     module.def("span_attention_forward", span_attention_forward, call_guard<gil_scoped_release>());
     module.def("span_attention_backward", span_attention_backward, call_guard<gil_scoped_release>());
+    module.def("layer_mixture_forward", kernel(&mold::Kernels::layer_mixture_forward), call_guard<gil_scoped_release>());
+    module.def("layer_mixture_backward", kernel(&mold::Kernels::layer_mixture_backward), call_guard<gil_scoped_release>());
     module.def("value_pool_forward", kernel(&mold::Kernels::value_pool_forward), call_guard<gil_scoped_release>());
     module.def("value_pool_backward", kernel(&mold::Kernels::value_pool_backward), call_guard<gil_scoped_release>());
 }

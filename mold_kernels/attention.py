@@ -54,10 +54,10 @@ def attention_with_lse(
         softcap: scores become softcap tanh(scores / softcap), as in Gemma 2; None: they stay.
         cu_seqlens: int32 [sequences + 1], where packed sequences begin in the one row of a batch of 1, and T at the
             end; a row sees its own sequence only. None: one sequence a row.
-        engine: "auto", "triton" (GPU; D up to 256, no float64), "cpu" (aten's flash attention; padding is its only
-            option), "flex" (torch's FlexAttention; no gradient on the CPU), "fa4" (flash-attn-4, where it is
-            installed; bfloat16 and float16, no padding) or "reference" (materialises T x T). A named engine is used
-            or refused, never replaced.
+        engine: "auto", "triton" (GPU; D up to 256, no float64), "native" (ours for the CPU; float32, float64, bfloat16;
+            padding is its only option), "cpu" (aten's flash attention; likewise), "flex" (torch's FlexAttention; no
+            gradient on the CPU), "fa4" (flash-attn-4, where it is installed; bfloat16 and float16, no padding) or
+            "reference" (materialises T x T). A named engine is used or refused, never replaced.
 
     Returns:
         out: [B, Hq, T, D] in q's dtype. Zero in a row that sees no key (padding on the left).
@@ -81,8 +81,8 @@ def attention_with_lse(
         "softcap": softcap,
         "cu_seqlens": cu_seqlens,
     }
-    candidates = ("native", "cpu", "triton", "flex", "fa4", "reference")
-    match _choose_engine("attention_with_lse", engine, candidates, q, options):
+    engines_here = ("native", "cpu", "triton", "flex", "fa4", "reference")
+    match _choose_engine("attention_with_lse", engine, engines_here, q, options):
         case "native":
             return torch.ops.mold.native_attention(q, k, v, key_padding_mask, scale)
         case "triton":
@@ -229,7 +229,14 @@ def _cpu_forward(q, k, v, mask, scale):
     return out, lse
 
 
-def _cpu_backward(grad_out, q, k, v, out, lse, mask, scale):
+def _cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_lse is not None:
+        grad_out, out = _fold_lse_gradient(grad_out, out, grad_lse)
+    return _aten_backward(grad_out, q, k, v, out, lse, mask, scale)
+
+
+def _aten_backward(grad_out, q, k, v, out, lse, mask, scale):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, out, lse, 0.0, True, attn_mask=_bias(mask, q.dtype), scale=scale
     )
@@ -255,14 +262,7 @@ def _fold_lse_gradient(grad_out, out, grad_lse):
     return grad_out, out
 
 
-def _folded_cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    if grad_lse is not None:
-        grad_out, out = _fold_lse_gradient(grad_out, out, grad_lse)
-    return _cpu_backward(grad_out, q, k, v, out, lse, mask, scale)
-
-
-def _register_cpu(name, forward, backward, fake_forward, fake_backward):
+def _register(name, forward, backward, fake_forward, fake_backward):
     """The operators mold::`name` and its backward, so that torch.compile takes either as one node."""
 
     @torch.library.custom_op(f"mold::{name}", mutates_args=())
@@ -285,6 +285,11 @@ def _register_cpu(name, forward, backward, fake_forward, fake_backward):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale)
 
+    def keep(ctx, inputs, output):
+        q, k, v, mask, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, *output, mask)
+        ctx.set_materialize_grads(False)
+
     def differentiate(ctx, grad_out, grad_lse):
         if grad_out is None and grad_lse is None:
             return None, None, None, None, None
@@ -292,30 +297,28 @@ def _register_cpu(name, forward, backward, fake_forward, fake_backward):
 
     operator.register_fake(fake_forward)
     backward_operator.register_fake(fake_backward)
-    operator.register_autograd(differentiate, setup_context=_keep_cpu)
+    operator.register_autograd(differentiate, setup_context=keep)
 
 
-def _keep_cpu(ctx, inputs, output):
-    q, k, v, mask, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, mask)
-    ctx.set_materialize_grads(False)
+def _fake_cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+    return _aten_backward(torch.empty_like(out) if grad_out is None else grad_out, q, k, v, out, lse, mask, scale)
 
 
-_register_cpu(
-    "cpu_attention",
-    _cpu_forward,
-    _folded_cpu_backward,
-    _cpu_forward,
-    lambda grad_out, grad_lse, q, k, v, out, lse, mask, scale: _cpu_backward(
-        torch.empty_like(out) if grad_out is None else grad_out, q, k, v, out, lse, mask, scale
-    ),
-)
-_register_cpu(
+def _fake_native_forward(q, k, v, mask, scale):
+    return native.attention_outputs(q)
+
+
+def _fake_native_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_register("cpu_attention", _cpu_forward, _cpu_backward, _cpu_forward, _fake_cpu_backward)
+_register(
     "native_attention",
     native.attention_forward,
     native.attention_backward,
-    lambda q, k, v, mask, scale: native.attention_outputs(q),
-    lambda grad_out, grad_lse, q, k, v, out, lse, mask, scale: native.attention_gradients(q, k, v),
+    _fake_native_forward,
+    _fake_native_backward,
 )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from mold_kernels import cuda, reference
+from mold_kernels import cuda, native, reference
 from mold_kernels.backends import choose_backend
 
 
@@ -70,8 +70,8 @@ def layer_mixture_kl(
         tau: temperature of the teacher's layer weights.
         row_norm: "softmax" over the valid key words of a step (the paper), or "l1": each row, plus
             `mold_kernels.reference.L1_EPSILON`, divided by its sum.
-        backend: "auto", "triton" (GPU, float32), "cuda" (likewise), "torch" or "reference". A named backend is used or
-            refused, never replaced.
+        backend: "auto", "triton" (GPU, float32), "cuda" (likewise), "native" (CPU; one dtype), "torch" or
+            "reference". A named backend is used or refused, never replaced.
 
     Returns:
         [B], loss of each example, differentiable in student_attention and student_weights. Exactly 0, with zero
@@ -108,7 +108,11 @@ def layer_mixture_kl(
     if all(tensor.dtype == torch.float32 for tensor in tensors[:3]):
         candidates.insert(0 if student_attention.is_cuda else 1, "triton")
         candidates.append("cuda")
+    if len({tensor.dtype for tensor in tensors[:3]}) == 1:
+        candidates.insert(0, "native")
     match choose_backend("layer_mixture_kl", backend, candidates, student_attention.device):
+        case "native":
+            return torch.ops.mold.native_layer_mixture_kl(*tensors, tau, row_norm == "l1")[0]
         case "triton":
             return torch.ops.mold.triton_layer_mixture_kl(*tensors, tau, row_norm == "l1")[0]
         case "cuda":
@@ -184,46 +188,56 @@ class _CudaLayerMixtureKL(torch.autograd.Function):
         return None, *cuda.layer_mixture_kl_backward(grad, *ctx.saved_tensors), *[None] * 4
 
 
-@torch.library.custom_op("mold::triton_layer_mixture_kl", mutates_args=())
-def _triton_layer_mixture_kl(
-    teacher: torch.Tensor,
-    student: torch.Tensor,
-    weights: torch.Tensor,
-    num_steps: torch.Tensor,
-    num_keys: torch.Tensor,
-    tau: float,
-    l1: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _register(name, forward, backward):
+    """The operators mold::`name` and its backward, so that torch.compile takes either as one node."""
+
+    @torch.library.custom_op(f"mold::{name}", mutates_args=())
+    def operator(
+        teacher: torch.Tensor,
+        student: torch.Tensor,
+        weights: torch.Tensor,
+        num_steps: torch.Tensor,
+        num_keys: torch.Tensor,
+        tau: float,
+        l1: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(teacher, student, weights, num_steps, num_keys, tau, l1)
+
+    @torch.library.custom_op(f"mold::{name}_backward", mutates_args=())
+    def backward_operator(
+        grad: torch.Tensor, mixture_grad: torch.Tensor, student: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return backward(grad, mixture_grad, student, weights)
+
+    @operator.register_fake
+    def _(teacher, student, weights, num_steps, num_keys, tau, l1):
+        return student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])
+
+    @backward_operator.register_fake
+    def _(grad, mixture_grad, student, weights):
+        return student.new_empty(student.shape), weights.new_empty(weights.shape)
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(output[1], inputs[1], inputs[2])
+
+    def differentiate(ctx, grad, _):
+        return None, *backward_operator(grad, *ctx.saved_tensors), *[None] * 4
+
+    operator.register_autograd(differentiate, setup_context=keep)
+
+
+def _triton_forward(*arguments):
     from mold_kernels._triton.layer_mixture import layer_mixture_kl_forward
 
-    return layer_mixture_kl_forward(teacher, student, weights, num_steps, num_keys, tau, reference.L1_EPSILON, l1)
+    *tensors, tau, l1 = arguments
+    return layer_mixture_kl_forward(*tensors, tau, reference.L1_EPSILON, l1)
 
 
-@_triton_layer_mixture_kl.register_fake
-def _(teacher, student, weights, num_steps, num_keys, tau, l1):
-    return student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])
-
-
-@torch.library.custom_op("mold::triton_layer_mixture_kl_backward", mutates_args=())
-def _triton_layer_mixture_kl_backward(
-    grad: torch.Tensor, mixture_grad: torch.Tensor, student: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _triton_backward(*arguments):
     from mold_kernels._triton.layer_mixture import layer_mixture_kl_backward
 
-    return layer_mixture_kl_backward(grad, mixture_grad, student, weights)
+    return layer_mixture_kl_backward(*arguments)
 
 
-@_triton_layer_mixture_kl_backward.register_fake
-def _(grad, mixture_grad, student, weights):
-    return student.new_empty(student.shape), weights.new_empty(weights.shape)
-
-
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(output[1], inputs[1], inputs[2])
-
-
-def _differentiate(ctx, grad, _):
-    return None, *torch.ops.mold.triton_layer_mixture_kl_backward(grad, *ctx.saved_tensors), *[None] * 4
-
-
-_triton_layer_mixture_kl.register_autograd(_differentiate, setup_context=_keep)
+_register("native_layer_mixture_kl", native.layer_mixture_forward, native.layer_mixture_backward)
+_register("triton_layer_mixture_kl", _triton_forward, _triton_backward)

@@ -5,6 +5,8 @@ Importing it never fails; `why_missing` says why the module is not there. Argume
 
 import torch
 
+from mold_kernels.reference import L1_EPSILON
+
 try:
     from mold_kernels import _native
 except ImportError as error:  # not built, built for another Python, or a library that it needs is not there
@@ -39,30 +41,23 @@ def set_level(name: str) -> None:
     _native.set_level(name)
 
 
-def attention_outputs(q):
-    """(out, lse), not yet written."""
+def attention_outputs(q) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), uninitialised. In memory out is [B, T, Hq, D], so that joining the heads copies nothing."""
     batch, heads, length, width = q.shape
-    # In memory [B, T, Hq, D], so that joining the heads copies nothing.
     out = q.new_empty(batch, length, heads, width).transpose(1, 2)
     return out, q.new_empty(batch, heads, length, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def attention_gradients(q, k, v):
-    """(dq, dk, dv), not yet written."""
-    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def attention_forward(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse)."""
     out, lse = attention_outputs(q)
-    padding = None if mask is None else _view(mask)
-    threads = torch.get_num_threads()
+    padding, threads = None if mask is None else _view(mask), torch.get_num_threads()
     _native.attention_forward(_view(q), _view(k), _view(v), padding, scale, _view(out), _view(lse), threads)
     return out, lse
 
 
 def attention_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale: float):
-    """(dq, dk, dv). A gradient that is None is zero."""
+    """(dq, dk, dv); a gradient that is None is zero."""
     grad_out = out.new_zeros(()).expand_as(out) if grad_out is None else grad_out
     grad_lse = lse.new_zeros(()).expand_as(lse) if grad_lse is None else grad_lse
     dq, dk, dv = torch.empty_like(q), lse.new_empty(k.shape), lse.new_empty(v.shape)
@@ -85,11 +80,29 @@ def span_attention_backward(grad, q, k, lse, row_spans, key_spans, scale: float,
     """(dq, dk, dlse)."""
     spans = row_spans.long(), key_spans.long()
     # The kernel writes the rows and columns of the spans.
-    dq, dk, dlse = torch.zeros_like(q), torch.zeros(k.shape, dtype=lse.dtype), torch.zeros_like(lse)
+    dq, dk, dlse = torch.zeros_like(q), lse.new_zeros(k.shape), lse.new_zeros(lse.shape)
     views = map(_view, (grad, q, k, lse, *spans))
     gradients = map(_view, (dq, dk, dlse))
     _native.span_attention_backward(*views, scale, mean, *gradients, torch.get_num_threads())
     return dq, dk.to(k.dtype), dlse
+
+
+def layer_mixture_forward(teacher, student, weights, num_steps, num_keys, tau: float, l1: bool):
+    """(loss [B], its gradient by the mixed student attention [B, S, M])."""
+    loss, mixture_grad = student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])
+    counts = num_steps.long(), num_keys.long()
+    views = map(_view, (teacher, student, weights, *counts))
+    epsilon, threads = L1_EPSILON if l1 else 0.0, torch.get_num_threads()
+    _native.layer_mixture_forward(*views, tau, epsilon, _view(loss), _view(mixture_grad), threads)
+    return loss, mixture_grad
+
+
+def layer_mixture_backward(grad, mixture_grad, student, weights):
+    """(dstudent, dweights)."""
+    dstudent, dweights = student.new_empty(student.shape), weights.new_empty(weights.shape)
+    views = map(_view, (grad, student, weights, mixture_grad, dstudent, dweights))
+    _native.layer_mixture_backward(*views, torch.get_num_threads())
+    return dstudent, dweights
 
 
 def value_pool_forward(v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:

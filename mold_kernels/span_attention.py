@@ -63,8 +63,8 @@ def span_attention(
         row_reduction: "sum" over the rows of a step (the paper), or "mean".
         sliding_window, softcap, cu_seqlens: as of `mold_kernels.attention_with_lse`, which made `lse`. Probabilities
             are 0 outside a row's window or sequence.
-        backend: "auto", "native" (CPU; no float16), "triton" (GPU; D up to 256, no float64), "cuda" (likewise),
-            "torch" or "reference"; native and cuda have none of the three options above. A named backend is used or
+        backend: "auto", "triton" (GPU; D up to 256, no float64), "cuda" (likewise, none of the three options above),
+            "native" (CPU; no float16, none of the three options), "torch" or "reference". A named backend is used or
             refused, never replaced.
 
     Returns:
@@ -93,8 +93,10 @@ def span_attention(
     candidates = ["torch", "reference"]
     if _triton.takes(q):
         candidates.insert(0 if q.is_cuda else 1, "triton")
-    if ranges is None and softcap is None:
-        candidates = ["native"] * (q.dtype in native.DTYPES) + candidates + ["cuda"] * cuda.takes(q)
+    if q.dtype in native.DTYPES and ranges is None and softcap is None:
+        candidates.insert(0, "native")
+    if cuda.takes(q) and ranges is None and softcap is None:
+        candidates.append("cuda")
     match choose_backend("span_attention", backend, candidates, q.device):
         case "reference":
             options = {"sliding_window": sliding_window, "softcap": softcap, "cu_seqlens": cu_seqlens}

@@ -32,6 +32,16 @@ struct Kernels {
         const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale,
         const View& dq, const View& dk, const View& dlse, int threads);
 
+    // teacher [L1, B, S, M], student [L2, B, S, M], weights [B, L2] and the loss [B] of one dtype, float32 or float64;
+    // num_steps and num_keys int64 [B]; l1_epsilon > 0 divides rows by their sums, 0 takes their softmax. mixture_grad,
+    // contiguous [B, S, M], is the gradient of an example's loss by its mixed student attention, for the backward.
+    void (*layer_mixture_forward)(
+        const View& teacher, const View& student, const View& weights, const View& num_steps, const View& num_keys,
+        double tau, double l1_epsilon, const View& loss, const View& mixture_grad, int threads);
+    void (*layer_mixture_backward)(
+        const View& grad, const View& student, const View& weights, const View& mixture_grad, const View& dstudent,
+        const View& dweights, int threads);
+
     // v and dv [B, H, T, D], mask bool [B, T]; pooled and u [B, H * D] contiguous, float32 or float64 as v's sums are.
     void (*value_pool_forward)(const View& v, const View& mask, double eps, const View& pooled, int threads);
     void (*value_pool_backward)(

@@ -7,6 +7,8 @@ const Kernels kernels = {
     attention_backward,
     span_attention_forward,
     span_attention_backward,
+    layer_mixture_forward,
+    layer_mixture_backward,
     value_pool_forward,
     value_pool_backward,
 };

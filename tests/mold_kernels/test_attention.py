@@ -1,19 +1,29 @@
 """attention_with_lse and attention_lse against the float64 reference, values and gradients."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from mold_kernels import attention_lse, attention_with_lse, reference
+from mold_kernels import attention_lse, attention_with_lse, native, reference
 from mold_kernels.testing import assert_as_accurate_as, random_qkv
+from tests.conftest import LEVELS, use_backend
 
 SHAPES = [
     pytest.param(1, 1, 1, 2, 16, id="two-tokens"),
     pytest.param(2, 4, 2, 37, 16, id="gqa-odd-length"),
     pytest.param(1, 9, 3, 130, 64, id="smollm2-heads"),
     pytest.param(2, 2, 1, 65, 80, id="head-dim-80"),
+    pytest.param(1, 1, 1, 401, 20, id="many-blocks-odd-head-dim"),
 ]
+
+
+@pytest.fixture(params=["cpu", *LEVELS])
+def engine(request):
+    yield use_backend(request.param)
+    if LEVELS:
+        use_backend(LEVELS[-1])
 
 
 def padding_mask(kind, batch, length):
@@ -42,6 +52,8 @@ def values_and_gradients(function, tensors, upstream, dtype):
 
 def assert_matches_reference(fast, slow, tensors, upstream, names):
     dtype = tensors[0].dtype
+    # Rounded before all three: the truth must be that of the gradients which the tested dtype can hold.
+    upstream = [grad.to(dtype) for grad in upstream]
     actual = values_and_gradients(fast, tensors, upstream, dtype)
     low = values_and_gradients(slow, tensors, upstream, dtype)
     exact = values_and_gradients(slow, tensors, upstream, torch.float64)
@@ -54,7 +66,9 @@ def assert_matches_reference(fast, slow, tensors, upstream, names):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padding", ["none", "left", "right", "both"])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "head_dim"), SHAPES)
-def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, dtype):
+def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, dtype, engine):
+    if engine == "native" and dtype not in native.DTYPES:
+        pytest.skip("native has no float16")
     generator = torch.Generator().manual_seed(length)
     tensors = random_qkv(generator, batch, heads, kv_heads, length, head_dim, dtype=dtype)
     mask = padding_mask(padding, batch, length)
@@ -63,7 +77,7 @@ def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, d
         torch.randn(batch, heads, length, generator=generator, dtype=torch.float64),
     ]
     assert_matches_reference(
-        lambda q, k, v: attention_with_lse(q, k, v, key_padding_mask=mask, engine="cpu"),
+        lambda q, k, v: attention_with_lse(q, k, v, key_padding_mask=mask, engine=engine),
         lambda q, k, v: reference.attention_with_lse(q, k, v, key_padding_mask=mask),
         tensors,
         upstream,
@@ -71,9 +85,9 @@ def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, d
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("zero", ["rows", "first-column", "tiny", "large-lse"])
-def test_lse_gradient_where_the_output_gradient_vanishes(zero, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero", ["rows", "first-column", "tiny", "large-lse", "mixed"])
+def test_lse_gradient_where_the_output_gradient_vanishes(zero, dtype, engine):
     """Rows without an output gradient are ordinary: prompt rows in the last layer have none."""
     generator = torch.Generator().manual_seed(3)
     tensors = random_qkv(generator, 2, 4, 2, 50, 16, dtype=dtype)
@@ -89,8 +103,10 @@ def test_lse_gradient_where_the_output_gradient_vanishes(zero, dtype):
             grad_lse *= 1e-25
         case "large-lse":
             grad_lse *= 1e6
+        case "mixed":
+            grad_out *= 10.0 ** torch.randint(-12, 3, grad_out.shape, generator=generator)
     assert_matches_reference(
-        lambda q, k, v: attention_with_lse(q, k, v, scale=0.3, engine="cpu"),
+        lambda q, k, v: attention_with_lse(q, k, v, scale=0.3, engine=engine),
         lambda q, k, v: reference.attention_with_lse(q, k, v, scale=0.3),
         tensors,
         [grad_out, grad_lse],
@@ -99,18 +115,18 @@ def test_lse_gradient_where_the_output_gradient_vanishes(zero, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_an_output_gradient_of_zeros_leaves_the_values_alone(dtype):
+def test_an_output_gradient_of_zeros_leaves_the_values_alone(dtype, engine):
     q, k, v = (t.requires_grad_() for t in random_qkv(torch.Generator().manual_seed(3), 2, 4, 2, 50, 16, dtype=dtype))
-    out, lse = attention_with_lse(q, k, v, engine="cpu")
+    out, lse = attention_with_lse(q, k, v, engine=engine)
     (out * 0 + lse.unsqueeze(-1)).sum().backward()
     assert v.grad.abs().max() < 1e-14 * k.grad.abs().max()
 
 
-def test_each_output_alone_is_differentiable():
+def test_each_output_alone_is_differentiable(engine):
     q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 4, 2, 20, 16, dtype=torch.float64)
     for output in (0, 1):
         gradients = []
-        for function in (attention_with_lse, reference.attention_with_lse):
+        for function in (partial(attention_with_lse, engine=engine), reference.attention_with_lse):
             tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
             function(*tensors)[output].square().sum().backward()
             gradients.append([torch.zeros_like(t) if t.grad is None else t.grad for t in tensors])
