@@ -55,7 +55,7 @@ def _sum_columns(column_sums, column_piece, key_piece):
     return tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["lse_strides", "parts", "row_count", "key_count", "T"])
+@triton.jit(do_not_specialize=["parts", "row_count", "key_count", "T"])
 def _span_attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -69,7 +69,6 @@ def _span_attention_forward_kernel(
     range_ptr,
     q_strides,
     k_strides,
-    lse_strides,
     kv_heads,
     group,
     parts,
@@ -118,7 +117,7 @@ def _span_attention_forward_kernel(
             head = kv_head * group + pair // length
             row = first_row + pair % length
             lse = tl.load(
-                lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+                lse_ptr + (batch * kv_heads * group + head) * T + row,
                 mask=inside,
                 other=float("inf"),
             )
@@ -140,7 +139,7 @@ def _span_attention_forward_kernel(
     tl.store(pairs_ptr + line + key_piece + BLOCK_N, upper, mask=key_piece + BLOCK_N < key_count)
 
 
-@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
+@triton.jit(do_not_specialize=["row_count", "key_count", "T"])
 def _span_attention_backward_dq_kernel(
     q_ptr,
     k_ptr,
@@ -156,7 +155,6 @@ def _span_attention_backward_dq_kernel(
     range_ptr,
     q_strides,
     k_strides,
-    lse_strides,
     dq_strides,
     kv_heads,
     group,
@@ -198,7 +196,7 @@ def _span_attention_backward_dq_kernel(
         q_base = q_ptr + batch * q_strides[0] + (head * q_strides[1])[:, None]
         q = load_rows(q_base, row, inside, q_strides[2:], D, BLOCK_D)
         lse = LOG2_E * tl.load(
-            lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+            lse_ptr + (batch * kv_heads * group + head) * T + row,
             mask=inside,
             other=float("inf"),
         )
@@ -229,7 +227,7 @@ def _shares(columns, slots, BLOCK_N: tl.constexpr):
     return tiles, tl.minimum(slots // tiles, 32)
 
 
-@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
+@triton.jit(do_not_specialize=["row_count", "key_count", "T"])
 def _span_attention_backward_dk_kernel(
     q_ptr,
     k_ptr,
@@ -244,7 +242,6 @@ def _span_attention_backward_dk_kernel(
     range_ptr,
     q_strides,
     k_strides,
-    lse_strides,
     kv_heads,
     group,
     row_count,
@@ -293,7 +290,7 @@ def _span_attention_backward_dk_kernel(
             g = tl.load(pairs_ptr + row_piece * key_count + column_piece)
             q = load_rows(q_ptr + batch * q_strides[0] + head * q_strides[1], row, inside, q_strides[2:], D, BLOCK_D)
             lse = LOG2_E * tl.load(
-                lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+                lse_ptr + (batch * kv_heads * group + head) * T + row,
                 mask=inside,
                 other=float("inf"),
             )
@@ -358,7 +355,7 @@ def span_attention_forward(
     pooled = lse.new_empty(batch, steps, keys)
     if not pooled.numel() or not q.numel():
         return pooled.zero_()
-    row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
+    lse, row_spans, key_spans = lse.contiguous(), row_spans.int().contiguous(), key_spans.int().contiguous()
     pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
     tile, options = _options("span_attention_forward", q, ranges, softcap)
     programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
@@ -366,7 +363,7 @@ def span_attention_forward(
     pairs = lse.new_empty(parts, batch, pieces.row_count, pieces.key_count)
     _span_attention_forward_kernel[programs, batch * parts](
         *(q, k, lse, pairs, pieces.row_start, pieces.key_first, pieces.before, pieces.columns, pieces.column_piece),
-        *(q if ranges is None else ranges, q.stride(), k.stride(), lse.stride()),
+        *(q if ranges is None else ranges, q.stride(), k.stride()),
         *(kv_heads, heads // kv_heads, parts, pieces.row_count, pieces.key_count, length, scale, softcap or 1.0),
         **options,
     )
@@ -397,7 +394,7 @@ def span_attention_backward(
     if q.dtype == torch.float16:  # gradients of A are small: keep the weights within float16
         unit = grad.abs().amax().clamp_min(1e-30)
         grad = grad / unit
-    row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
+    lse, row_spans, key_spans = lse.contiguous(), row_spans.int().contiguous(), key_spans.int().contiguous()
     pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
     by_step = lse.new_empty(batch, steps, pieces.key_count)
     pairs = lse.new_empty(batch, pieces.row_count, pieces.key_count)
@@ -410,7 +407,7 @@ def span_attention_backward(
     _, options = _options("span_attention_backward_dq", q, ranges, softcap)
     _span_attention_backward_dq_kernel[pieces.row_count, batch * kv_heads](
         *(q, k, lse, pairs, unit_, dq, dlse, pieces.row_start, pieces.before, pieces.columns, pieces.column_piece),
-        *(ranges_, q.stride(), k.stride(), lse.stride(), dq.stride(), *scalars),
+        *(ranges_, q.stride(), k.stride(), dq.stride(), *scalars),
         HAS_UNIT=unit is not None,
         **options,
     )
@@ -419,7 +416,7 @@ def span_attention_backward(
     partial = lse.new_empty(batch * kv_heads, slots, tile.n, head_dim)
     _span_attention_backward_dk_kernel[slots, batch * kv_heads](
         *(q, k, lse, pairs, partial, pieces.row_piece, pieces.row_start, pieces.before, pieces.columns),
-        *(pieces.column_piece, ranges_, q.stride(), k.stride(), lse.stride(), *scalars),
+        *(pieces.column_piece, ranges_, q.stride(), k.stride(), *scalars),
         **options,
     )
     _span_attention_gather_dk_kernel[triton.cdiv(length, tile.n), batch * kv_heads](
