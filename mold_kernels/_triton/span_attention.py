@@ -22,6 +22,7 @@ from mold_kernels._triton.tiles import choose_tile
 
 _PROGRAMS = 512
 """Enough programs to fill a GPU of 132 to 148 multiprocessors: work is split until there are as many."""
+_GATHERED_TOKENS = 32
 
 
 @triton.jit
@@ -317,16 +318,17 @@ def _span_attention_gather_dk_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     HAS_UNIT: tl.constexpr,
 ):
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     before_ptr += batch * (T + 1)
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     place = tl.load(before_ptr + token, mask=token < T, other=0)
     held = (token < T) & (tl.load(before_ptr + token + 1, mask=token < T, other=0) > place)
     tiles, shares = _shares(tl.load(before_ptr + T), slots, BLOCK_N)
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     slots_ptr += tl.program_id(1).to(tl.int64) * slots * BLOCK_N * D
     for share in range(shares):
         acc += load_rows(slots_ptr, share * tiles * BLOCK_N + place, held, (D, 1), D, BLOCK_D)
@@ -419,13 +421,13 @@ def span_attention_backward(
         *(pieces.column_piece, ranges_, q.stride(), k.stride(), *scalars),
         **options,
     )
-    _span_attention_gather_dk_kernel[triton.cdiv(length, tile.n), batch * kv_heads](
+    _span_attention_gather_dk_kernel[triton.cdiv(length, _GATHERED_TOKENS), batch * kv_heads](
         *(partial, unit_, dk, pieces.before, dk.stride(), kv_heads, slots, length, scale),
         D=head_dim,
         BLOCK_D=options["BLOCK_D"],
         BLOCK_N=tile.n,
+        BLOCK_T=_GATHERED_TOKENS,
         HAS_UNIT=unit is not None,
-        num_warps=8,
         enable_fp_fusion=True,
     )
     return dq, dk, dlse
