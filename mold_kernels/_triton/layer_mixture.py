@@ -40,13 +40,16 @@ def _counts(steps_ptr, keys_ptr, batch, S, M):
     return tl.where(keys > 0, tl.minimum(tl.load(steps_ptr + batch).to(tl.int32), S), 0), keys
 
 
-@triton.jit(do_not_specialize=["teacher_strides", "S", "M"])
+@triton.jit(do_not_specialize=["teacher_layer", "teacher_batch", "teacher_step", "teacher_key", "S", "M"])
 def _layer_statistic_kernel(
     teacher_ptr,
     steps_ptr,
     keys_ptr,
     statistic_ptr,
-    teacher_strides,
+    teacher_layer,
+    teacher_batch,
+    teacher_step,
+    teacher_key,
     S,
     M,
     BLOCK_S: tl.constexpr,
@@ -55,15 +58,15 @@ def _layer_statistic_kernel(
     layer = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     steps, keys = _counts(steps_ptr, keys_ptr, batch, S, M)
-    teacher_ptr += layer * teacher_strides[0] + batch * teacher_strides[1]
+    teacher_ptr += layer * teacher_layer + batch * teacher_batch
     key = tl.arange(0, BLOCK_M)
     change = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
     for first in range(0, steps, BLOCK_S):
         step = first + tl.arange(0, BLOCK_S)
-        cells = teacher_ptr + step[:, None] * teacher_strides[2] + key[None, :] * teacher_strides[3]
+        cells = teacher_ptr + step[:, None] * teacher_step + key[None, :] * teacher_key
         valid = (step < steps)[:, None] & (key + 1 < keys)[None, :]
         here = tl.load(cells, mask=valid, other=0.0)
-        change += tl.abs(tl.load(cells + teacher_strides[3], mask=valid, other=0.0) - here)
+        change += tl.abs(tl.load(cells + teacher_key, mask=valid, other=0.0) - here)
     pairs = tl.maximum(steps * (keys - 1), 1).to(tl.float64)
     mean = tl.sum(tl.sum(change.to(tl.float64), 1), 0) / pairs
     tl.store(statistic_ptr + batch * tl.num_programs(0) + layer, mean)
@@ -71,9 +74,16 @@ def _layer_statistic_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "teacher_strides",
-        "student_strides",
-        "weights_strides",
+        "teacher_layer",
+        "teacher_batch",
+        "teacher_step",
+        "teacher_key",
+        "student_layer",
+        "student_batch",
+        "student_step",
+        "student_key",
+        "weights_batch",
+        "weights_layer",
         "teacher_layers",
         "student_layers",
         "S",
@@ -89,9 +99,16 @@ def _layer_mixture_kl_forward_kernel(
     statistic_ptr,
     loss_ptr,
     mixture_grad_ptr,
-    teacher_strides,
-    student_strides,
-    weights_strides,
+    teacher_layer,
+    teacher_batch,
+    teacher_step,
+    teacher_key,
+    student_layer,
+    student_batch,
+    student_step,
+    student_key,
+    weights_batch,
+    weights_layer,
     teacher_layers,
     student_layers,
     S,
@@ -105,8 +122,8 @@ def _layer_mixture_kl_forward_kernel(
 ):
     batch = tl.program_id(1).to(tl.int64)
     steps, keys = _counts(steps_ptr, keys_ptr, batch, S, M)
-    teacher_ptr += batch * teacher_strides[1]
-    student_ptr += batch * student_strides[1]
+    teacher_ptr += batch * teacher_batch
+    student_ptr += batch * student_batch
     key = tl.arange(0, BLOCK_M)
     layer = tl.arange(0, BLOCK_L)
     is_teacher = layer < teacher_layers
@@ -114,23 +131,23 @@ def _layer_mixture_kl_forward_kernel(
     teacher_weights = tl.exp(statistic - tl.max(statistic, 0))
     teacher_weights = teacher_weights / tl.sum(teacher_weights, 0)
     student_weights = tl.load(
-        weights_ptr + batch * weights_strides[0] + layer * weights_strides[1], mask=layer < student_layers, other=0.0
+        weights_ptr + batch * weights_batch + layer * weights_layer, mask=layer < student_layers, other=0.0
     ).to(tl.float64)
 
     step = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     valid = (step < steps)[:, None] & (key < keys)[None, :]
     teacher = tl.zeros([BLOCK_S, BLOCK_M], tl.float64)
-    cells = teacher_ptr + step[:, None] * teacher_strides[2] + key[None, :] * teacher_strides[3]
+    cells = teacher_ptr + step[:, None] * teacher_step + key[None, :] * teacher_key
     for index in range(teacher_layers):
         weight = tl.sum(tl.where(layer == index, teacher_weights, 0.0), 0)
         teacher += weight * tl.load(cells, mask=valid, other=0.0).to(tl.float64)
-        cells += teacher_strides[0]
+        cells += teacher_layer
     student = tl.zeros([BLOCK_S, BLOCK_M], tl.float64)
-    cells = student_ptr + step[:, None] * student_strides[2] + key[None, :] * student_strides[3]
+    cells = student_ptr + step[:, None] * student_step + key[None, :] * student_key
     for index in range(student_layers):
         weight = tl.sum(tl.where(layer == index, student_weights, 0.0), 0)
         student += weight * tl.load(cells, mask=valid, other=0.0).to(tl.float64)
-        cells += student_strides[0]
+        cells += student_layer
     # Rows of padding are uniform here, so that no row is empty, and leave the loss below.
     row_valid = valid | ((step >= steps)[:, None] & (key < BLOCK_M)[None, :])
     log_p, _, _ = _log_rows(teacher, row_valid, epsilon, L1_NORM)
@@ -145,7 +162,20 @@ def _layer_mixture_kl_forward_kernel(
     tl.store(cells, gradient.to(tl.float32), mask=(step < S)[:, None] & (key < M)[None, :])
 
 
-@triton.jit(do_not_specialize=["grad_strides", "student_strides", "weights_strides", "layers", "cells", "M"])
+@triton.jit(
+    do_not_specialize=[
+        "grad_batch",
+        "student_layer",
+        "student_batch",
+        "student_step",
+        "student_key",
+        "weights_batch",
+        "weights_layer",
+        "layers",
+        "cells",
+        "M",
+    ]
+)
 def _layer_mixture_kl_backward_kernel(
     grad_ptr,
     mixture_grad_ptr,
@@ -153,9 +183,13 @@ def _layer_mixture_kl_backward_kernel(
     weights_ptr,
     attention_grad_ptr,
     weights_grad_ptr,
-    grad_strides,
-    student_strides,
-    weights_strides,
+    grad_batch,
+    student_layer,
+    student_batch,
+    student_step,
+    student_key,
+    weights_batch,
+    weights_layer,
     layers,
     cells,
     M,
@@ -163,9 +197,9 @@ def _layer_mixture_kl_backward_kernel(
 ):
     layer = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
-    scale = tl.load(grad_ptr + batch * grad_strides[0])
-    weight = tl.load(weights_ptr + batch * weights_strides[0] + layer * weights_strides[1])
-    student_ptr += layer * student_strides[0] + batch * student_strides[1]
+    scale = tl.load(grad_ptr + batch * grad_batch)
+    weight = tl.load(weights_ptr + batch * weights_batch + layer * weights_layer)
+    student_ptr += layer * student_layer + batch * student_batch
     mixture_grad_ptr += batch * cells
     attention_grad_ptr += (layer * tl.num_programs(1) + batch) * cells
     acc = tl.zeros([BLOCK], tl.float64)
@@ -174,7 +208,7 @@ def _layer_mixture_kl_backward_kernel(
         gradient = tl.load(mixture_grad_ptr + cell, mask=cell < cells, other=0.0) * scale
         # What padding holds is not looked at: 0 times it may be NaN.
         student = tl.load(
-            student_ptr + (cell // M) * student_strides[2] + (cell % M) * student_strides[3],
+            student_ptr + (cell // M) * student_step + (cell % M) * student_key,
             mask=(cell < cells) & (gradient != 0),
             other=0.0,
         )
@@ -207,11 +241,11 @@ def layer_mixture_kl_forward(
     num_steps, num_keys = num_steps.contiguous(), num_keys.contiguous()
     options = {"BLOCK_S": block_s, "BLOCK_M": block_m, "num_warps": 8, "enable_fp_fusion": True}
     _layer_statistic_kernel[teacher_layers, batch](
-        teacher, num_steps, num_keys, statistic, teacher.stride(), steps, keys, **options
+        teacher, num_steps, num_keys, statistic, *teacher.stride(), steps, keys, **options
     )
     _layer_mixture_kl_forward_kernel[blocks, batch](
         *(teacher, student, weights, num_steps, num_keys, statistic, loss, mixture_grad),
-        *(teacher.stride(), student.stride(), weights.stride()),
+        *(*teacher.stride(), *student.stride(), *weights.stride()),
         *(teacher_layers, layers, steps, keys, tau, epsilon),
         L1_NORM=l1,
         BLOCK_L=triton.next_power_of_2(max(layers, teacher_layers)),
@@ -229,7 +263,7 @@ def layer_mixture_kl_backward(
     if weights_grad.numel():
         _layer_mixture_kl_backward_kernel[layers, batch](
             *(grad, mixture_grad, student, weights, attention_grad, weights_grad),
-            *(grad.stride(), student.stride(), weights.stride(), layers, steps * keys, keys),
+            *(*grad.stride(), *student.stride(), *weights.stride(), layers, steps * keys, keys),
             BLOCK=1024,
             enable_fp_fusion=True,
         )

@@ -22,6 +22,7 @@ from mold_kernels._triton.tiles import choose_tile
 
 _PROGRAMS = 512
 """Enough programs to fill a GPU of 132 to 148 multiprocessors: work is split until there are as many."""
+_GATHERED_TOKENS = 32
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _sum_columns(column_sums, column_piece, key_piece):
     return tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["lse_strides", "parts", "row_count", "key_count", "T"])
+@triton.jit(do_not_specialize=["parts", "row_count", "key_count", "T"])
 def _span_attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -69,7 +70,6 @@ def _span_attention_forward_kernel(
     range_ptr,
     q_strides,
     k_strides,
-    lse_strides,
     kv_heads,
     group,
     parts,
@@ -118,7 +118,7 @@ def _span_attention_forward_kernel(
             head = kv_head * group + pair // length
             row = first_row + pair % length
             lse = tl.load(
-                lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+                lse_ptr + (batch * kv_heads * group + head) * T + row,
                 mask=inside,
                 other=float("inf"),
             )
@@ -140,7 +140,7 @@ def _span_attention_forward_kernel(
     tl.store(pairs_ptr + line + key_piece + BLOCK_N, upper, mask=key_piece + BLOCK_N < key_count)
 
 
-@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
+@triton.jit(do_not_specialize=["row_count", "key_count", "T"])
 def _span_attention_backward_dq_kernel(
     q_ptr,
     k_ptr,
@@ -156,7 +156,6 @@ def _span_attention_backward_dq_kernel(
     range_ptr,
     q_strides,
     k_strides,
-    lse_strides,
     dq_strides,
     kv_heads,
     group,
@@ -198,7 +197,7 @@ def _span_attention_backward_dq_kernel(
         q_base = q_ptr + batch * q_strides[0] + (head * q_strides[1])[:, None]
         q = load_rows(q_base, row, inside, q_strides[2:], D, BLOCK_D)
         lse = LOG2_E * tl.load(
-            lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+            lse_ptr + (batch * kv_heads * group + head) * T + row,
             mask=inside,
             other=float("inf"),
         )
@@ -229,7 +228,7 @@ def _shares(columns, slots, BLOCK_N: tl.constexpr):
     return tiles, tl.minimum(slots // tiles, 32)
 
 
-@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
+@triton.jit(do_not_specialize=["row_count", "key_count", "T"])
 def _span_attention_backward_dk_kernel(
     q_ptr,
     k_ptr,
@@ -244,7 +243,6 @@ def _span_attention_backward_dk_kernel(
     range_ptr,
     q_strides,
     k_strides,
-    lse_strides,
     kv_heads,
     group,
     row_count,
@@ -293,7 +291,7 @@ def _span_attention_backward_dk_kernel(
             g = tl.load(pairs_ptr + row_piece * key_count + column_piece)
             q = load_rows(q_ptr + batch * q_strides[0] + head * q_strides[1], row, inside, q_strides[2:], D, BLOCK_D)
             lse = LOG2_E * tl.load(
-                lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+                lse_ptr + (batch * kv_heads * group + head) * T + row,
                 mask=inside,
                 other=float("inf"),
             )
@@ -320,16 +318,17 @@ def _span_attention_gather_dk_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     HAS_UNIT: tl.constexpr,
 ):
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     before_ptr += batch * (T + 1)
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     place = tl.load(before_ptr + token, mask=token < T, other=0)
     held = (token < T) & (tl.load(before_ptr + token + 1, mask=token < T, other=0) > place)
     tiles, shares = _shares(tl.load(before_ptr + T), slots, BLOCK_N)
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     slots_ptr += tl.program_id(1).to(tl.int64) * slots * BLOCK_N * D
     for share in range(shares):
         acc += load_rows(slots_ptr, share * tiles * BLOCK_N + place, held, (D, 1), D, BLOCK_D)
@@ -358,7 +357,7 @@ def span_attention_forward(
     pooled = lse.new_empty(batch, steps, keys)
     if not pooled.numel() or not q.numel():
         return pooled.zero_()
-    row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
+    lse, row_spans, key_spans = lse.contiguous(), row_spans.int().contiguous(), key_spans.int().contiguous()
     pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
     tile, options = _options("span_attention_forward", q, ranges, softcap)
     programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
@@ -366,7 +365,7 @@ def span_attention_forward(
     pairs = lse.new_empty(parts, batch, pieces.row_count, pieces.key_count)
     _span_attention_forward_kernel[programs, batch * parts](
         *(q, k, lse, pairs, pieces.row_start, pieces.key_first, pieces.before, pieces.columns, pieces.column_piece),
-        *(q if ranges is None else ranges, q.stride(), k.stride(), lse.stride()),
+        *(q if ranges is None else ranges, q.stride(), k.stride()),
         *(kv_heads, heads // kv_heads, parts, pieces.row_count, pieces.key_count, length, scale, softcap or 1.0),
         **options,
     )
@@ -397,7 +396,7 @@ def span_attention_backward(
     if q.dtype == torch.float16:  # gradients of A are small: keep the weights within float16
         unit = grad.abs().amax().clamp_min(1e-30)
         grad = grad / unit
-    row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
+    lse, row_spans, key_spans = lse.contiguous(), row_spans.int().contiguous(), key_spans.int().contiguous()
     pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
     by_step = lse.new_empty(batch, steps, pieces.key_count)
     pairs = lse.new_empty(batch, pieces.row_count, pieces.key_count)
@@ -410,7 +409,7 @@ def span_attention_backward(
     _, options = _options("span_attention_backward_dq", q, ranges, softcap)
     _span_attention_backward_dq_kernel[pieces.row_count, batch * kv_heads](
         *(q, k, lse, pairs, unit_, dq, dlse, pieces.row_start, pieces.before, pieces.columns, pieces.column_piece),
-        *(ranges_, q.stride(), k.stride(), lse.stride(), dq.stride(), *scalars),
+        *(ranges_, q.stride(), k.stride(), dq.stride(), *scalars),
         HAS_UNIT=unit is not None,
         **options,
     )
@@ -419,16 +418,16 @@ def span_attention_backward(
     partial = lse.new_empty(batch * kv_heads, slots, tile.n, head_dim)
     _span_attention_backward_dk_kernel[slots, batch * kv_heads](
         *(q, k, lse, pairs, partial, pieces.row_piece, pieces.row_start, pieces.before, pieces.columns),
-        *(pieces.column_piece, ranges_, q.stride(), k.stride(), lse.stride(), *scalars),
+        *(pieces.column_piece, ranges_, q.stride(), k.stride(), *scalars),
         **options,
     )
-    _span_attention_gather_dk_kernel[triton.cdiv(length, tile.n), batch * kv_heads](
+    _span_attention_gather_dk_kernel[triton.cdiv(length, _GATHERED_TOKENS), batch * kv_heads](
         *(partial, unit_, dk, pieces.before, dk.stride(), kv_heads, slots, length, scale),
         D=head_dim,
         BLOCK_D=options["BLOCK_D"],
         BLOCK_N=tile.n,
+        BLOCK_T=_GATHERED_TOKENS,
         HAS_UNIT=unit is not None,
-        num_warps=8,
         enable_fp_fusion=True,
     )
     return dq, dk, dlse

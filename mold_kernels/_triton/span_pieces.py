@@ -200,14 +200,35 @@ def make_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, length: int, r
     return pieces
 
 
-@triton.jit(do_not_specialize=["out_strides", "in_strides", "parts", "outputs", "inputs", "width", "count", "T"])
+@triton.jit(
+    do_not_specialize=[
+        "out_batch",
+        "out_row",
+        "out_column",
+        "in_part",
+        "in_batch",
+        "in_row",
+        "in_column",
+        "parts",
+        "outputs",
+        "inputs",
+        "width",
+        "count",
+        "T",
+    ]
+)
 def _pool_spans_kernel(
     out_ptr,
     in_ptr,
     spans_ptr,
     piece_ptr,
-    out_strides,
-    in_strides,
+    out_batch,
+    out_row,
+    out_column,
+    in_part,
+    in_batch,
+    in_row,
+    in_column,
     parts,
     outputs,
     inputs,
@@ -219,13 +240,16 @@ def _pool_spans_kernel(
     SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[r, c] = sum_k W[r, k] sum_part in[part, k, c]: W[span, piece] tells which pieces a span has."""
+    """out[r, c] = sum_k W[r, k] sum_part in[part, k, c]: W[span, piece] tells which pieces a span has.
+
+    Strides are arguments of their own: those in a tuple would be specialised.
+    """
     batch = tl.program_id(2).to(tl.int64)
     output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     spans_ptr += batch * count * 2
     piece_ptr += batch * (T + 1)
-    in_ptr += batch * in_strides[1]
+    in_ptr += batch * in_batch
     low = 0
     high = inputs
     weight = tl.full([BLOCK], factor, tl.float32)
@@ -259,16 +283,14 @@ def _pool_spans_kernel(
             share = holds.to(tl.float32)
         if tl.max(tl.max(holds.to(tl.int32), 1), 0) > 0:
             values = tl.zeros([BLOCK, BLOCK], tl.float32)
-            pointers = (
-                in_ptr + index.to(tl.int64)[:, None] * in_strides[2] + column.to(tl.int64)[None, :] * in_strides[3]
-            )
+            pointers = in_ptr + index.to(tl.int64)[:, None] * in_row + column.to(tl.int64)[None, :] * in_column
             inside = (index < high)[:, None] & (column < width)[None, :]
             for _ in range(parts):
                 values += tl.load(pointers, mask=inside, other=0.0)
-                pointers += in_strides[0]
+                pointers += in_part
             acc = product(share, values, acc)
-    out_ptr += batch * out_strides[0]
-    pointers = out_ptr + output.to(tl.int64)[:, None] * out_strides[1] + column.to(tl.int64)[None, :] * out_strides[2]
+    out_ptr += batch * out_batch
+    pointers = out_ptr + output.to(tl.int64)[:, None] * out_row + column.to(tl.int64)[None, :] * out_column
     tl.store(pointers, acc * weight[:, None], mask=(output < outputs)[:, None] & (column < width)[None, :])
 
 
@@ -292,7 +314,7 @@ def pool_spans(
         return
     grid = triton.cdiv(width, _POOL_BLOCK), triton.cdiv(outputs, _POOL_BLOCK), batch
     _pool_spans_kernel[grid](
-        *(out, values, spans, piece, out.stride(), values.stride()),
+        *(out, values, spans, piece, *out.stride(), *values.stride()),
         *(values.shape[0], outputs, inputs, width, spans.shape[1], piece.shape[1] - 1, factor),
         MEAN=mean,
         SPREAD=spread,

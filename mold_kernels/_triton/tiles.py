@@ -1,7 +1,8 @@
 """Tile sizes of all kernels, by architecture, element width and head dimension.
 
-The table's tiles are chosen so that no kernel spills and all fit shared memory (`python -m benchmarks.triton_resources`
-shows what each takes). Those of sm_80 serve every other GPU too and therefore fit the 99 KiB of the consumer ones.
+The table's tiles are chosen so that no kernel spills, unless a line says why, and all fit shared memory (`python -m
+benchmarks.triton_resources` shows what each takes). Those of sm_80 serve every other GPU too and therefore fit the
+99 KiB of the consumer ones.
 """
 
 from __future__ import annotations
@@ -36,82 +37,88 @@ ARCHITECTURES = (80, 90, 100)
 
 _ACCUMULATORS = "dk and dv of a tile fill the registers; smaller tiles spill as much"
 
+
+def _exact(m: int, n: int, warps: int, stages: int = 2) -> Tile:
+    """A tile for float32: exact products use no matrix units and hold their factors in registers, which may not do."""
+    return Tile(m, n, warps, stages, "exact float32 products hold their factors in registers")
+
+
 # One line a kernel and architecture: for 2-byte elements with head dimensions up to 64, 128 and 256, and for float32,
 # which has no matrix units at full precision, likewise.
 TABLE = {
     ("attention_forward", 80): (
         (Tile(128, 64, 8, 3), Tile(128, 32, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(64, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (_exact(64, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("attention_forward", 90): (
         (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-        (Tile(64, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (_exact(64, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("attention_forward", 100): (
         (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
-        (Tile(64, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (_exact(64, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("attention_backward_dq", 80): (
         (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dq", 90): (
         (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
-        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dq", 100): (
         (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 80): (
-        (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
-        (Tile(32, 32, 8), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (Tile(32, 128, 8, 2, "8 bytes, and only without values"), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 16, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 90): (
-        (Tile(64, 128, 8, 3), Tile(32, 128, 8, 2, _ACCUMULATORS), Tile(32, 32, 4, 1, _ACCUMULATORS)),
-        (Tile(32, 32, 8), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (Tile(32, 128, 8, 3), Tile(32, 128, 8, 2, _ACCUMULATORS), Tile(32, 32, 4, 1, _ACCUMULATORS)),
+        (_exact(32, 32, 8), _exact(16, 16, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 100): (
         (Tile(32, 128, 8, 2), Tile(32, 128, 8, 1), Tile(16, 32, 8, 1)),
-        (Tile(32, 32, 8), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 16, 8, 1), _exact(16, 16, 8, 1)),
     ),
     # n columns and half the key pieces of a block, m pairs of a row and a head.
     ("span_attention_forward", 80): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
-        (Tile(32, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (_exact(32, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("span_attention_forward", 90): (
         (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        (Tile(32, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (_exact(32, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("span_attention_forward", 100): (
         (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        (Tile(32, 32, 8), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (_exact(32, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("span_attention_backward_dq", 80): (
         (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("span_attention_backward_dq", 90): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
-        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("span_attention_backward_dq", 100): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
-        (Tile(32, 32, 8), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     # n columns, m the most rows of a row piece.
     ("span_attention_backward_dk", 80): (
         (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(64, 32, 8), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1)),
+        (_exact(64, 32, 8), _exact(64, 16, 8, 1), _exact(32, 16, 8, 1)),
     ),
     ("span_attention_backward_dk", 90): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(64, 32, 8), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1)),
+        (_exact(64, 32, 8), _exact(64, 16, 8, 1), _exact(32, 16, 8, 1)),
     ),
     ("span_attention_backward_dk", 100): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(64, 32, 8), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1)),
+        (_exact(64, 32, 8), _exact(64, 16, 8, 1), _exact(32, 16, 8, 1)),
     ),
 }
 

@@ -16,12 +16,10 @@ _PROGRAMS = 1024
 
 
 @triton.jit
-def _load_tokens(
-    v_ptr, mask_ptr, token, T, strides, mask_stride, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
-):
+def _load_tokens(v_ptr, mask_ptr, token, T, strides, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """(values [tokens, BLOCK] in float32, pointers' offsets, where they are): 0 where a token is not valid."""
     column = tl.arange(0, BLOCK)
-    valid = tl.load(mask_ptr + token.to(tl.int64) * mask_stride, mask=token < T, other=0) != 0
+    valid = tl.load(mask_ptr + token, mask=token < T, other=0) != 0
     offsets = token.to(tl.int64)[:, None] * strides[2]
     offsets += (column // D).to(tl.int64)[None, :] * strides[1] + (column % D)[None, :] * strides[3]
     inside = (column < DIM)[None, :]
@@ -29,13 +27,12 @@ def _load_tokens(
     return values, offsets, inside & (token < T)[:, None], valid
 
 
-@triton.jit(do_not_specialize=["mask_strides", "T"])
+@triton.jit(do_not_specialize=["T"])
 def _value_pool_forward_kernel(
     v_ptr,
     mask_ptr,
     partial_ptr,
     v_strides,
-    mask_strides,
     T,
     eps,
     D: tl.constexpr,
@@ -45,18 +42,18 @@ def _value_pool_forward_kernel(
 ):
     batch = tl.program_id(1).to(tl.int64)
     v_ptr += batch * v_strides[0]
-    mask_ptr += batch * mask_strides[0]
+    mask_ptr += batch * T
     acc = tl.zeros([BLOCK_T, BLOCK], tl.float32)
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        values, _, _, _ = _load_tokens(v_ptr, mask_ptr, token, T, v_strides, mask_strides[1], D, DIM, BLOCK)
+        values, _, _, _ = _load_tokens(v_ptr, mask_ptr, token, T, v_strides, D, DIM, BLOCK)
         acc += values * tl.rsqrt(tl.sum(values * values, 1) / DIM + eps)[:, None]
     column = tl.arange(0, BLOCK)
     line = (tl.program_id(0) * tl.num_programs(1) + batch) * DIM
     tl.store(partial_ptr + line + column, tl.sum(acc, 0), mask=column < DIM)
 
 
-@triton.jit(do_not_specialize=["mask_strides", "T"])
+@triton.jit(do_not_specialize=["T"])
 def _value_pool_backward_kernel(
     u_ptr,
     v_ptr,
@@ -64,7 +61,6 @@ def _value_pool_backward_kernel(
     dv_ptr,
     u_strides,
     v_strides,
-    mask_strides,
     dv_strides,
     T,
     eps,
@@ -78,7 +74,7 @@ def _value_pool_backward_kernel(
     column = tl.arange(0, BLOCK)
     u = tl.load(u_ptr + batch * u_strides[0] + column * u_strides[1], mask=column < DIM, other=0.0)[None, :]
     values, _, inside, valid = _load_tokens(
-        v_ptr + batch * v_strides[0], mask_ptr + batch * mask_strides[0], token, T, v_strides, mask_strides[1], D, DIM,
+        v_ptr + batch * v_strides[0], mask_ptr + batch * T, token, T, v_strides, D, DIM,
         BLOCK,
     )  # fmt: skip
     scale = tl.rsqrt(tl.sum(values * values, 1) / DIM + eps)
@@ -92,11 +88,11 @@ def _value_pool_backward_kernel(
 def value_pool_forward(v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
     """[B, Hkv * D] float32: the sums before the norm's weight."""
     batch, heads, length, head_dim = v.shape
-    options = _options(v)
+    mask, options = mask.contiguous(), _options(v)
     shares = min(triton.cdiv(length, options["BLOCK_T"]), triton.cdiv(_PROGRAMS, max(batch, 1)))
     partial = v.new_empty(shares, batch, heads * head_dim, dtype=torch.float32)
     if partial.numel():
-        _value_pool_forward_kernel[shares, batch](v, mask, partial, v.stride(), mask.stride(), length, eps, **options)
+        _value_pool_forward_kernel[shares, batch](v, mask, partial, v.stride(), length, eps, **options)
     return partial.sum(0)
 
 
@@ -104,9 +100,9 @@ def value_pool_backward(u: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, ep
     """dv in v's dtype, from u = dh * weight [B, Hkv * D] in float32."""
     dv = torch.empty_like(v)
     if v.numel():
-        options = _options(v)
+        mask, options = mask.contiguous(), _options(v)
         _value_pool_backward_kernel[triton.cdiv(v.shape[2], options["BLOCK_T"]), v.shape[0]](
-            u, v, mask, dv, u.stride(), v.stride(), mask.stride(), dv.stride(), v.shape[2], eps, **options
+            u, v, mask, dv, u.stride(), v.stride(), dv.stride(), v.shape[2], eps, **options
         )
     return dv
 
@@ -118,7 +114,7 @@ def _options(v):
         "D": v.shape[3],
         "DIM": width,
         "BLOCK": block,
-        "BLOCK_T": max(1, _TILE_ELEMENTS // block),
+        "BLOCK_T": max(1, min(16, _TILE_ELEMENTS // block)),  # short sums round less
         "num_warps": 8,
         "enable_fp_fusion": True,
     }
