@@ -269,6 +269,12 @@ def test_what_splits_the_model_is_refused(tmp_path, signals):
         make_trainer(tmp_path, signals)
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, signals, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="use_cpu: is not set, must be True: 2 processes were started"):
+        make_trainer(tmp_path, signals)
+
+
 def test_data_that_cannot_be_learned_from_is_refused(tmp_path, signals):
     with pytest.raises(ValueError, match="train_dataset: is empty"):
         make_trainer(tmp_path, signals, examples=[])
