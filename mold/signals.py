@@ -165,8 +165,7 @@ def extract_signals(
     Raises:
         ValueError: the folder holds a cache of other settings or another text of an example; the examples, the
             tokenizer or the model cannot be used (see `encode_example`, `use_mold_attention`); the processes do not
-            know of each other; or the teacher's
-            attention is not finite.
+            know of each other; or the teacher's attention is not finite.
     """
     folder = Path(folder)
     check_tokenizer(tokenizer)
