@@ -89,7 +89,7 @@ class _Target:
 
 
 @contextmanager
-def _ahead_of_time(arch: int) -> Iterator[list]:
+def ahead_of_time(arch: int) -> Iterator[list]:
     """Launches compile for `arch` and are listed as (name, compiled kernel) instead of running."""
     compiled = []
     run, active, architecture = JITFunction.run, driver._active, tiles.architecture
@@ -108,11 +108,13 @@ def _ahead_of_time(arch: int) -> Iterator[list]:
         driver.set_active(active)
 
 
-def _launch_all(case: Case) -> None:
+def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300) -> None:
+    """Every launcher once, on tensors without memory."""
+
     def tensor(*shape, dtype=case.dtype):
         return torch.empty(*shape, device="meta", dtype=dtype)
 
-    batch, heads, kv_heads, length, steps, keys, layers = 2, 8, 2, 4096, 90, 300, 30
+    batch, heads, kv_heads, layers = 2, 8, 2, 30
     q = tensor(batch, length, heads, case.head_dim).transpose(1, 2)
     k = v = tensor(batch, length, kv_heads, case.head_dim).transpose(1, 2)
     lse = tensor(batch, heads, length, dtype=torch.float32)
@@ -140,8 +142,8 @@ def _launch_all(case: Case) -> None:
 
 def compile_kernels(arch: int, case: Case) -> list[Kernel]:
     """Every kernel of the library for an architecture: each distinct variant that the launchers ask for."""
-    with _ahead_of_time(arch) as compiled:
-        _launch_all(case)
+    with ahead_of_time(arch) as compiled:
+        launch_all(case)
         kernels = []
         for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
             tile = None
@@ -163,7 +165,7 @@ def compile_kernels(arch: int, case: Case) -> list[Kernel]:
                     metadata.shared,
                     unit,
                     "tt.dot" in kernel.asm["ttir"],
-                )  # fmt: skip
+                )
             )
     return kernels
 

@@ -13,9 +13,7 @@ from mold.text import find_numbers, split_sentences
 
 AnswerKind = Literal["choice", "yes_no", "number", "text"]
 
-_PHRASE = re.compile(
-    r"####|\banswers?\b(?:\s+(?!is\b|are\b)[^\s.:=]+){0,5}?\s*(?::|=|\b(?:is|are|be)\b:?)", re.IGNORECASE
-)
+_PHRASE = re.compile(r"####|\banswer\b(?:\s+(?!is\b|are\b)[^\s.:=]+){0,5}?\s*(?::|=|\b(?:is|be)\b:?)", re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 # In brackets or named an option; alone or before punctuation; a letter that is no English word.
 _CHOICE = (

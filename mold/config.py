@@ -230,3 +230,43 @@ class StudentOptions:
     generate_batch_size: int = field(default=16, metadata={"help": "Prompts a batch of generation."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion."})
     num_maps: int = field(default=4, metadata={"help": "Held-out examples whose attention maps the report shows."})
+    static_cache: bool = field(
+        default=False, metadata={"help": "Generate with keys and values of fixed size (compiled on GPUs)."}
+    )
+
+
+@dataclass
+class PromptOptions:
+    """How a teacher is prompted (mold generate, mold keywords)."""
+
+    prompt: str = field(
+        default="auto", metadata={"help": "math, commonsense, yes_no or a YAML file; auto: told from the answers."}
+    )
+    num_shots: int | None = field(
+        default=None, metadata={"help": "Worked examples in the prompt, 0 for zero-shot; all it has where not given."}
+    )
+    chat: str = field(
+        default="auto",
+        metadata={"help": "Whether prompts use the chat template: auto, on or off.", "choices": ["auto", "on", "off"]},
+    )
+    temperature: float = field(default=0.0, metadata={"help": "Of sampling; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
+    num_tries: int = field(default=1, metadata={"help": "Tries at a question before the hint, when sampling."})
+    hint: bool = field(default=True, metadata={"help": "Try wrong ones again with the right answer as a hint."})
+
+
+@dataclass
+class EvalOptions:
+    """What mold eval compares: models on data sets."""
+
+    eval_sets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Data sets as NAME=PATH or NAME=PATH@SPLIT, for accuracy alone; not given: the held-out examples "
+            "of the data set, with their losses."
+        },
+    )
+    models: list[str] | None = field(
+        default=None, metadata={"help": "Models or run folders to compare; model_name_or_path where not given."}
+    )
+    eval_limit: int | None = field(default=None, metadata={"help": "Examples of each set; all where not given."})

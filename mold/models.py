@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 SMOLLM2 = "smollm2-135m-instruct"
 _LAYER = re.compile(r"^(?P<before>.*?\.(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
@@ -39,6 +46,19 @@ def load_model(
     except OSError as error:
         raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
     return model, tokenizer
+
+
+def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model that `load_model` takes, without its weights.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    source, kwargs = _source(name, revision)
+    try:
+        return AutoConfig.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load the configuration of {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

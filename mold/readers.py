@@ -139,10 +139,17 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
             yield place, _object(place, row)
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether `read_examples` would look for a data set on the hub."""
+    found = Path(path)
+    return not found.exists() and found.suffix not in SUFFIXES and _HUB_NAME.fullmatch(path) is not None
+
+
 def _open(path: str, split: str | None) -> tuple[str, Iterator[tuple[str, dict]]]:
     """The name a data set's examples go by, and its rows."""
     found = Path(path)
-    if not found.exists() and (hub := _HUB_NAME.fullmatch(path)) and found.suffix not in SUFFIXES:
+    if is_hub_name(path):
+        hub = _HUB_NAME.fullmatch(path)
         return hub["name"].partition("/")[2], _hub_rows(hub["name"], hub["config"], split)
     if not found.exists():
         raise ValueError(f"dataset: {path} does not exist")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 import mold
 from mold.adapters import lora_config
-from mold.config import DataOptions, MoldConfig, StudentOptions, TeacherOptions
+from mold.config import DataOptions, EvalOptions, MoldConfig, PromptOptions, StudentOptions, TeacherOptions
 from mold.data import Example, split_examples
 from mold.encoding import has_signal
 from mold.evaluate import accuracy, generate_predictions, write_jsonl
@@ -38,12 +38,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Options:
-    """All options of a run, as the command line has them; `chosen` holds those that are not at their default."""
+    """All options, as the command line has them; `chosen` holds those of a training that are not at their default."""
 
     data: DataOptions
     teacher: TeacherOptions
     student: StudentOptions
     training: MoldConfig
+    prompting: PromptOptions = field(default_factory=PromptOptions)
+    evaluation: EvalOptions = field(default_factory=EvalOptions)
 
     @property
     def folder(self) -> Path:
@@ -67,21 +69,25 @@ def _as_dict(*groups) -> dict:
     return json.loads(json.dumps({k: v for group in values for k, v in group.items()}, default=str))
 
 
-def load_examples(options: DataOptions, require_rationale: bool = True) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; a question is never in both. Rows that are left out are counted in a warning."""
-    wanted = None if options.num_train is None else options.num_train + options.num_eval
+def read_data(options: DataOptions, require_rationale: bool = True, rationales: str | None = None) -> list[Example]:
+    """All examples of the data set. Rows that are left out are counted in a warning."""
     if options.dataset == "generated":
-        examples = generate_problems(wanted or 240 + options.num_eval, options.split_seed)
-    else:
-        examples, report = read_examples(
-            options.dataset,
-            options.dataset_format,
-            split=options.dataset_split,
-            rationales=options.rationales,
-            require_rationale=require_rationale,
-        )
-        if report.left_out:
-            logger.warning(f"{options.dataset}: {report}")
+        return generate_problems((options.num_train or 240) + options.num_eval, options.split_seed)
+    examples, report = read_examples(
+        options.dataset,
+        options.dataset_format,
+        split=options.dataset_split,
+        rationales=rationales,
+        require_rationale=require_rationale,
+    )
+    if report.left_out:
+        logger.warning(f"{options.dataset}: {report}")
+    return examples
+
+
+def load_examples(options: DataOptions) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; a question is never in both."""
+    examples = read_data(options, rationales=options.rationales)
     if not 0 < options.num_eval <= len(examples):
         raise ValueError(f"num_eval: is {options.num_eval}, must be from 1 to the {len(examples)} examples there are")
     train, held_out = split_examples(examples, options.num_eval, options.split_seed)
@@ -282,6 +288,7 @@ def _predict(options: Options, model, tokenizer, examples: list[Example], when: 
         task=options.training.tasks[-1],
         batch_size=options.student.generate_batch_size,
         max_new_tokens=options.student.max_new_tokens,
+        static_cache=options.student.static_cache,
         progress=not options.training.disable_tqdm,
     )
     if PartialState().is_main_process:

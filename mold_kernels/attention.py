@@ -54,10 +54,10 @@ def attention_with_lse(
         softcap: scores become softcap tanh(scores / softcap), as in Gemma 2; None: they stay.
         cu_seqlens: int32 [sequences + 1], where packed sequences begin in the one row of a batch of 1, and T at the
             end; a row sees its own sequence only. None: one sequence a row.
-        engine: "auto", "triton" (GPU; D up to 256, no float64), "cpu" (aten's flash attention; padding is the only
-            option it has), "flex" (torch's FlexAttention), "fa4" (flash-attn-4, where it is installed; bfloat16 and
-            float16, no padding) or "reference" (materialises T x T). A named engine is used or refused, never
-            replaced.
+        engine: "auto", "triton" (GPU; D up to 256, no float64), "cpu" (aten's flash attention; padding is its only
+            option), "flex" (torch's FlexAttention; no gradient on the CPU), "fa4" (flash-attn-4, where it is
+            installed; bfloat16 and float16, no padding) or "reference" (materialises T x T). A named engine is used
+            or refused, never replaced.
 
     Returns:
         out: [B, Hq, T, D] in q's dtype. Zero in a row that sees no key (padding on the left).
@@ -209,6 +209,7 @@ def _any(q):
 
 
 _ENGINE_TAKES = {
+    "flex": lambda q: q.is_cuda or not q.requires_grad,
     "triton": _triton.takes,
     "fa4": lambda q: q.dtype in (torch.bfloat16, torch.float16),
 }

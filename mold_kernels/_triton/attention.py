@@ -87,7 +87,7 @@ def _forward_keys(
     return acc, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "valid_strides"])
 def _attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -203,7 +203,7 @@ def _dq_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "dlse_strides", "valid_strides"])
 def _attention_backward_dq_kernel(
     q_ptr,
     k_ptr,
@@ -340,7 +340,7 @@ def _dk_rows(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "valid_strides"])
 def _attention_backward_dk_kernel(
     q_ptr,
     k_ptr,

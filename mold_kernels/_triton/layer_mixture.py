@@ -1,12 +1,15 @@
-"""Mixture of layers and its KL divergence: one kernel forward, one backward, nothing read back by the host.
+"""Mixture of layers and its KL divergence; nothing is read back by the host.
 
-The derivation is in `mold_kernels.layer_mixture`. Forward: one program an example, because the teacher's layer weights
-need all of its maps: it sums the layer statistic, then mixes and compares whole rows. Backward: one program a layer and
-example. Layers and key words of an example are held in a program's registers (rounded up to powers of two).
+The derivation is in `mold_kernels.layer_mixture`. Forward: the teacher's layer weights need all of its maps before any
+can be mixed, so one launch sums the layer statistic (a program a layer and example) and another mixes and compares
+whole rows (a program a few rows). One launch alone would leave an example to one multiprocessor, which takes a hundred
+times as long. Backward: one launch, a program a layer and example. A row of key words is held in registers (rounded up
+to a power of two).
 Sums over layers and rows are float64: teacher and student rows are nearly alike, so float32's rounding of either would
 be a visible part of their divergence, and it is a few thousand numbers a step.
 
-Cost with n = S M: forward reads 2 L1 n + L2 n floats and writes n; backward reads L2 n + n and writes L2 n.
+Cost with n = S M: forward reads 3 L1 n + L2 n floats (L1 n of them twice in a row) and writes n; backward reads
+L2 n + n and writes L2 n.
 """
 
 import torch
@@ -31,12 +34,59 @@ def _log_rows(values, valid, epsilon, L1_NORM: tl.constexpr):
 
 
 @triton.jit
+def _counts(steps_ptr, keys_ptr, batch, S, M):
+    """(steps, key words) of an example; none without key words."""
+    keys = tl.minimum(tl.load(keys_ptr + batch).to(tl.int32), M)
+    return tl.where(keys > 0, tl.minimum(tl.load(steps_ptr + batch).to(tl.int32), S), 0), keys
+
+
+@triton.jit(do_not_specialize=["teacher_strides", "S", "M"])
+def _layer_statistic_kernel(
+    teacher_ptr,
+    steps_ptr,
+    keys_ptr,
+    statistic_ptr,
+    teacher_strides,
+    S,
+    M,
+    BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    layer = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    steps, keys = _counts(steps_ptr, keys_ptr, batch, S, M)
+    teacher_ptr += layer * teacher_strides[0] + batch * teacher_strides[1]
+    key = tl.arange(0, BLOCK_M)
+    change = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
+    for first in range(0, steps, BLOCK_S):
+        step = first + tl.arange(0, BLOCK_S)
+        cells = teacher_ptr + step[:, None] * teacher_strides[2] + key[None, :] * teacher_strides[3]
+        valid = (step < steps)[:, None] & (key + 1 < keys)[None, :]
+        here = tl.load(cells, mask=valid, other=0.0)
+        change += tl.abs(tl.load(cells + teacher_strides[3], mask=valid, other=0.0) - here)
+    pairs = tl.maximum(steps * (keys - 1), 1).to(tl.float64)
+    mean = tl.sum(tl.sum(change.to(tl.float64), 1), 0) / pairs
+    tl.store(statistic_ptr + batch * tl.num_programs(0) + layer, mean)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "teacher_strides",
+        "student_strides",
+        "weights_strides",
+        "teacher_layers",
+        "student_layers",
+        "S",
+        "M",
+    ]
+)
 def _layer_mixture_kl_forward_kernel(
     teacher_ptr,
     student_ptr,
     weights_ptr,
     steps_ptr,
     keys_ptr,
+    statistic_ptr,
     loss_ptr,
     mixture_grad_ptr,
     teacher_strides,
@@ -53,69 +103,49 @@ def _layer_mixture_kl_forward_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    batch = tl.program_id(0).to(tl.int64)
-    keys = tl.load(keys_ptr + batch).to(tl.int32)
-    steps = tl.load(steps_ptr + batch).to(tl.int32)
-    keys = tl.minimum(keys, M)
-    steps = tl.where(keys > 0, tl.minimum(steps, S), 0)
+    batch = tl.program_id(1).to(tl.int64)
+    steps, keys = _counts(steps_ptr, keys_ptr, batch, S, M)
     teacher_ptr += batch * teacher_strides[1]
     student_ptr += batch * student_strides[1]
     key = tl.arange(0, BLOCK_M)
     layer = tl.arange(0, BLOCK_L)
-
-    statistic = tl.full([BLOCK_L], float("-inf"), tl.float64)
-    pairs = tl.maximum(steps * (keys - 1), 1).to(tl.float64)
-    for index in range(teacher_layers):
-        change = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
-        base = teacher_ptr + tl.cast(index, tl.int64) * teacher_strides[0]
-        for first in range(0, steps, BLOCK_S):
-            step = first + tl.arange(0, BLOCK_S)
-            cells = base + step[:, None] * teacher_strides[2] + key[None, :] * teacher_strides[3]
-            valid = (step < steps)[:, None] & (key + 1 < keys)[None, :]
-            here = tl.load(cells, mask=valid, other=0.0)
-            change += tl.abs(tl.load(cells + teacher_strides[3], mask=valid, other=0.0) - here)
-        mean_change = tl.sum(tl.sum(change.to(tl.float64), 1), 0) / pairs
-        statistic = tl.where(layer == index, mean_change / tau, statistic)
+    is_teacher = layer < teacher_layers
+    statistic = tl.load(statistic_ptr + batch * teacher_layers + layer, mask=is_teacher, other=float("-inf")) / tau
     teacher_weights = tl.exp(statistic - tl.max(statistic, 0))
     teacher_weights = teacher_weights / tl.sum(teacher_weights, 0)
     student_weights = tl.load(
         weights_ptr + batch * weights_strides[0] + layer * weights_strides[1], mask=layer < student_layers, other=0.0
     ).to(tl.float64)
 
-    loss = tl.zeros([BLOCK_S], tl.float64)
-    steps_divisor = tl.maximum(steps, 1).to(tl.float64)
-    for first in range(0, S, BLOCK_S):
-        step = first + tl.arange(0, BLOCK_S)
-        valid = (step < steps)[:, None] & (key < keys)[None, :]
-        teacher = tl.zeros([BLOCK_S, BLOCK_M], tl.float64)
-        cells = teacher_ptr + step[:, None] * teacher_strides[2] + key[None, :] * teacher_strides[3]
-        for index in range(teacher_layers):
-            weight = tl.sum(tl.where(layer == index, teacher_weights, 0.0), 0)
-            teacher += weight * tl.load(cells, mask=valid, other=0.0).to(tl.float64)
-            cells += teacher_strides[0]
-        student = tl.zeros([BLOCK_S, BLOCK_M], tl.float64)
-        cells = student_ptr + step[:, None] * student_strides[2] + key[None, :] * student_strides[3]
-        for index in range(student_layers):
-            weight = tl.sum(tl.where(layer == index, student_weights, 0.0), 0)
-            student += weight * tl.load(cells, mask=valid, other=0.0).to(tl.float64)
-            cells += student_strides[0]
-        # Rows of padding are uniform here, so that no row is empty, and leave the loss below.
-        row_valid = valid | ((step >= steps)[:, None] & (key < BLOCK_M)[None, :])
-        log_p, _, _ = _log_rows(teacher, row_valid, epsilon, L1_NORM)
-        log_q, mass, total = _log_rows(student, row_valid, epsilon, L1_NORM)
-        p = tl.exp(log_p)
-        loss += tl.sum(tl.where(valid, p * (log_p - log_q), 0.0), 1)
-        if L1_NORM:
-            gradient = 1 / total - p / tl.where(valid, mass, 1.0)
-        else:
-            gradient = tl.exp(log_q) - p
-        gradient = tl.where(valid, gradient, 0.0) / steps_divisor
-        cells = mixture_grad_ptr + batch * S * M + step[:, None] * M + key[None, :]
-        tl.store(cells, gradient.to(tl.float32), mask=(step < S)[:, None] & (key < M)[None, :])
-    tl.store(loss_ptr + batch, (tl.sum(loss, 0) / steps_divisor).to(tl.float32))
+    step = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    valid = (step < steps)[:, None] & (key < keys)[None, :]
+    teacher = tl.zeros([BLOCK_S, BLOCK_M], tl.float64)
+    cells = teacher_ptr + step[:, None] * teacher_strides[2] + key[None, :] * teacher_strides[3]
+    for index in range(teacher_layers):
+        weight = tl.sum(tl.where(layer == index, teacher_weights, 0.0), 0)
+        teacher += weight * tl.load(cells, mask=valid, other=0.0).to(tl.float64)
+        cells += teacher_strides[0]
+    student = tl.zeros([BLOCK_S, BLOCK_M], tl.float64)
+    cells = student_ptr + step[:, None] * student_strides[2] + key[None, :] * student_strides[3]
+    for index in range(student_layers):
+        weight = tl.sum(tl.where(layer == index, student_weights, 0.0), 0)
+        student += weight * tl.load(cells, mask=valid, other=0.0).to(tl.float64)
+        cells += student_strides[0]
+    # Rows of padding are uniform here, so that no row is empty, and leave the loss below.
+    row_valid = valid | ((step >= steps)[:, None] & (key < BLOCK_M)[None, :])
+    log_p, _, _ = _log_rows(teacher, row_valid, epsilon, L1_NORM)
+    log_q, mass, total = _log_rows(student, row_valid, epsilon, L1_NORM)
+    p = tl.exp(log_p)
+    divisor = tl.maximum(steps, 1).to(tl.float64)
+    loss = tl.sum(tl.sum(tl.where(valid, p * (log_p - log_q), 0.0), 1), 0) / divisor
+    tl.store(loss_ptr + batch * tl.num_programs(0) + tl.program_id(0), loss)
+    gradient = 1 / total - p / tl.where(valid, mass, 1.0) if L1_NORM else tl.exp(log_q) - p
+    gradient = tl.where(valid, gradient, 0.0) / divisor
+    cells = mixture_grad_ptr + batch * S * M + step[:, None] * M + key[None, :]
+    tl.store(cells, gradient.to(tl.float32), mask=(step < S)[:, None] & (key < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grad_strides", "student_strides", "weights_strides", "layers", "cells", "M"])
 def _layer_mixture_kl_backward_kernel(
     grad_ptr,
     mixture_grad_ptr,
@@ -165,21 +195,29 @@ def layer_mixture_kl_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [B] and its gradient [B, S, M] in the student's mixture."""
     layers, batch, steps, keys = student.shape
-    loss, mixture_grad = student.new_empty(batch), student.new_empty(batch, steps, keys)
-    if not batch:
-        return loss, mixture_grad
+    teacher_layers = teacher.shape[0]
     block_m = max(16, triton.next_power_of_2(keys))
-    _layer_mixture_kl_forward_kernel[batch,](
-        *(teacher, student, weights, num_steps.contiguous(), num_keys.contiguous(), loss, mixture_grad),
-        *(teacher.stride(), student.stride(), weights.stride(), teacher.shape[0], layers, steps, keys, tau, epsilon),
-        L1_NORM=l1,
-        BLOCK_L=triton.next_power_of_2(max(layers, teacher.shape[0])),
-        BLOCK_S=max(1, min(_TILE_ELEMENTS // block_m, triton.next_power_of_2(max(steps, 1)))),
-        BLOCK_M=block_m,
-        num_warps=8,
-        enable_fp_fusion=True,
+    block_s = max(1, min(_TILE_ELEMENTS // block_m, triton.next_power_of_2(max(steps, 1))))
+    blocks = triton.cdiv(steps, block_s)
+    mixture_grad = student.new_empty(batch, steps, keys)
+    statistic = student.new_empty(batch, teacher_layers, dtype=torch.float64)
+    loss = student.new_empty(batch, blocks, dtype=torch.float64)
+    if not mixture_grad.numel():
+        return student.new_zeros(batch), mixture_grad
+    num_steps, num_keys = num_steps.contiguous(), num_keys.contiguous()
+    options = {"BLOCK_S": block_s, "BLOCK_M": block_m, "num_warps": 8, "enable_fp_fusion": True}
+    _layer_statistic_kernel[teacher_layers, batch](
+        teacher, num_steps, num_keys, statistic, teacher.stride(), steps, keys, **options
     )
-    return loss, mixture_grad
+    _layer_mixture_kl_forward_kernel[blocks, batch](
+        *(teacher, student, weights, num_steps, num_keys, statistic, loss, mixture_grad),
+        *(teacher.stride(), student.stride(), weights.stride()),
+        *(teacher_layers, layers, steps, keys, tau, epsilon),
+        L1_NORM=l1,
+        BLOCK_L=triton.next_power_of_2(max(layers, teacher_layers)),
+        **options,
+    )
+    return loss.sum(1).float(), mixture_grad
 
 
 def layer_mixture_kl_backward(

@@ -8,8 +8,8 @@ rows and columns at the end, so that one number a pair of pieces leaves the prog
 over pairs of pieces, g is one number a column and row piece. dq: a program takes one row piece and a key head and walks
 the columns. dk: a program takes a tile of columns and a share of the row pieces; shares are added in a fixed order.
 
-Cost with P = B Hq T N / 2 pairs: forward 2 P D FLOPs, reading q once a block of key pieces (`Tile.n` of them) and the
-columns once a row piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pairs of pieces.
+Cost with P = B Hq T N / 2 pairs: forward 2 P D FLOPs, reading q once a tile of columns and the columns once a row
+piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pairs of pieces.
 """
 
 import torch
@@ -50,6 +50,12 @@ def _probabilities(scores, lse, row, column, range_ptr, T, HAS_RANGES: tl.conste
 
 
 @triton.jit
+def _sum_columns(column_sums, column_piece, key_piece):
+    """The columns' sums added up into the key pieces they are in."""
+    return tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["lse_strides", "parts", "row_count", "key_count", "T"])
 def _span_attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -79,9 +85,10 @@ def _span_attention_forward_kernel(
     HAS_RANGES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    blocks = tl.cdiv(key_count, BLOCK_N)
+    PIECES: tl.constexpr = 2 * BLOCK_N  # enough that their columns fill tiles
+    blocks = tl.cdiv(key_count, PIECES)
     row_piece = tl.program_id(0) // blocks
-    key_block = tl.program_id(0) % blocks * BLOCK_N
+    key_block = tl.program_id(0) % blocks * PIECES
     batch = (tl.program_id(1) // parts).to(tl.int64)
     part = tl.program_id(1) % parts
     row_start_ptr += batch * (row_count + 1)
@@ -92,13 +99,14 @@ def _span_attention_forward_kernel(
 
     first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
     low = tl.load(key_first_ptr + key_block)
-    high = tl.load(key_first_ptr + tl.minimum(key_block + BLOCK_N, key_count))
+    high = tl.load(key_first_ptr + tl.minimum(key_block + PIECES, key_count))
     low, high = _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row, HAS_RANGES)
     high = tl.where(held, high, 0)
     length = end_row - first_row
     tiles = tl.cdiv(length * group, BLOCK_M)
     key_piece = key_block + tl.arange(0, BLOCK_N)
-    sums = tl.zeros([BLOCK_N], tl.float32)
+    lower = tl.zeros([BLOCK_N], tl.float32)
+    upper = tl.zeros([BLOCK_N], tl.float32)
     for start in range(low, high, BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
         column = tl.load(columns_ptr + place, mask=place < high, other=T)
@@ -125,12 +133,14 @@ def _span_attention_forward_kernel(
             )
         column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=-1)
         column_sums = tl.sum(acc, 1)
-        sums += tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
+        lower += _sum_columns(column_sums, column_piece, key_piece)
+        upper += _sum_columns(column_sums, column_piece, key_piece + BLOCK_N)
     line = ((part * tl.num_programs(1) // parts + batch) * row_count + row_piece) * key_count
-    tl.store(pairs_ptr + line + key_piece, sums, mask=key_piece < key_count)
+    tl.store(pairs_ptr + line + key_piece, lower, mask=key_piece < key_count)
+    tl.store(pairs_ptr + line + key_piece + BLOCK_N, upper, mask=key_piece + BLOCK_N < key_count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
 def _span_attention_backward_dq_kernel(
     q_ptr,
     k_ptr,
@@ -219,7 +229,7 @@ def _shares(columns, slots, BLOCK_N: tl.constexpr):
     return tiles, tl.minimum(slots // tiles, 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lse_strides", "row_count", "key_count", "T"])
 def _span_attention_backward_dk_kernel(
     q_ptr,
     k_ptr,
@@ -296,7 +306,7 @@ def _span_attention_backward_dk_kernel(
         store_rows(slots_ptr + slot * D, lane, lane < BLOCK_N, (D, 1), dk, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "T"])
 def _span_attention_gather_dk_kernel(
     slots_ptr,
     unit_ptr,
@@ -351,7 +361,7 @@ def span_attention_forward(
     row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
     pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
     tile, options = _options("span_attention_forward", q, ranges, softcap)
-    programs = pieces.row_count * triton.cdiv(pieces.key_count, tile.n)
+    programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
     parts = min(kv_heads, triton.cdiv(2 * _PROGRAMS, programs * batch))
     pairs = lse.new_empty(parts, batch, pieces.row_count, pieces.key_count)
     _span_attention_forward_kernel[programs, batch * parts](
@@ -418,6 +428,7 @@ def span_attention_backward(
         BLOCK_D=options["BLOCK_D"],
         BLOCK_N=tile.n,
         HAS_UNIT=unit is not None,
+        num_warps=8,
         enable_fp_fusion=True,
     )
     return dq, dk, dlse

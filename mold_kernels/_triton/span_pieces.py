@@ -2,7 +2,8 @@
 
 The starts and ends of all spans of an example cut its tokens into **pieces**, so that a span is a run of pieces and
 spans overlap as they like: whatever is summed once a piece is summed over a span by adding its pieces. Row pieces are
-cut further so that none has more than a tile of rows. The tokens that some key span holds are the **columns**.
+cut further so that none has more than a tile of rows; of the key pieces only those count that some key span holds.
+Their tokens are the **columns**.
 
 Sizes come from shapes alone, never from values, which would have to be read back: S spans over T tokens make at most
 min(2 S + T / tile + 1, T + 1) pieces; unused ones are empty and last. There are at most T columns: their list has T
@@ -30,11 +31,11 @@ _POOL_BLOCK = 32
 
 @dataclass(frozen=True)
 class Pieces:
-    """Row pieces, key pieces and columns of a batch, all int32; a piece's index also where no span holds it."""
+    """Row pieces, key pieces and columns of a batch, all int32."""
 
     row_piece: torch.Tensor  # [B, T + 1] the piece of a token
     row_start: torch.Tensor  # [B, G + 1] twice a piece's first token, plus 1 where a step holds it; then 2 T
-    key_piece: torch.Tensor  # [B, T + 1] likewise of the keys; only at starts and ends of spans and at columns
+    key_piece: torch.Tensor  # [B, T + 1] key pieces that begin before a token
     key_first: torch.Tensor  # [B, E + 1] a piece's first column; then N
     before: torch.Tensor  # [B, T + 1] columns before a token; N at T
     columns: torch.Tensor  # [B, T] the columns' tokens, ascending; N of them
@@ -68,7 +69,7 @@ def _mark(marks_ptr, spans_ptr, count, T, BLOCK: tl.constexpr):
     tl.atomic_add(marks_ptr + end, tl.full([BLOCK], _CLOSED, tl.int64), mask=index < count, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "keys", "T"])
 def _mark_kernel(marks_ptr, row_spans_ptr, key_spans_ptr, steps, keys, T, BLOCK: tl.constexpr):
     batch = tl.program_id(0).to(tl.int64)
     marks_ptr += (2 * batch + tl.program_id(1)) * (T + 1)
@@ -121,12 +122,12 @@ def _scan_keys(
         change = (mark % _CLOSED).to(tl.int32) - (mark // _CLOSED).to(tl.int32)
         held = (depth + tl.cumsum(change, 0) > 0) & inside
         depth += tl.sum(change, 0)
-        begins = mark != 0
+        begins = held & (mark != 0)
         piece = count + tl.cumsum(begins.to(tl.int32), 0) - 1
         count += tl.sum(begins.to(tl.int32), 0)
         before = columns + tl.cumsum(held.to(tl.int32), 0) - held.to(tl.int32)
         columns += tl.sum(held.to(tl.int32), 0)
-        tl.store(piece_ptr + token, piece, mask=inside)
+        tl.store(piece_ptr + token, piece + 1 - begins.to(tl.int32), mask=inside)
         tl.store(before_ptr + token, before, mask=inside)
         tl.store(first_ptr + piece, before, mask=begins)
         tl.store(columns_ptr + before, token, mask=held)
@@ -136,7 +137,7 @@ def _scan_keys(
         tl.store(first_ptr + unused, tl.zeros_like(unused) + columns, mask=unused <= capacity)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "row_count", "key_count"])
 def _scan_kernel(
     marks_ptr,
     row_piece_ptr,
@@ -199,7 +200,7 @@ def make_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, length: int, r
     return pieces
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_strides", "in_strides", "parts", "outputs", "inputs", "width", "count", "T"])
 def _pool_spans_kernel(
     out_ptr,
     in_ptr,

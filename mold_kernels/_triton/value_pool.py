@@ -29,7 +29,7 @@ def _load_tokens(
     return values, offsets, inside & (token < T)[:, None], valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask_strides", "T"])
 def _value_pool_forward_kernel(
     v_ptr,
     mask_ptr,
@@ -56,7 +56,7 @@ def _value_pool_forward_kernel(
     tl.store(partial_ptr + line + column, tl.sum(acc, 0), mask=column < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["mask_strides", "T"])
 def _value_pool_backward_kernel(
     u_ptr,
     v_ptr,

@@ -35,6 +35,7 @@ from mold.problems import generate_problems
         ("So x = -$3.", "-3"),
         ("That leaves 20 - 5", "5"),
         ("Those are the answers I know of, and 8 remain.", "8"),
+        ("The answer is 17.\nThe steps to find the answer are:\n1. Look.", "17"),
         ("I do not know.", None),
         ("", None),
     ],

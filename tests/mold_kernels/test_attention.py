@@ -140,6 +140,75 @@ def test_attention_lse_over_many_blocks(monkeypatch):
     test_attention_lse(2, 4, 2, 37, 16, "both", torch.float32)
 
 
+OPTIONS = [
+    pytest.param({"sliding_window": 1}, id="window-1"),
+    pytest.param({"sliding_window": 7}, id="window-7"),
+    pytest.param({"softcap": 2.0}, id="softcap"),
+    pytest.param({"cu_seqlens": torch.tensor([0, 4, 4, 15, 21], dtype=torch.int32)}, id="packed"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_the_reference_by_hand(options):
+    """A row at a time: which keys it sees, their capped scores, their softmax."""
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 1, 21, 8, dtype=torch.float64)
+    out, lse = attention_with_lse(q, k, v, engine="reference", **options)
+    borders = options.get("cu_seqlens", torch.tensor([0, 21])).tolist()
+    for row in range(21):
+        first = max(border for border in borders[:-1] if border <= row)
+        first = max(first, row + 1 - options.get("sliding_window", 21))
+        scores = (q[0, :, row] @ k[0, 0, first : row + 1].mT) * 8**-0.5
+        if "softcap" in options:
+            scores = options["softcap"] * (scores / options["softcap"]).tanh()
+        torch.testing.assert_close(lse[0, :, row], scores.exp().sum(-1).log(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(out[0, :, row], scores.softmax(-1) @ v[0, 0, first : row + 1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 7, "softcap": 2.0}, *(param.values[0] for param in OPTIONS)]
+)
+@pytest.mark.parametrize("padding", ["none", "both"])
+def test_flex(options, padding):
+    batch = 1 if "cu_seqlens" in options else 2
+    generator = torch.Generator().manual_seed(0)
+    tensors = random_qkv(generator, batch, 4, 2, 21, 16)
+    options = {**options, "key_padding_mask": padding_mask(padding, batch, 21)}
+    actual = attention_with_lse(*tensors, engine="flex", **options)
+    expected = reference.attention_with_lse(*tensors, **options)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_flex_has_no_gradient_on_the_cpu():
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 4, 2, 6, 8)
+    with pytest.raises(ValueError, match="flex does not implement attention_with_lse for these tensors"):
+        attention_with_lse(q.requires_grad_(), k, v, engine="flex")
+
+
+@pytest.mark.parametrize(
+    "option", [{"sliding_window": 3}, {"softcap": 2.0}, {"cu_seqlens": torch.tensor([0, 6]).int()}]
+)
+def test_an_engine_without_an_option_refuses_it_by_name(option):
+    (name,) = option
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 4, 2, 6, 8)
+    with pytest.raises(ValueError, match=f"{name}: engine 'cpu' does not have it"):
+        attention_with_lse(q, k, v, engine="cpu", **option)
+    with pytest.raises(ValueError, match=f"{name}: backend 'torch' does not have it"):
+        attention_lse(q, k, backend="torch", **option)
+    for fast, slow in (
+        (attention_with_lse(q, k, v, **option)[1], reference.attention_with_lse(q, k, v, **option)[1]),
+        (attention_lse(q, k, **option), reference.attention_lse(q, k, **option)),
+    ):
+        assert torch.equal(fast, slow)  # "auto" finds an engine that has it
+
+
+def test_fa4_is_named_where_it_is_missing():
+    q, k, v = random_qkv(torch.Generator(), 1, 4, 2, 6, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="engine was 'fa4', on cpu it may be"):
+        attention_with_lse(q, k, v, engine="fa4")
+    with pytest.raises(ValueError, match="key_padding_mask: engine 'fa4' does not have it"):
+        attention_with_lse(q, k, v, engine="fa4", key_padding_mask=torch.ones(1, 6, dtype=torch.bool))
+
+
 def test_reference_gradients():
     q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 1, 5, 4, dtype=torch.float64)
     tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
@@ -155,6 +224,11 @@ def test_reference_gradients():
         (lambda q, k, v: (q, k, v[..., :-1], {}), "v: is"),
         (lambda q, k, v: (q, k, v, {"key_padding_mask": torch.ones(2, 6)}), "key_padding_mask: is torch.float32"),
         (lambda q, k, v: (q, k, v, {"engine": "flash"}), "engine"),
+        (lambda q, k, v: (q, k, v, {"sliding_window": 0}), "sliding_window: is 0, must be at least 1"),
+        (lambda q, k, v: (q, k, v, {"softcap": 0.0}), "softcap: is 0.0, must be greater than 0"),
+        (lambda q, k, v: (q, k, v, {"cu_seqlens": torch.tensor([0, 6])}), "cu_seqlens: is torch.int64"),
+        (lambda q, k, v: (q, k, v, {"cu_seqlens": torch.tensor([0, 6]).int()}), "cu_seqlens: given with a batch of 2"),
+        (lambda q, k, v: (q[:1], k[:1], v[:1], {"cu_seqlens": torch.tensor([0, 5]).int()}), r"cu_seqlens: is \[0, 5\]"),
     ],
 )
 def test_wrong_input_names_the_argument(change, message):

@@ -20,18 +20,24 @@ def values_and_gradients(function, q, k, lse, upstream, dtype):
     return [pooled, *torch.autograd.grad((pooled * upstream.to(pooled.dtype)).sum(), tensors)]
 
 
-def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend, seed=0):
+def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend, seed=0, **options):
     # The log-sum-exp is an input: all three computations take the same one, as exact as its dtype holds it.
-    lse = reference.attention_lse(q.double(), k.double(), scale=0.4).to(reference.accumulation_dtype(q.dtype))
+    lse = reference.attention_lse(q.double(), k.double(), scale=0.4, **options).to(
+        reference.accumulation_dtype(q.dtype)
+    )
     upstream = torch.randn(
         q.shape[0], row_spans.shape[1], key_spans.shape[1], generator=torch.Generator().manual_seed(seed)
     )
 
     def fast(q, k, lse):
-        return span_attention(q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, backend=backend)
+        return span_attention(
+            q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, backend=backend, **options
+        )
 
     def slow(q, k, lse):
-        return reference.span_attention(q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction)
+        return reference.span_attention(
+            q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, **options
+        )
 
     actual = values_and_gradients(fast, q, k, lse, upstream, q.dtype)
     low = values_and_gradients(slow, q, k, lse, upstream, q.dtype)
@@ -58,6 +64,25 @@ def test_span_attention(batch, heads, kv_heads, length, head_dim, steps, keys, r
     row_spans = random_spans(generator, batch, steps, length)
     key_spans = random_spans(generator, batch, keys, length)
     assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend)
+
+
+VISIBILITY = [
+    pytest.param({"sliding_window": 12}, id="window"),
+    pytest.param({"softcap": 2.0}, id="softcap"),
+    pytest.param({"cu_seqlens": torch.tensor([0, 5, 5, 20, 37], dtype=torch.int32)}, id="packed"),
+    pytest.param(
+        {"cu_seqlens": torch.tensor([0, 30, 37], dtype=torch.int32), "sliding_window": 9, "softcap": 30.0}, id="all"
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", VISIBILITY)
+def test_windows_packing_and_soft_capping(options, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, _ = random_qkv(generator, 1, 4, 2, 37, 16, dtype=dtype)
+    spans = random_spans(generator, 1, 5, 37), random_spans(generator, 1, 7, 37)
+    assert_matches_reference(q, k, *spans, "sum", "torch", **options)
 
 
 def test_many_blocks_of_rows(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mold_kernels import reference
+from mold_kernels import attention_with_lse, layer_mixture_kl, reference, span_attention, value_pool
 from mold_kernels.testing import random_mask, random_qkv, random_spans
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -37,3 +37,23 @@ def no_poison(poisoned_allocations):
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.mold, name).default, CASES[name])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_as_one_graph(backend):
+    weight = torch.ones(32)
+
+    def step(q, k, v):
+        out, lse = attention_with_lse(q, k, v, sliding_window=7, engine="triton")
+        pooled = span_attention(q, k, lse, *SPANS, sliding_window=7, backend="triton")
+        features = value_pool(v, weight, MASK, 1e-6, backend="triton")
+        maps, counts = torch.stack([pooled, pooled * 2]), (torch.tensor([3, 2]), torch.tensor([4, 4]))
+        loss = layer_mixture_kl(maps.detach() + 1, maps, features[:, :2].softmax(-1), *counts, backend="triton")
+        return out.square().sum() + loss.sum()
+
+    results = []
+    for function in (step, torch.compile(step, backend=backend, fullgraph=True)):
+        loss = function(Q, K, V)
+        results.append([loss, *torch.autograd.grad(loss, (Q, K, V))])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
