@@ -56,8 +56,10 @@ class Options:
         return Path(self.teacher.signals_dir or self.folder / "signals")
 
     def __post_init__(self):
-        # Here and not later: making TrainingArguments resets the state that a trainer's accelerator needs.
-        default = _as_dict(DataOptions(), TeacherOptions(), StudentOptions(), MoldConfig())
+        # Here and not later, and on the same device: making TrainingArguments resets the state that says how many
+        # processes there are.
+        training = MoldConfig(use_cpu=self.training.use_cpu)
+        default = _as_dict(DataOptions(), TeacherOptions(), StudentOptions(), training)
         mine = _as_dict(self.data, self.teacher, self.student, self.training)
         self.chosen = {key: value for key, value in mine.items() if value != default[key]}
 

@@ -30,6 +30,7 @@ from mold.data import Example
 from mold.encoding import Collator, encode_example, has_signal
 from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
 from mold.models import load_model
+from mold.processes import check_processes
 from mold.router_training import RouterTraining
 from mold.signals import OnlineTeacher, SignalCache, write_atomically
 
@@ -156,6 +157,7 @@ class MoldTrainer(RouterTraining, Trainer):
                     f"{name}: is on, must be off: the router stands beside the model, and the gradients of a model "
                     "that is split cannot be clipped together with its; use DDP (torchrun or accelerate launch)"
                 )
+        check_processes()
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu: is {self.args.n_gpu}, must be 1 a process: start with torchrun or accelerate launch, or make "
