@@ -14,6 +14,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from mold import plots
+from mold.analysis import key_word_mass
 from mold.data import Example, question_key
 from mold.evaluate import generate_predictions, score, write_jsonl
 from mold.generation import Journal
@@ -155,6 +157,42 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
             results.append({"model": label, "set": set_name, "seen": repeated, **score(predictions)})
     write_atomically(options.folder / "comparison.json", json.dumps(results, indent=1).encode())
     return results
+
+
+def analyse(options: Options) -> dict[str, dict]:
+    """Attention to key words by step and layer of every model on the data set; writes analysis.json and analysis.svg.
+
+    Args:
+        options: the data set, how many of its examples (eval_limit), and models (teacher and student where not given).
+
+    Returns:
+        By model, what `mold.analysis.key_word_mass` found.
+    """
+    names = options.evaluation.models or [
+        name
+        for name in (options.teacher.teacher_model_name_or_path, options.student.model_name_or_path)
+        if name is not None
+    ]
+    if not names:
+        raise ValueError("models: is not given, must name the models to analyse (or a teacher, a student)")
+    examples = read_data(options.data, rationales=options.data.rationales)[: options.evaluation.eval_limit]
+    found = {}
+    for name, label in zip(names, _labels(names), strict=True):
+        model, tokenizer = load_model(name, dtype=options.teacher.teacher_dtype)
+        found[label] = key_word_mass(
+            model.to(options.training.device),
+            tokenizer,
+            examples,
+            options.training.template,
+            batch_size=options.teacher.extract_batch_size,
+            max_length=options.training.max_length,
+            progress=not options.training.disable_tqdm,
+        )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.folder / "analysis.json", json.dumps(found, indent=1).encode())
+    svg = plots.figure_to_svg(plots.key_word_attention(found))
+    write_atomically(options.folder / "analysis.svg", svg.encode())
+    return found
 
 
 def check_prompting(options: Options) -> None:
