@@ -215,12 +215,24 @@ def _sampling(options: Options) -> Sampling:
     )
 
 
+def parse_set(text: str) -> tuple[str, str, str | None]:
+    """Name, path and split of "NAME=PATH@SPLIT"; the name is the path's where not given, the split None.
+
+    A path may hold both signs; a name and a split hold no slash.
+    """
+    name, equals, place = text.partition("=")
+    if not equals or "/" in name:
+        name, place = "", text
+    path, at, split = place.rpartition("@")
+    if not at or "/" in split:
+        path, split = place, ""
+    return name or Path(path).stem, path, split or None
+
+
 def _read_sets(specifications: Sequence[str], limit: int | None) -> Iterator[tuple[str, list[Example]]]:
     names = set()
     for text in specifications:
-        name, _, place = text.rpartition("=")
-        path, _, split = place.partition("@")
-        name = name or Path(path).stem
+        name, path, split = parse_set(text)
         if name in names:
             raise ValueError(f"eval_sets: has the name {name!r} twice; write NAME=PATH")
         names.add(name)
@@ -228,7 +240,7 @@ def _read_sets(specifications: Sequence[str], limit: int | None) -> Iterator[tup
             # Other problems than those of a training, whose seeds are small.
             yield name, generate_problems(limit or 100, seed=1_000_003)
             continue
-        examples, report = read_examples(path, split=split or None, require_rationale=False)
+        examples, report = read_examples(path, split=split, require_rationale=False)
         if report.left_out:
             logger.warning(f"{name}: {report}")
         yield name, examples[:limit]
