@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mold_kernels import _triton, cuda, reference
+from mold_kernels import _triton, cuda, native, reference
 from mold_kernels.attention import check_attention_inputs, check_visibility
 from mold_kernels.backends import choose_backend
 from mold_kernels.spans import check_spans, key_columns, row_weights, visible_ranges
@@ -63,8 +63,9 @@ def span_attention(
         row_reduction: "sum" over the rows of a step (the paper), or "mean".
         sliding_window, softcap, cu_seqlens: as of `mold_kernels.attention_with_lse`, which made `lse`. Probabilities
             are 0 outside a row's window or sequence.
-        backend: "auto", "triton" (GPU; D up to 256, no float64), "cuda" (likewise, none of the three options above),
-            "torch" or "reference". A named backend is used or refused, never replaced.
+        backend: "auto", "native" (CPU; no float16), "triton" (GPU; D up to 256, no float64), "cuda" (likewise),
+            "torch" or "reference"; native and cuda have none of the three options above. A named backend is used or
+            refused, never replaced.
 
     Returns:
         [B, S, M], float32 (float64 with float64 q), differentiable in q, k and lse.
@@ -92,8 +93,8 @@ def span_attention(
     candidates = ["torch", "reference"]
     if _triton.takes(q):
         candidates.insert(0 if q.is_cuda else 1, "triton")
-    if cuda.takes(q) and ranges is None and softcap is None:
-        candidates.append("cuda")
+    if ranges is None and softcap is None:
+        candidates = ["native"] * (q.dtype in native.DTYPES) + candidates + ["cuda"] * cuda.takes(q)
     match choose_backend("span_attention", backend, candidates, q.device):
         case "reference":
             options = {"sliding_window": sliding_window, "softcap": softcap, "cu_seqlens": cu_seqlens}
@@ -102,6 +103,8 @@ def span_attention(
             )
         case "cuda":
             return _CudaSpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
+        case "native":
+            function = torch.ops.mold.native_span_attention
         case "triton":
             function = torch.ops.mold.triton_span_attention
         case "torch":
@@ -248,5 +251,14 @@ def _triton_backward(*arguments):
     return span_attention_backward(*arguments)
 
 
+def _native_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+    return native.span_attention_forward(q, k, lse, row_spans, key_spans, scale, mean)
+
+
+def _native_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+    return native.span_attention_backward(grad, q, k, lse, row_spans, key_spans, scale, mean)
+
+
+_register("native_span_attention", _native_forward, _native_backward)
 _register("torch_span_attention", _torch_forward, _torch_backward)
 _register("triton_span_attention", _triton_forward, _triton_backward)
