@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from fractions import Fraction
@@ -117,7 +118,8 @@ def _verified(predicted: str, right: str) -> bool:
         from math_verify import parse, verify
     except ImportError:
         return False
-    # Its time limits use signals, which only the main thread may set.
+    # Its time limits use signals, which only the main thread may set; it warns of their absence at every call.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     expected, found = parse(f"${right}$", parsing_timeout=None), parse(f"${predicted}$", parsing_timeout=None)
     return bool(expected and found) and verify(expected, found, timeout_seconds=None)
 

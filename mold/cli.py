@@ -1,4 +1,4 @@
-"""The command line: mold demo | generate | keywords | extract | train | eval | run | inspect | info."""
+"""The command line: mold demo | generate | keywords | extract | train | eval | analyse | run | inspect | info."""
 
 from __future__ import annotations
 
@@ -114,6 +114,22 @@ def evaluate(context: typer.Context, config: ConfigFile = None):
         table.add_row(name, f"{value:.4g}")
     console.print(table)
     console.print(f"predictions: {options.folder / 'predictions_eval.jsonl'}")
+
+
+@app.command(context_settings=PASS_ON)
+def analyse(context: typer.Context, config: ConfigFile = None):
+    """Attention to key words by step and layer, of any models on any data set with rationales, as a plot."""
+    from mold import pipeline
+
+    options = parse_options(context.args, config, {}, "analyse")
+    found = pipeline.analyse(options)
+    table = Table("attention to key words, %", "beginning", "end", "evenly spread: beginning", "end", "examples")
+    for name, entry in found.items():
+        layers = [sum(layer[place] or 0 for layer in entry["mass"]) / len(entry["mass"]) for place in (0, -1)]
+        shares = [f"{100 * value:.2f}" for value in (*layers, entry["even"][0], entry["even"][-1])]
+        table.add_row(name, *shares, f"{entry['examples']} ({entry['without_key_words']} without key words)")
+    console.print(table)
+    console.print(str(options.folder / "analysis.svg"), soft_wrap=True)
 
 
 @app.command("run")

@@ -92,13 +92,13 @@ def accuracy(predictions: Sequence[dict]) -> float:
     return sum(row["correct"] for row in predictions) / len(predictions)
 
 
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """The interval that a share of `right` in `total` lies in, at 95 % confidence.
 
         (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
     Args:
-        right: how many were right.
+        right: how many were right, or the mean of that over runs.
         total: of how many, n.
         z: quantile of the normal distribution, 1.96 for 95 %.
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from mold import plots
+from mold.analysis import key_word_mass
 from mold.data import Example, question_key
 from mold.evaluate import generate_predictions, score, write_jsonl
 from mold.generation import Journal
@@ -157,6 +159,42 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
     return results
 
 
+def analyse(options: Options) -> dict[str, dict]:
+    """Attention to key words by step and layer of every model on the data set; writes analysis.json and analysis.svg.
+
+    Args:
+        options: the data set, how many of its examples (eval_limit), and models (teacher and student where not given).
+
+    Returns:
+        By model, what `mold.analysis.key_word_mass` found.
+    """
+    names = options.evaluation.models or [
+        name
+        for name in (options.teacher.teacher_model_name_or_path, options.student.model_name_or_path)
+        if name is not None
+    ]
+    if not names:
+        raise ValueError("models: is not given, must name the models to analyse (or a teacher, a student)")
+    examples = read_data(options.data, rationales=options.data.rationales)[: options.evaluation.eval_limit]
+    found = {}
+    for name, label in zip(names, _labels(names), strict=True):
+        model, tokenizer = load_model(name, dtype=options.teacher.teacher_dtype)
+        found[label] = key_word_mass(
+            model.to(options.training.device),
+            tokenizer,
+            examples,
+            options.training.template,
+            batch_size=options.teacher.extract_batch_size,
+            max_length=options.training.max_length,
+            progress=not options.training.disable_tqdm,
+        )
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.folder / "analysis.json", json.dumps(found, indent=1).encode())
+    svg = plots.figure_to_svg(plots.key_word_attention(found))
+    write_atomically(options.folder / "analysis.svg", svg.encode())
+    return found
+
+
 def check_prompting(options: Options) -> None:
     """Raise a ValueError if a teacher cannot be prompted with these options, as far as that is known without it."""
     _sampling(options)
@@ -177,12 +215,24 @@ def _sampling(options: Options) -> Sampling:
     )
 
 
+def parse_set(text: str) -> tuple[str, str, str | None]:
+    """Name, path and split of "NAME=PATH@SPLIT"; the name is the path's where not given, the split None.
+
+    A path may hold both signs; a name and a split hold no slash.
+    """
+    name, equals, place = text.partition("=")
+    if not equals or "/" in name:
+        name, place = "", text
+    path, at, split = place.rpartition("@")
+    if not at or "/" in split:
+        path, split = place, ""
+    return name or Path(path).stem, path, split or None
+
+
 def _read_sets(specifications: Sequence[str], limit: int | None) -> Iterator[tuple[str, list[Example]]]:
     names = set()
     for text in specifications:
-        name, _, place = text.rpartition("=")
-        path, _, split = place.partition("@")
-        name = name or Path(path).stem
+        name, path, split = parse_set(text)
         if name in names:
             raise ValueError(f"eval_sets: has the name {name!r} twice; write NAME=PATH")
         names.add(name)
@@ -190,7 +240,7 @@ def _read_sets(specifications: Sequence[str], limit: int | None) -> Iterator[tup
             # Other problems than those of a training, whose seeds are small.
             yield name, generate_problems(limit or 100, seed=1_000_003)
             continue
-        examples, report = read_examples(path, split=split or None, require_rationale=False)
+        examples, report = read_examples(path, split=split, require_rationale=False)
         if report.left_out:
             logger.warning(f"{name}: {report}")
         yield name, examples[:limit]

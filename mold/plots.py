@@ -200,7 +200,8 @@ def key_word_attention(models):
         bottom -= 0.75 + heights[name]
         axes = _axes(figure, 0.75, bottom, 5.0, heights[name], name, "share of the reasoning", "layer")
         extent = (0, 1, -0.5, len(mass) - 0.5)
-        axes.imshow(_colours(mass, top), aspect="auto", interpolation="none", origin="lower", extent=extent)
+        colours = _colours(np.nan_to_num(mass), top, blank_zeros=True)
+        axes.imshow(colours, aspect="auto", interpolation="none", origin="lower", extent=extent)
         _colour_bar(figure, 5.9, bottom, heights[name], top)
     return figure
 

@@ -315,7 +315,8 @@ class _Stages:
         """
         chosen = values.keys() - set(places) if decides is None else values.keys() & set(decides)
         folder = self.root / f"{name}-{_digest({key: values[key] for key in sorted(chosen)}, inputs)}"
-        if (folder / DONE).is_file():
+        done = folder / DONE
+        if done.is_file() and json.loads(done.read_text())["files"].items() <= _files(folder).items():
             if folder not in self.told:
                 self.say(f"{name}: is there ({folder.name})")
             self.told.add(folder)
@@ -326,8 +327,15 @@ class _Stages:
         folder.mkdir(exist_ok=True)
         start = time.perf_counter()
         function(options)
-        write_atomically(folder / DONE, json.dumps({"seconds": time.perf_counter() - start}).encode())
+        note = {"seconds": time.perf_counter() - start, "files": _files(folder)}
+        write_atomically(done, json.dumps(note, indent=1).encode())
         return folder
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """The sizes of a stage's files by name: those that are noted must be there for it to be done."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != DONE)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def _extract(options: run.Options) -> None:
@@ -351,20 +359,18 @@ def summarise(results: Mapping[str, Sequence[dict]]) -> dict:
 
     Returns:
         {"variants": {name: {"seeds", "sets": {set: {"accuracies", "mean", "low", "high", "total"}}, "held_out": {name:
-        mean}}}}. low and high: the 95 % interval of the answers of all seeds taken together, which tells how sure the
-        test sets' size makes a number; how much trainings differ is told by the accuracies.
+        mean}}}}. low and high: the 95 % interval of the mean for a test set of its size, `total`; the seeds answer the
+        same questions, so more seeds do not make it narrower. How much trainings differ is told by the accuracies.
     """
     summary = {}
     for name, runs in results.items():
         sets: dict[str, dict] = {}
         for entry in (entry for result in runs for entry in result["sets"]):
-            found = sets.setdefault(entry["set"], {"accuracies": [], "right": 0, "total": 0})
+            found = sets.setdefault(entry["set"], {"accuracies": [], "total": entry["total"]})
             found["accuracies"].append(entry["accuracy"])
-            found["right"] += entry["right"]
-            found["total"] += entry["total"]
         for found in sets.values():
-            found["mean"] = found["right"] / found["total"]
-            found["low"], found["high"] = wilson_interval(found["right"], found["total"])
+            found["mean"] = sum(found["accuracies"]) / len(found["accuracies"])
+            found["low"], found["high"] = wilson_interval(found["mean"] * found["total"], found["total"])
         losses = {key for result in runs for key in result["held_out"] if key != "accuracy"}
         held_out = {
             key: sum(result["held_out"][key] for result in runs) / len(runs)
@@ -400,7 +406,7 @@ def markdown(summary: dict) -> str:
     rows = list(table(summary))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    note = "Accuracy in %, mean over seeds, with the 95 % interval of all answers; losses of held-out examples."
+    note = "Accuracy in %, mean over seeds, with the 95 % interval for the set's size; losses of held-out examples."
     return "\n".join([note, "", *lines, ""])
 
 

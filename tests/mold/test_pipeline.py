@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mold import pipeline
 from mold.data import render
 from mold.evaluate import wilson_interval
 from mold.problems import generate_problems
@@ -134,3 +135,18 @@ def test_a_set_of_a_folders_split(mold, models, tmp_path):
     assert (result["set"], result["total"]) == (tmp_path.name, 1)
     prediction = rows_of(tmp_path / f"run/predictions/student--{tmp_path.name}.jsonl")[0]
     assert render(read_examples(tmp_path / "test.jsonl")[0][0]).text.startswith(f"Question: {prediction['question']}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=x/b.jsonl", ("a", "x/b.jsonl", None)),
+        ("x/b.jsonl", ("b", "x/b.jsonl", None)),
+        ("a=owner/name:main@test", ("a", "owner/name:main", "test")),
+        ("x/y=z/b.jsonl", ("b", "x/y=z/b.jsonl", None)),
+        ("a=x@y/b=c@dev", ("a", "x@y/b=c", "dev")),
+        ("a=x@y/b.jsonl", ("a", "x@y/b.jsonl", None)),
+    ],
+)
+def test_names_paths_and_splits_of_sets(text, expected):
+    assert pipeline.parse_set(text) == expected

@@ -262,7 +262,7 @@ GOOD = '{"question": "a", "rationale": "b", "answer": "c"}'
         ("a.jsonl", '{"question": "d", "rationale": "e", "answer": true}', r"a\.jsonl:1: answer is True"),
         ("a.jsonl", '{"question": 5, "rationale": "e", "answer": "1"}', r"a\.jsonl:1: question is 5"),
         ("a.jsonl", '{"question": "d", "rationale": "e", "answer": "1", "keywords": "x"}', "keywords is 'x'"),
-        ("a.jsonl", '{"messages": [], "prompt": "x"}', r"a\.jsonl:1: .*must have the keys question, rationale"),
+        ("a.jsonl", '{"messages": [], "prompt": "x"}', r"a\.jsonl:1: .*messages is \[\], must be a text or a list"),
         ("a.jsonl", f'{GOOD[:-1]}, "id": 1}}\n{GOOD[:-3]}d", "id": 1}}', r"a\.jsonl:2: has the id '1' of .*jsonl:1"),
         ("a.jsonl", "\n", "holds no usable example"),
         ("a.json", f"[{GOOD},\n{GOOD}\n{GOOD}]", r"a\.json:2: the array ends or goes on without a comma"),
