@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 SMOLLM2 = "smollm2-135m-instruct"
 _LAYER = re.compile(r"^(?P<before>.*?\.(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
@@ -51,6 +58,15 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model that `load_model` takes."""
+    source, kwargs = _source(name, revision)
+    try:
+        return AutoConfig.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load the configuration of {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

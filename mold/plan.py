@@ -383,3 +383,43 @@ def _planned_attention(module, query, key, value, attention_mask, **kwargs):
 
 AttentionInterface.register(_PLANNED, _planned_attention)
 AttentionMaskInterface.register(_PLANNED, mold_mask)
+
+
+SAVERS = {
+    "activation checkpointing": {"activation_checkpointing": True},
+    "chunked cross-entropy": {"cross_entropy": "chunked"},
+    "bfloat16 autocast": {"bf16": True},
+    "bfloat16 weights": {"dtype": "bfloat16", "bf16": False},
+    "8-bit optimizer": {"optim": "adamw_bnb_8bit"},
+    "LoRA of rank 16": {"lora_rank": 16},
+}
+"""What saves memory, as changes of a Setup."""
+
+
+def largest_length(config: PretrainedConfig, setup: Setup, machine: Machine, memory: float) -> int:
+    """The most tokens a sequence may have for the step to fit, to about 2 % (0 where not even two do).
+
+    Peak memory is a maximum of sums of powers of T, so that it grows at a steady or rising rate: a few secants find it.
+
+    Args:
+        config, setup: as of `plan_step`; setup.length is where the search starts.
+        machine: has the base.
+        memory: bytes there are.
+    """
+
+    def excess(length: int) -> float:
+        return plan_step(config, dataclasses.replace(setup, length=length)).peak(machine) - 0.99 * memory
+
+    first, second = setup.length, 2 * setup.length
+    first_excess, second_excess = excess(first), excess(second)
+    for _ in range(8):
+        rise = (second_excess - first_excess) / (second - first)
+        # Where short sequences change nothing, gradients and optimizer alone are the peak.
+        length = int(second - second_excess / rise) if rise > 0 else 8 * second
+        if length < 2:
+            return 0
+        first, first_excess = second, second_excess
+        second, second_excess = length, excess(length)
+        if abs(second_excess) < 0.01 * memory or first == second:
+            break
+    return second if second_excess <= 0.01 * memory else 0
