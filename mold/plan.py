@@ -24,6 +24,9 @@ what happens inside a single operator. It holds for every family and every saver
 counted by torch's FLOP counter and causal attention at half of T^2. Rate and bandwidth are measured on this machine, or
 those of a named GPU times an assumed efficiency (`EFFICIENCY`).
 
+On the CPU the prediction is of live memory: glibc keeps freed blocks, and a process may hold a third more unless it is
+started with MALLOC_MMAP_THRESHOLD_=131072.
+
 Not covered: several processes (DDP keeps another copy of the gradients), quantized weights, offloading.
 """
 
