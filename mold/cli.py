@@ -1,4 +1,4 @@
-"""The command line: mold demo | generate | keywords | extract | train | eval | analyse | run | inspect | info."""
+"""The command line: mold demo | generate | keywords | extract | train | eval | analyse | run | plan | inspect | info."""
 
 from __future__ import annotations
 
@@ -174,6 +174,21 @@ def inspect(
 
     options = parse_options(context.args, config, {}, "inspect")
     for part in describe(options, example):
+        console.print(part)
+
+
+@app.command(context_settings=PASS_ON)
+def plan(
+    context: typer.Context,
+    config: ConfigFile = None,
+    gpu: Annotated[str | None, typer.Option(help="Plan for this GPU (h100-80gb, ...) instead of this machine.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB there are; all the machine has where not given.")] = None,
+    lora_rank: Annotated[int, typer.Option(help="Of an adapter on all linear layers; 0: none.")] = 0,
+):
+    """Predict a training step's peak memory and time from the options of `mold train`, without weights."""
+    from mold.plan_table import describe_plan
+
+    for part in describe_plan(parse_options(context.args, config, {}, "plan"), gpu, memory, lora_rank):
         console.print(part)
 
 

@@ -24,6 +24,9 @@ what happens inside a single operator. It holds for every family and every saver
 counted by torch's FLOP counter and causal attention at half of T^2. Rate and bandwidth are measured on this machine, or
 those of a named GPU times an assumed efficiency (`EFFICIENCY`).
 
+On the CPU the prediction is of live memory: glibc keeps freed blocks, and a process may hold a third more unless it is
+started with MALLOC_MMAP_THRESHOLD_=131072.
+
 Not covered: several processes (DDP keeps another copy of the gradients), quantized weights, offloading.
 """
 
@@ -383,3 +386,43 @@ def _planned_attention(module, query, key, value, attention_mask, **kwargs):
 
 AttentionInterface.register(_PLANNED, _planned_attention)
 AttentionMaskInterface.register(_PLANNED, mold_mask)
+
+
+SAVERS = {
+    "activation checkpointing": {"activation_checkpointing": True},
+    "chunked cross-entropy": {"cross_entropy": "chunked"},
+    "bfloat16 autocast": {"bf16": True},
+    "bfloat16 weights": {"dtype": "bfloat16", "bf16": False},
+    "8-bit optimizer": {"optim": "adamw_bnb_8bit"},
+    "LoRA of rank 16": {"lora_rank": 16},
+}
+"""What saves memory, as changes of a Setup."""
+
+
+def largest_length(config: PretrainedConfig, setup: Setup, machine: Machine, memory: float) -> int:
+    """The most tokens a sequence may have for the step to fit, to about 2 % (0 where not even two do).
+
+    Peak memory is a maximum of sums of powers of T, so that it grows at a steady or rising rate: a few secants find it.
+
+    Args:
+        config, setup: as of `plan_step`; setup.length is where the search starts.
+        machine: has the base.
+        memory: bytes there are.
+    """
+
+    def excess(length: int) -> float:
+        return plan_step(config, dataclasses.replace(setup, length=length)).peak(machine) - 0.99 * memory
+
+    first, second = setup.length, 2 * setup.length
+    first_excess, second_excess = excess(first), excess(second)
+    for _ in range(8):
+        rise = (second_excess - first_excess) / (second - first)
+        # Where short sequences change nothing, gradients and optimizer alone are the peak.
+        length = int(second - second_excess / rise) if rise > 0 else 8 * second
+        if length < 2:
+            return 0
+        first, first_excess = second, second_excess
+        second, second_excess = length, excess(length)
+        if abs(second_excess) < 0.01 * memory or first == second:
+            break
+    return second if second_excess <= 0.01 * memory else 0

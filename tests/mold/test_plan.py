@@ -1,0 +1,146 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from mold.cli import app, main
+from mold.plan import GIB, GPUS, SAVERS, Machine, Setup, largest_length, plan_step
+from tests.tiny_models import make_model
+
+MACHINE = Machine("a machine", {"float32": 1e12, "bfloat16": 2e12}, 1e11, 8 * GIB, 0.5 * GIB)
+
+
+def config(**options):
+    return LlamaConfig(
+        **{
+            "vocab_size": 5000,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        }
+        | options
+    )
+
+
+def test_weights_gradients_and_optimizer_are_those_of_the_model():
+    student = make_model("llama", vocab=501, layers=2)
+    planned = plan_step(student.config, Setup(32))
+    size = sum(p.nbytes for p in student.parameters())
+    buffers = sum(b.nbytes for b in student.buffers())
+    assert (planned.parameters, planned.gradients, planned.optimizer) == (size // 4, size, 2 * size)
+    assert planned.weights == size + buffers
+    assert plan_step(student.config, Setup(32, optim="sgd")).optimizer == 0
+    assert plan_step(student.config, Setup(32, optim="adamw_bnb_8bit")).optimizer == size // 2
+    assert plan_step(student.config, Setup(32, dtype="bfloat16")).gradients == size // 2
+
+
+def test_what_the_forward_keeps_is_what_autograd_saves():
+    """Counted on a real forward: every storage that saved_tensors_hooks see, logits and losses beside."""
+    student = make_model("llama", vocab=501, layers=2, attention="sdpa").train()
+    ids = torch.arange(64)[None]
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = student(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits[torch.arange(63)], ids[0, 1:])
+    parameters = {p.untyped_storage().data_ptr() for p in (*student.parameters(), *student.buffers())}
+    kept = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    assert loss > 0
+    assert plan_step(student.config, Setup(64)).activations == pytest.approx(kept, rel=0.1)
+
+
+def test_flops_are_six_a_parameter_and_token_and_the_attention():
+    shape = config(tie_word_embeddings=True)
+    planned = plan_step(shape, Setup(256))
+    products = 6 * 256 * planned.parameters
+    attention = 14 * 3 * 6 * 256**2 * 16 / 2
+    assert planned.flops == pytest.approx(products + attention, rel=0.02)
+    again = plan_step(shape, Setup(256, activation_checkpointing=True))
+    # Without the MLPs' last products: checkpointing stops where nothing more is needed.
+    layers = planned.parameters - 5000 * 96 - 3 * 256 * 96
+    assert again.flops - planned.flops == pytest.approx(2 * 256 * layers + attention * 4 / 14, rel=0.01)
+
+
+@pytest.mark.parametrize("saver", SAVERS)
+def test_every_saver_saves(saver):
+    plain, saved = (plan_step(config(), Setup(512, **options)) for options in ({}, SAVERS[saver]))
+    if saver == "bfloat16 autocast":
+        assert saved.seconds(MACHINE) < plain.seconds(MACHINE)
+    else:
+        assert saved.peak(MACHINE) < plain.peak(MACHINE)
+
+
+def test_eager_attention_grows_with_the_square_of_the_length():
+    def maps(length):
+        eager, pooled = (plan_step(config(), Setup(length, attention=a)) for a in ("eager", "mold"))
+        return eager.activations - pooled.activations
+
+    assert maps(1024) / maps(512) == pytest.approx(4, rel=0.1)
+
+
+def test_accumulated_gradients_are_there_in_the_next_forward():
+    one, four = (plan_step(config(), Setup(512, gradient_accumulation_steps=n)) for n in (1, 4))
+    assert four.step == pytest.approx(one.step + one.gradients, rel=0.1)
+    assert four.seconds(MACHINE) == pytest.approx(4 * one.seconds(MACHINE), rel=0.01)
+
+
+@pytest.mark.parametrize("attention", ["mold", "eager"])
+def test_the_largest_length_fits_and_little_more_does_not(attention):
+    setup = Setup(256, attention=attention)
+    length = largest_length(config(), setup, MACHINE, 1.5 * GIB)
+    peaks = [
+        plan_step(config(), dataclasses.replace(setup, length=t)).peak(MACHINE) for t in (length, int(1.04 * length))
+    ]
+    assert peaks[0] <= 1.5 * GIB < peaks[1]
+    assert largest_length(config(), setup, MACHINE, 0.1 * GIB) == 0
+
+
+def test_the_command_names_the_best_saver_and_the_largest_length(tmp_path, capsys, monkeypatch):
+    GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=5000).save_pretrained(tmp_path)
+    options = ["--model_name_or_path", str(tmp_path), "--max_length", "256", "--output_dir", str(tmp_path / "run")]
+    app(["plan", *options, "--gpu", "l4", "--memory", "2"], standalone_mode=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "fits 2.0 GiB of NVIDIA L4; the largest T that fits is" in said
+    assert "buys most" in said
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(sys, "argv", ["mold", "plan", *options, "--gpu", "h1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--gpu: is 'h1', must be one of a100-80gb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"length": 1}, "length: is 1, must be at least 2"),
+        ({"optim": "lomo"}, "optim: is 'lomo', must be one whose memory is known"),
+        ({"dtype": "float16"}, "dtype: is 'float16', must be one of float32, bfloat16"),
+    ],
+)
+def test_options_that_cannot_be_planned_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        Setup(**{"length": 8} | option)
+
+
+def test_gpus_are_sane():
+    for machine in GPUS.values():
+        assert machine.flops["bfloat16"] > machine.flops["float32"] > machine.bandwidth > machine.memory
+
+
+@pytest.mark.slow
+def test_the_predicted_peak_is_the_measured_one():
+    """The benchmark's own check, of its smallest case."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.plan", "--cases", "0"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
