@@ -1,4 +1,4 @@
-"""The command line: mold demo | generate | keywords | extract | train | eval | analyse | run | plan | inspect | info."""
+"""The command line: mold demo, generate, keywords, extract, train, eval, analyse, run, plan, inspect and info."""
 
 from __future__ import annotations
 

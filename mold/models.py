@@ -73,15 +73,6 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     return tokenizer
 
 
-def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of a model that `load_model` takes."""
-    source, kwargs = _source(name, revision)
-    try:
-        return AutoConfig.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: cannot load the configuration of {name!r}: {str(error).splitlines()[0]}") from error
-
-
 def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A student that has some of a model's layers and everything else of it, with weights of its own.
 
