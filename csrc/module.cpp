@@ -1,13 +1,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
+#include <stdexcept>
 
-#include "cpu/value_pool.hpp"
+#include "cpu/kernels.hpp"
+#include "cpu/threads.hpp"
 
 namespace py = pybind11;
 
 namespace {
+
+using mold::View;
 
 #ifdef __clang__
 constexpr const char* compiler = __VERSION__;
@@ -15,35 +20,84 @@ constexpr const char* compiler = __VERSION__;
 constexpr const char* compiler = "GCC " __VERSION__;
 #endif
 
-constexpr const char* instruction_set =
-#if defined(__AVX512F__)
-    "AVX-512";
-#elif defined(__AVX2__)
-    "AVX2";
-#elif defined(__SSE2__)
-    "SSE2";
-#elif defined(__ARM_NEON)
-    "NEON";
-#else
-    "scalar";
-#endif
-
 std::map<std::string, std::string> build_info() {
+    std::string built, used = mold::level().name;
+    for (const mold::Level& level : mold::levels()) built += (built.empty() ? "" : ", ") + level.name;
     return {
         {"version", MOLD_VERSION},
         {"compiler", compiler},
         {"standard", "C++" + std::to_string(__cplusplus / 100 % 100)},
-        {"instruction sets", instruction_set},
+        {"instruction sets", built},
+        {"instruction set used", used},
+        {"threads", mold::thread_source()},
     };
+}
+
+std::vector<std::string> supported_levels() {
+    std::vector<std::string> names;
+    for (const mold::Level& level : mold::levels()) {
+        if (level.supported) names.push_back(level.name);
+    }
+    return names;
+}
+
+View make_view(
+    std::uintptr_t address, const std::string& dtype, const std::vector<std::int64_t>& sizes,
+    const std::vector<std::int64_t>& strides) {
+    static const std::map<std::string, mold::Dtype> dtypes = {
+        {"float32", mold::Dtype::float32}, {"float64", mold::Dtype::float64}, {"bfloat16", mold::Dtype::bfloat16},
+        {"bool", mold::Dtype::boolean},    {"int64", mold::Dtype::int64},
+    };
+    View view{address, dtypes.at(dtype), {1, 1, 1, 1}, {0, 0, 0, 0}};
+    std::copy(sizes.begin(), sizes.end(), view.sizes);
+    std::copy(strides.begin(), strides.end(), view.strides);
+    return view;
+}
+
+// The longest piece is what fits a block of rows.
+std::vector<mold::SpanPlan> plan(
+    const View& q, const View& k, const View& row_spans, const View& key_spans, bool mean) {
+    const std::int64_t group = q.sizes[1] / k.sizes[1];
+    return mold::plan_spans(
+        row_spans, key_spans, q.sizes[2], mean, std::max<std::int64_t>(1, mold::block_rows / group));
+}
+
+void span_attention_forward(
+    const View& q, const View& k, const View& lse, const View& row_spans, const View& key_spans, double scale,
+    bool mean, const View& pooled, int threads) {
+    const auto plans = plan(q, k, row_spans, key_spans, mean);
+    mold::level().kernels->span_attention_forward(q, k, lse, plans.data(), scale, pooled, threads);
+}
+
+void span_attention_backward(
+    const View& grad, const View& q, const View& k, const View& lse, const View& row_spans, const View& key_spans,
+    double scale, bool mean, const View& dq, const View& dk, const View& dlse, int threads) {
+    const auto plans = plan(q, k, row_spans, key_spans, mean);
+    mold::level().kernels->span_attention_backward(grad, q, k, lse, plans.data(), scale, dq, dk, dlse, threads);
+}
+
+// Calls the kernel of the level in use.
+template <typename... Arguments>
+auto kernel(void (*mold::Kernels::*member)(Arguments...)) {
+    return [member](Arguments... arguments) { (mold::level().kernels->*member)(arguments...); };
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    py::class_<mold::View>(module, "View")
-        .def(py::init<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>>());
+    using py::call_guard, py::gil_scoped_release;
+
+    py::class_<View>(module, "View").def(py::init(&make_view));
 
     module.def("build_info", build_info);
-    module.def("value_pool_forward", mold::value_pool_forward, py::call_guard<py::gil_scoped_release>());
-    module.def("value_pool_backward", mold::value_pool_backward, py::call_guard<py::gil_scoped_release>());
+    module.def("supported_levels", supported_levels);
+    module.def("set_level", mold::set_level);
+    module.def("attention_forward", kernel(&mold::Kernels::attention_forward), call_guard<gil_scoped_release>());
+    module.def("attention_backward", kernel(&mold::Kernels::attention_backward), call_guard<gil_scoped_release>());
+    module.def("span_attention_forward", span_attention_forward, call_guard<gil_scoped_release>());
+    module.def("span_attention_backward", span_attention_backward, call_guard<gil_scoped_release>());
+    module.def("layer_mixture_forward", kernel(&mold::Kernels::layer_mixture_forward), call_guard<gil_scoped_release>());
+    module.def("layer_mixture_backward", kernel(&mold::Kernels::layer_mixture_backward), call_guard<gil_scoped_release>());
+    module.def("value_pool_forward", kernel(&mold::Kernels::value_pool_forward), call_guard<gil_scoped_release>());
+    module.def("value_pool_backward", kernel(&mold::Kernels::value_pool_backward), call_guard<gil_scoped_release>());
 }

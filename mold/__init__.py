@@ -5,8 +5,9 @@ Importing this package registers the "mold" attention in transformers.
 
 from mold.attention_interface import LayerAttention, stack_attention, use_mold_attention
 from mold.config import MoldConfig
-from mold.data import Example, read_examples
+from mold.data import Example
 from mold.loss import MoldLoss
+from mold.readers import read_examples
 from mold.router import LayerRouter
 from mold.sft import StepwiseAttentionMixin
 from mold.signals import SignalCache, SignalSettings, extract_signals

@@ -166,7 +166,8 @@ def mold_mask(
         and allow_is_causal_skip
         and (local_size is None or kv_length <= local_size or _is_window(mask_function, local_size))
     ):
-        if attention_mask is None or bool(attention_mask.all()):
+        # Looking into the mask would break a graph of torch.compile: there it stays, even if nothing is padded.
+        if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
             return None
         return attention_mask[:, kv_offset : kv_offset + kv_length]
     return sdpa_mask(

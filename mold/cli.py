@@ -1,16 +1,14 @@
-"""The command line: mold demo | extract | train | eval | inspect | plan | info."""
+"""The command line: mold demo | generate | keywords | extract | train | eval | analyse | run | plan | inspect | info."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -61,6 +59,24 @@ def demo(context: typer.Context, config: ConfigFile = None):
 
 
 @app.command(context_settings=PASS_ON)
+def generate(context: typer.Context, config: ConfigFile = None):
+    """Let a teacher write rationales, or check some from elsewhere. Goes on where a killed run stopped."""
+    from mold import pipeline
+
+    options = parse_options(context.args, config, {}, "generate")
+    show_counts(pipeline.generate(options), options.folder / pipeline.RATIONALES)
+
+
+@app.command(context_settings=PASS_ON)
+def keywords(context: typer.Context, config: ConfigFile = None):
+    """Let a teacher name the key words of commonsense examples. Goes on where a killed run stopped."""
+    from mold import pipeline
+
+    options = parse_options(context.args, config, {}, "keywords")
+    show_counts(pipeline.keywords(options), options.folder / pipeline.RATIONALES)
+
+
+@app.command(context_settings=PASS_ON)
 def extract(context: typer.Context, config: ConfigFile = None):
     """Extract the teacher's stepwise attention of a data set into a cache. Goes on where a killed run stopped."""
     from mold import run
@@ -83,16 +99,68 @@ def train(context: typer.Context, config: ConfigFile = None):
 
 @app.command("eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context, config: ConfigFile = None):
-    """Evaluate a student on the held-out examples: losses, accuracy, predictions."""
-    from mold import run
+    """Evaluate a student on the held-out examples with its losses, or compare models on whole data sets (eval_sets)."""
+    from mold import pipeline, run
 
     options = parse_options(context.args, config, {}, "eval")
+    if options.evaluation.eval_sets:
+        trained_on = run.read_data(options.data, require_rationale=False) if "dataset" in options.chosen else ()
+        show_comparison(pipeline.compare(options, trained_on))
+        console.print(f"predictions: {options.folder / 'predictions'}")
+        return
     metrics = run.evaluate(options)
     table = Table("metric", "value")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4g}")
     console.print(table)
     console.print(f"predictions: {options.folder / 'predictions_eval.jsonl'}")
+
+
+@app.command(context_settings=PASS_ON)
+def analyse(context: typer.Context, config: ConfigFile = None):
+    """Attention to key words by step and layer, of any models on any data set with rationales, as a plot."""
+    from mold import pipeline
+
+    options = parse_options(context.args, config, {}, "analyse")
+    found = pipeline.analyse(options)
+    table = Table("attention to key words, %", "beginning", "end", "evenly spread: beginning", "end", "examples")
+    for name, entry in found.items():
+        layers = [sum(layer[place] or 0 for layer in entry["mass"]) / len(entry["mass"]) for place in (0, -1)]
+        shares = [f"{100 * value:.2f}" for value in (*layers, entry["even"][0], entry["even"][-1])]
+        table.add_row(name, *shares, f"{entry['examples']} ({entry['without_key_words']} without key words)")
+    console.print(table)
+    console.print(str(options.folder / "analysis.svg"), soft_wrap=True)
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[str, typer.Argument(help="A recipe of the package (small, ...) or a YAML file.")],
+    data_dir: Annotated[
+        str, typer.Option("--data_dir", help="Folder of the data sets, {data_dir} in the recipe.")
+    ] = "data",
+    output_dir: Annotated[str | None, typer.Option("--output_dir", help="In place of the recipe's.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, such as train.learning_rate=1e-4.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Check configuration, inputs and memory alone.")] = False,
+):
+    """Run all stages of a recipe, from data to the table of accuracies; what is done and still matches is skipped."""
+    from mold import recipe as recipes
+
+    loaded = recipes.load_recipe(
+        recipe, data_dir, [*(set_ or []), *([f"output_dir={output_dir}"] if output_dir else [])]
+    )
+    if dry_run:
+        for line in recipes.dry_run(loaded):
+            console.print(line, soft_wrap=True, highlight=False)
+        return
+    summary = recipes.run_recipe(loaded, lambda line: console.print(line, soft_wrap=True, highlight=False))
+    heading, *rows = recipes.table(summary)
+    table = Table(*heading)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"{loaded.output_dir}/results.md, results.json, results.svg")
 
 
 @app.command(context_settings=PASS_ON)
@@ -130,7 +198,7 @@ def info():
     import torch
 
     from mold import run
-    from mold_kernels import native
+    from mold_kernels import cuda, native
     from mold_kernels.backends import available_backends
 
     table = Table("what", "here")
@@ -139,8 +207,9 @@ def info():
     table.add_row("threads", str(torch.get_num_threads()))
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("GPUs", ", ".join(gpus) or "none")
-    for name, value in (native.build_info() or {}).items():
-        table.add_row(f"native: {name}", value)
+    for backend, module in (("native", native), ("cuda", cuda)):
+        for name, value in (module.build_info() or {}).items():
+            table.add_row(f"{backend}: {name}", value)
     for name, reason in available_backends().items():
         table.add_row(f"backend {name}", "available" if reason is None else f"missing: {reason}")
     console.print(table)
@@ -148,53 +217,10 @@ def info():
 
 def parse_options(arguments: list[str], config: Path | None, defaults: dict, command: str):
     """Options from defaults, a YAML file and the command line, each winning over the one before."""
-    from transformers import HfArgumentParser
+    from mold.options import make_options, read_yaml
 
-    from mold.config import DataOptions, MoldConfig, StudentOptions, TeacherOptions
-    from mold.run import Options
-
-    parser = HfArgumentParser(
-        (DataOptions, TeacherOptions, StudentOptions, MoldConfig),
-        prog=f"mold {command}",
-        allow_abbrev=False,
-        epilog="--config FILE: a YAML file of these options (key: value); the command line wins.",
-    )
-    known = sorted(name.removeprefix("--") for action in parser._actions for name in action.option_strings)
-    chosen = dict(defaults)
-    if config is not None:
-        chosen |= _read_yaml(config)
-    flat = []
-    for key, value in chosen.items():
-        if key not in known:
-            raise ValueError(f"--config: {config} has the unknown option {key!r}{_nearest(key, known)}")
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flat += [f"--{key}", *map(str, values)]
-    *groups, unknown = parser.parse_args_into_dataclasses(
-        [*flat, *arguments], look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        name = unknown[0].removeprefix("--").partition("=")[0]
-        raise ValueError(f"{unknown[0]}: is no option of mold {command}{_nearest(name, known)}")
-    return Options(*groups)
-
-
-def _read_yaml(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"--config: {path} does not exist")
-    try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: {path} is no YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"--config: {path} holds {type(loaded).__name__}, must hold options (key: value)")
-    return loaded
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else "; --help lists them"
+    chosen = defaults | (read_yaml(config, "--config") if config is not None else {})
+    return make_options(chosen, arguments, command, f"--config: {config}")
 
 
 def timed(function, *arguments):
@@ -205,7 +231,9 @@ def timed(function, *arguments):
 
 
 def show_summary(summary: dict) -> None:
-    """The table of a run."""
+    """The table of a run, shown by one of its processes."""
+    if not PartialState().is_main_process:
+        return
     table = Table("held-out", "before", "after", title=f"{summary['model']}, taught by {summary['teacher']}")
     for row in summary["rows"]:
         table.add_row(row["metric"], *(f"{row[when]:.4g}" for when in ("before", "after")))
@@ -219,10 +247,44 @@ def show_summary(summary: dict) -> None:
     console.print(f"gradient norm of each term before training: {norms}")
 
 
+def show_counts(counts: dict, path: Path) -> None:
+    """The counts of a stage, and where its rows are."""
+    table = Table("what", "count")
+    for name, count in sorted(counts.items()):
+        table.add_row(name, str(count))
+    console.print(table)
+    console.print(str(path), soft_wrap=True)
+
+
+def show_comparison(results: list[dict]) -> None:
+    """A row a model, a column a data set: accuracy in percent with its 95 % interval."""
+    sets = list(dict.fromkeys(result["set"] for result in results))
+    sizes = {result["set"]: result["total"] for result in results}
+    table = Table("model", *(f"{name} ({sizes[name]})" for name in sets), title="accuracy, % (95 % interval)")
+    for model in dict.fromkeys(result["model"] for result in results):
+        cells = {result["set"]: result for result in results if result["model"] == model}
+        table.add_row(
+            model,
+            *(
+                "{:.1f} ({:.1f} to {:.1f})".format(*(100 * cells[s][k] for k in ("accuracy", "low", "high")))
+                for s in sets
+            ),
+        )
+    console.print(table)
+    remarks = {"seen": "questions that the training data asks too", "no_answer": "without an answer"}
+    remarks["truncated"] = "cut off at max_new_tokens"
+    for name, label in remarks.items():
+        for result in results:
+            if result[name]:
+                console.print(f"{result['model']} on {result['set']}: {result[name]} {label}")
+
+
 def show_report(folder: Path) -> None:
     """Write the report and say where it is, or why there is none."""
     from mold.report import write_report
 
+    if not PartialState().is_main_process:
+        return
     try:
         console.print(f"report: {write_report(folder)}")
     except ImportError as error:

@@ -164,13 +164,20 @@ class DataOptions:
     """Where the examples come from."""
 
     dataset: str = field(
-        default="generated", metadata={"help": 'A file or folder of examples, or "generated": our own word problems.'}
+        default="generated",
+        metadata={"help": 'A file, folder or hub name of examples, or "generated": our own word problems.'},
     )
     dataset_format: str = field(
-        default="auto", metadata={"help": "auto, jsonl, gsm8k, svamp, commonsense_qa or singleeq."}
+        default="auto",
+        metadata={
+            "help": "auto, plain, gsm8k, svamp, asdiv, singleeq, multiarith, commonsense_qa or strategyqa.",
+        },
+    )
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "train, test, ...: the file of a folder, the split of a data set on the hub."}
     )
     rationales: str | None = field(
-        default=None, metadata={"help": "A JSONL file of rationales, for data sets that have none of their own."}
+        default=None, metadata={"help": "A JSONL file of rationales, in place of those that the data set has."}
     )
     num_train: int | None = field(default=None, metadata={"help": "Training examples; all there are where not given."})
     num_eval: int = field(default=40, metadata={"help": "Held-out examples."})
@@ -210,6 +217,56 @@ class StudentOptions:
     student_layers: list[int] | None = field(
         default=None, metadata={"help": "Keep these layers (ascending indices) instead of evenly spread ones."}
     )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the router, not the student."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, over its rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers that get an adapter; all linear ones but the output where not given."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the student's weights in 4 bits (bitsandbytes, a GPU, use_peft)."}
+    )
     generate_batch_size: int = field(default=16, metadata={"help": "Prompts a batch of generation."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion."})
     num_maps: int = field(default=4, metadata={"help": "Held-out examples whose attention maps the report shows."})
+    static_cache: bool = field(
+        default=False, metadata={"help": "Generate with keys and values of fixed size (compiled on GPUs)."}
+    )
+
+
+@dataclass
+class PromptOptions:
+    """How a teacher is prompted (mold generate, mold keywords)."""
+
+    prompt: str = field(
+        default="auto", metadata={"help": "math, commonsense, yes_no or a YAML file; auto: told from the answers."}
+    )
+    num_shots: int | None = field(
+        default=None, metadata={"help": "Worked examples in the prompt, 0 for zero-shot; all it has where not given."}
+    )
+    chat: str = field(
+        default="auto",
+        metadata={"help": "Whether prompts use the chat template: auto, on or off.", "choices": ["auto", "on", "off"]},
+    )
+    temperature: float = field(default=0.0, metadata={"help": "Of sampling; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
+    num_tries: int = field(default=1, metadata={"help": "Tries at a question before the hint, when sampling."})
+    hint: bool = field(default=True, metadata={"help": "Try wrong ones again with the right answer as a hint."})
+
+
+@dataclass
+class EvalOptions:
+    """What mold eval compares: models on data sets."""
+
+    eval_sets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Data sets as NAME=PATH or NAME=PATH@SPLIT, for accuracy alone; not given: the held-out examples "
+            "of the data set, with their losses."
+        },
+    )
+    models: list[str] | None = field(
+        default=None, metadata={"help": "Models or run folders to compare; model_name_or_path where not given."}
+    )
+    eval_limit: int | None = field(default=None, metadata={"help": "Examples of each set; all where not given."})

@@ -1,4 +1,4 @@
-"""Examples, the text they are trained as, and readers of public data sets."""
+"""Examples, the text they are trained as, and splits without leakage."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from mold.conversations import question_row
 from mold.text import Span
 
 DEFAULT_TEMPLATE = "Question: {question}\nReasoning: {rationale}\nAnswer: {answer}"
@@ -121,213 +118,28 @@ def split_examples(examples: Sequence[Example], num_eval: int, seed: int) -> tup
         seed: of the shuffle.
 
     Returns:
-        (training, held out). Examples that repeat a held-out question belong to neither.
+        (training, held out). Every held-out question stands there once; examples that repeat one belong to neither.
     """
     shuffled = list(examples)
     random.Random(seed).shuffle(shuffled)
-    held_out, rest = shuffled[:num_eval], shuffled[num_eval:]
-    asked = {_normalised(example.question) for example in held_out}
-    return [example for example in rest if _normalised(example.question) not in asked], held_out
+    held_out = {}
+    for example in shuffled:
+        if len(held_out) < num_eval:
+            held_out.setdefault(question_key(example.question), example)
+    held_out = list(held_out.values())
+    return without_questions_of(shuffled, held_out), held_out
 
 
-@dataclass
-class ReadReport:
-    """How many rows a reader saw, and why it left some out."""
-
-    rows: int = 0
-    kept: int = 0
-    left_out: Counter = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        reasons = "".join(f", {count} {reason}" for reason, count in sorted(self.left_out.items()))
-        return f"{self.rows} rows, {self.kept} kept{reasons}"
+def without_questions_of(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+    """The examples whose question none of the others asks (see `question_key`): training data without leakage."""
+    asked = {question_key(example.question) for example in others}
+    return [example for example in examples if question_key(example.question) not in asked]
 
 
-def read_examples(
-    path: str | Path, format: str = "auto", *, rationales: str | Path | None = None, require_rationale: bool = True
-) -> tuple[list[Example], ReadReport]:
-    """Read examples from a file or folder.
+def question_key(question: str) -> str:
+    """What two copies of a question have in common: its words and numbers, without case, spaces and punctuation.
 
-    Args:
-        path: a file, or a folder of svamp or commonsense_qa.
-        format: "jsonl" (rows with question, rationale, answer and optionally id, keywords, correct), "gsm8k", "svamp"
-            (SVAMP.json), "commonsense_qa" (dev.jsonl), "singleeq" (questions.json, has no rationales), or "auto".
-        rationales: JSONL rows with question, rationale and optionally correct, for svamp and commonsense_qa; in a
-            folder, its rationales.jsonl.
-        require_rationale: whether a row without rationale is an error; evaluation needs none.
-
-    Returns:
-        The examples, and how many rows were read and left out. Rows that say `"correct": false` are left out and
-        counted: their rationale leads to a wrong answer.
-
-    Raises:
-        ValueError: the file is missing, empty, malformed, or of no known format; names the file and line.
+    Decimal points, signs and operators before a number count: "2.5" is not "25".
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"dataset: {path} does not exist")
-    if format == "auto":
-        format = _detect(path)
-    if format not in _READERS:
-        raise ValueError(f"dataset_format: is {format!r}, must be auto, {', '.join(_READERS)}")
-    report, examples, seen = ReadReport(), [], {}
-    for place, row in _READERS[format](path, rationales and Path(rationales)):
-        report.rows += 1
-        if row is None:
-            report.left_out["without a rationale"] += 1
-            continue
-        if row.get("correct") is False:
-            report.left_out["with a wrong rationale"] += 1
-            continue
-        example = _example(place, row, require_rationale)
-        if example.id in seen:
-            raise ValueError(f"{place}: has the id {example.id!r} of {seen[example.id]}")
-        seen[example.id] = place
-        examples.append(example)
-    report.kept = len(examples)
-    if not examples:
-        raise ValueError(f"dataset: {path} holds no usable example ({report})")
-    return examples, report
-
-
-def _example(place: str, row: dict, require_rationale: bool) -> Example:
-    row = question_row(row, place)
-    values = {}
-    for key in ("question", "rationale", "answer"):
-        value = row.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and key == "answer":
-            value = f"{value:g}" if abs(value) < 1e6 else str(value).removesuffix(".0")
-        if value is None and key == "rationale" and not require_rationale:
-            value = ""
-        if not isinstance(value, str) or (not value.strip() and (key != "rationale" or require_rationale)):
-            raise ValueError(f"{place}: {key} is {value!r}, must be a text that is not empty")
-        values[key] = value.strip()
-    keywords = row.get("keywords")
-    if keywords is not None and (not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords)):
-        raise ValueError(f"{place}: keywords is {keywords!r}, must be a list of texts")
-    stem, _, line = place.rpartition(":")
-    name = row.get("id", f"{Path(stem).stem}-{line}")
-    keywords = None if keywords is None else tuple(keywords)
-    return Example(str(name), **values, keywords=keywords, history=row.get("history", ()))
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    if not path.is_file():
-        raise ValueError(f"dataset: {path} does not exist")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: is no JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: is a {type(row).__name__}, must be an object")
-            yield place, row
-
-
-def _json_list(path: Path) -> Iterator[tuple[str, dict]]:
-    if not path.is_file():
-        raise ValueError(f"dataset: {path} does not exist")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: is no JSON ({error.msg})") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{path}:{number}", row
-
-
-def _need(place: str, row: dict, *keys: str) -> list:
-    for key in keys:
-        if key not in row:
-            raise ValueError(f"{place}: has no {key!r}")
-    return [row[key] for key in keys]
-
-
-def _read_jsonl(path: Path, rationales: Path | None) -> Iterator[tuple[str, dict]]:
-    return _json_lines(path)
-
-
-def _read_gsm8k(path: Path, rationales: Path | None) -> Iterator[tuple[str, dict]]:
-    for place, row in _json_lines(path):
-        question, solution = _need(place, row, "question", "answer")
-        rationale, separator, answer = re.sub(r"<<[^<>]*>>", "", solution).rpartition("####")
-        if not separator:
-            raise ValueError(f"{place}: answer has no '#### result'")
-        yield place, {"question": question, "rationale": rationale, "answer": answer.replace(",", "")}
-
-
-def _read_svamp(path: Path, rationales: Path | None) -> Iterator[tuple[str, dict | None]]:
-    problems, written = _with_rationales(path, "SVAMP.json", rationales)
-    for place, row in _json_list(problems):
-        name, body, question, answer = _need(place, row, "ID", "Body", "Question", "Answer")
-        body = body.rstrip()
-        text = f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {question}"
-        found = written.get(_normalised(text))
-        yield place, found and {**found, "id": name, "question": text, "answer": answer}
-
-
-def _read_commonsense_qa(path: Path, rationales: Path | None) -> Iterator[tuple[str, dict | None]]:
-    questions, written = _with_rationales(path, "dev.jsonl", rationales)
-    for place, row in _json_lines(questions):
-        name, answer, question = _need(place, row, "id", "answerKey", "question")
-        stem, concept, choices = _need(place, question, "stem", "question_concept", "choices")
-        text = f"{stem} Answer Choices: " + " ".join(f"({c['label']}) {c['text']}" for c in choices)
-        found = written.get(_normalised(text))
-        keywords = [concept, *(choice["text"] for choice in choices)]
-        yield place, found and {**found, "id": name, "question": text, "answer": answer, "keywords": keywords}
-
-
-def _read_singleeq(path: Path, rationales: Path | None) -> Iterator[tuple[str, dict]]:
-    for place, row in _json_list(path):
-        question, solutions, index = _need(place, row, "sQuestion", "lSolutions", "iIndex")
-        yield place, {"id": f"singleeq-{index}", "question": question, "answer": solutions[0]}
-
-
-def _with_rationales(path: Path, name: str, rationales: Path | None) -> tuple[Path, dict[str, dict]]:
-    """The questions' file, and rows of rationales by their normalised question."""
-    folder = path if path.is_dir() else path.parent
-    written = rationales or folder / "rationales.jsonl"
-    if not written.is_file():
-        raise ValueError(f"rationales: {written} does not exist; {name} has no rationales of its own")
-    rows = {_normalised(_need(place, row, "question")[0]): row for place, row in _json_lines(written)}
-    return (path / name if path.is_dir() else path), rows
-
-
-def _normalised(question: str) -> str:
-    return re.sub(r"\W+", "", question).casefold()
-
-
-def _detect(path: Path) -> str:
-    if path.is_dir():
-        names = {file.name for file in path.iterdir()}
-        for name, format in (("SVAMP.json", "svamp"), ("dev.jsonl", "commonsense_qa"), ("questions.json", "singleeq")):
-            if name in names:
-                return format
-        raise ValueError(f"dataset: {path} is a folder of no known data set; name a file, or dataset_format")
-    if path.suffix == ".json":
-        row = next(iter(_json_list(path)), (None, {}))[1]
-    else:
-        row = next(iter(_json_lines(path)), (None, {}))[1]
-    for keys, format in (
-        ({"Body", "Question"}, "svamp"),
-        ({"sQuestion"}, "singleeq"),
-        ({"answerKey"}, "commonsense_qa"),
-        ({"question", "rationale"}, "jsonl"),
-    ):
-        if keys <= row.keys():
-            return format
-    if "####" in str(row.get("answer", "")):
-        return "gsm8k"
-    return "jsonl"
-
-
-_READERS: dict[str, Callable] = {
-    "jsonl": _read_jsonl,
-    "gsm8k": _read_gsm8k,
-    "svamp": _read_svamp,
-    "commonsense_qa": _read_commonsense_qa,
-    "singleeq": _read_singleeq,
-}
+    without_separators = re.sub(r"(?<=\d),(?=\d{3})", "", question.casefold())
+    return " ".join(re.findall(r"\w+|\.(?=\d)|[-+*/^](?=\s*\d)", without_separators))

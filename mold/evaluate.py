@@ -1,22 +1,22 @@
-"""Batched greedy generation, answers, accuracy."""
+"""Batched greedy generation, answers, accuracy with its confidence interval."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mold.answers import answers_match, extract_answer
+from mold.answers import answer_kind, answers_match, extract_answer
 from mold.chat import render_for
 from mold.data import DEFAULT_TEMPLATE, Example
+from mold.generation import Completion, Journal, batches_by_length, generate_batch
 from mold.signals import write_atomically
 
 
-@torch.no_grad()
 def generate_predictions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -26,6 +26,8 @@ def generate_predictions(
     task: str = "joint",
     batch_size: int = 16,
     max_new_tokens: int = 256,
+    static_cache: bool = False,
+    journal: Journal | None = None,
     progress: bool = True,
 ) -> list[dict]:
     """Greedy completions of the examples' prompts, their answers and whether those are right.
@@ -37,6 +39,8 @@ def generate_predictions(
         template, task: the training text's (see `mold.chat.render_for`).
         batch_size: prompts a batch, padded on the left.
         max_new_tokens: most tokens of a completion. A completion that reaches it is marked "truncated".
+        static_cache: see `generate_batch`.
+        journal: finished batches are noted there and not generated again; None keeps no journal.
         progress: whether to show a progress bar.
 
     Returns:
@@ -45,50 +49,84 @@ def generate_predictions(
     """
     model.eval()
     rendered = [render_for(example, template, tokenizer, task) for example in examples]
-    # Prompts of like length share a batch: less padding.
-    order = sorted(range(len(rendered)), key=lambda index: len(rendered[index].prompt))
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    rows = [None] * len(rendered)
-    for start in tqdm(range(0, len(order), batch_size), desc="Generating", disable=not progress):
-        chosen = order[start : start + batch_size]
-        ids = [
-            tokenizer(rendered[index].prompt, add_special_tokens=rendered[index].special_tokens)["input_ids"]
-            for index in chosen
-        ]
-        length = max(map(len, ids))
-        batch = torch.tensor([[pad_token_id] * (length - len(row)) + row for row in ids], device=model.device)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=model.device)
-        output = model.generate(
-            batch,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )[:, length:]
-        for index, tokens in zip(chosen, output, strict=True):
-            example = examples[index]
-            completion = tokenizer.decode(tokens, skip_special_tokens=True)
-            prediction = extract_answer(completion, template, task)
-            rows[index] = {
-                "id": example.id,
-                "question": example.question,
-                "answer": example.answer,
-                "prediction": prediction,
-                "completion": completion,
-                "correct": answers_match(prediction, example.answer),
-                "truncated": len(tokens) == max_new_tokens
-                and tokens[-1].item() not in (tokenizer.eos_token_id, pad_token_id),
-            }
+    prompts = [tokenizer(text.prompt, add_special_tokens=text.special_tokens)["input_ids"] for text in rendered]
+    rows = [None] * len(prompts)
+    for place, chosen in enumerate(tqdm(batches_by_length(prompts, batch_size), "Generating", disable=not progress)):
+        name = f"predictions-{place}"
+        if journal is None or name not in journal.batches:
+            completions = generate_batch(
+                model,
+                tokenizer,
+                [prompts[index] for index in chosen],
+                max_new_tokens=max_new_tokens,
+                static_cache=static_cache,
+            )
+            answered = [
+                _prediction(examples[index], completion, template, task)
+                for index, completion in zip(chosen, completions, strict=True)
+            ]
+            if journal is not None:
+                journal.append(name, answered)
+        else:
+            answered = journal.batches[name]
+        for index, row in zip(chosen, answered, strict=True):
+            rows[index] = row
     return rows
+
+
+def _prediction(example: Example, completion: Completion, template: str, task: str) -> dict:
+    prediction = extract_answer(completion.text, template, answer_kind(example.answer), task)
+    return {
+        "id": example.id,
+        "question": example.question,
+        "answer": example.answer,
+        "prediction": prediction,
+        "completion": completion.text,
+        "correct": answers_match(prediction, example.answer),
+        "truncated": completion.truncated,
+    }
 
 
 def accuracy(predictions: Sequence[dict]) -> float:
     """Share of right answers."""
     return sum(row["correct"] for row in predictions) / len(predictions)
+
+
+def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval that a share of `right` in `total` lies in, at 95 % confidence.
+
+        (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Args:
+        right: how many were right, or the mean of that over runs.
+        total: of how many, n.
+        z: quantile of the normal distribution, 1.96 for 95 %.
+
+    Raises:
+        ValueError: `total` is not positive or `right` not from 0 to it.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    if not 0 <= right <= total or total < 1:
+        raise ValueError(f"right: is {right} of {total}, must be from 0 to a total of at least 1")
+    share, width = right / total, z * z / total
+    middle, half = share + width / 2, z * math.sqrt(share * (1 - share) / total + width / (4 * total))
+    return max(0.0, (middle - half) / (1 + width)), min(1.0, (middle + half) / (1 + width))
+
+
+def score(predictions: Sequence[dict]) -> dict:
+    """right, total, accuracy, its 95 % interval (low, high), and how many gave no answer or were truncated."""
+    right, total = sum(row["correct"] for row in predictions), len(predictions)
+    low, high = wilson_interval(right, total)
+    return {
+        "right": right,
+        "total": total,
+        "accuracy": right / total,
+        "low": low,
+        "high": high,
+        "no_answer": sum(row["prediction"] is None for row in predictions),
+        "truncated": sum(row["truncated"] for row in predictions),
+    }
 
 
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:

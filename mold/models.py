@@ -48,6 +48,19 @@ def load_model(
     return model, tokenizer
 
 
+def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model that `load_model` takes, without its weights.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    source, kwargs = _source(name, revision)
+    try:
+        return AutoConfig.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot load the configuration of {name!r}: {str(error).splitlines()[0]}") from error
+
+
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that `load_model` takes, padding with its end-of-sequence token if it has none else."""
     source, kwargs = _source(name, revision)

@@ -143,6 +143,73 @@ def loss_curves(metrics):
     return figure
 
 
+def variant_accuracies(variants):
+    """Accuracy of every variant, a panel a test set: a ring each seed, a dot for their mean, a line for its interval.
+
+    Args: variants: by name, as `mold.recipe.summarise` has them.
+    Raises: ValueError if there is no variant; ImportError without matplotlib.
+    """
+    if not variants:
+        raise ValueError("variants: was empty, must hold at least one")
+    names, sets = list(variants), list(dict.fromkeys(s for entry in variants.values() for s in entry["sets"]))
+    left = 0.3 + CHARACTER * max(map(_units, names))
+    height, width = 0.24 * len(names) + 0.1, max(1.2, min(2.4, (PANELS_WIDTH - left) / len(sets) - 0.25))
+    figure = _figure(left + len(sets) * (width + 0.25), height + 0.95)
+    for place, name in enumerate(sets):
+        axes = _axes(figure, left + place * (width + 0.25), 0.5, width, height, name, "accuracy, %")
+        for row, entry in enumerate(variants.values()):
+            found = entry["sets"][name]
+            axes.plot([100 * found["low"], 100 * found["high"]], [row, row], color=FAINT, linewidth=3, zorder=1)
+            each = [100 * accuracy for accuracy in found["accuracies"]]
+            axes.plot(each, [row] * len(each), "o", mfc="none", mec=GREY, ms=5, zorder=2)
+            axes.plot(100 * found["mean"], row, "o", color=BLUE, ms=4, zorder=3)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), [_printable(n) for n in names] if place == 0 else [""] * len(names))
+        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+        axes.locator_params(axis="x", nbins=4)
+    return figure
+
+
+def key_word_attention(models):
+    """How much of their attention models give to key words, over the course of the reasoning.
+
+    On top the mean over layers, against what attention spread evenly over the visible tokens would give (dashed);
+    below, a map of layers for each model on one colour scale.
+
+    Args: models: by name, {"mass": [L][bins], "even": [bins]} of `mold.analysis`; None where no step fell into a bin.
+    Raises: ValueError if there is no model; ImportError without matplotlib.
+    """
+    if not models:
+        raise ValueError("models: was empty, must hold at least one")
+    maps = {name: np.array(entry["mass"], float) for name, entry in models.items()}
+    heights = {name: min(max(0.1 * len(mass), 0.9), 3.0) for name, mass in maps.items()}
+    figure = _figure(6.6, 2.75 + sum(heights.values()) + 0.75 * len(maps))
+    top = _top(np.concatenate([mass.ravel() for mass in maps.values()]))
+    bottom = figure.get_figheight() - 2.3
+    axes = _axes(figure, 0.75, bottom, 5.0, 1.9, "attention to key words, mean over layers", "share of the reasoning")
+    for (name, mass), colour in zip(maps.items(), _cycled(len(maps)), strict=True):
+        at = (np.arange(mass.shape[1]) + 0.5) / mass.shape[1]
+        axes.plot(at, mass.mean(axis=0), color=colour, marker="o", ms=3, label=_printable(name))
+        even = np.array(models[name]["even"], float)
+        axes.plot(at, even, color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    for name, mass in maps.items():
+        bottom -= 0.75 + heights[name]
+        axes = _axes(figure, 0.75, bottom, 5.0, heights[name], name, "share of the reasoning", "layer")
+        extent = (0, 1, -0.5, len(mass) - 0.5)
+        colours = _colours(np.nan_to_num(mass), top, blank_zeros=True)
+        axes.imshow(colours, aspect="auto", interpolation="none", origin="lower", extent=extent)
+        _colour_bar(figure, 5.9, bottom, heights[name], top)
+    return figure
+
+
+def _cycled(count):
+    return [(ORANGE, BLUE, VERMILION, GREY)[index % 4] for index in range(count)]
+
+
 def figure_to_svg(figure):
     """The figure as an `<svg>` element to stand in HTML: text stays text, nothing refers to another file."""
     import matplotlib

@@ -1,13 +1,14 @@
 """Our own multi-step word problems: numbers, distractors, and rationales that state every calculation.
 
 Every problem is computed, never parsed: a scenario draws its numbers and writes question and rationale from them. The
-distractor is a sentence of the question with a number that the solution does not use.
+distractor is a sentence of the question with a number that stands nowhere else in question and solution.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 
 from mold.data import Example
 
@@ -76,12 +77,13 @@ def _problems(rng: random.Random) -> Iterator[tuple[str, str, int]]:
         scenario = rng.choice(SCENARIOS)
         facts, task, steps, answer = scenario(rng)
         # The distractor never comes first: a problem opens with what it is about.
-        facts.insert(rng.randint(1, len(facts)), _distractor(rng))
+        used = [int(number) for number in re.findall(r"\d+", " ".join([*facts, *steps]))]
+        facts.insert(rng.randint(1, len(facts)), _distractor(rng, used))
         yield " ".join([*facts, task]), " ".join(steps), answer
 
 
-def _distractor(rng: random.Random) -> str:
-    number = rng.randint(2, 60)
+def _distractor(rng: random.Random, used: Collection[int]) -> str:
+    number = rng.choice([number for number in range(2, 61) if number not in used])
     return rng.choice(
         [
             f"The {rng.choice(PLACES)} opened {number} years ago.",

@@ -9,23 +9,26 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import mold
-from mold.config import DataOptions, MoldConfig, StudentOptions, TeacherOptions
-from mold.data import Example, read_examples, split_examples
+from mold.adapters import lora_config
+from mold.config import DataOptions, EvalOptions, MoldConfig, PromptOptions, StudentOptions, TeacherOptions
+from mold.data import Example, split_examples
 from mold.encoding import has_signal
 from mold.evaluate import accuracy, generate_predictions, write_jsonl
 from mold.models import load_model, spread_layers, take_layers
 from mold.problems import generate_problems
+from mold.readers import read_examples
 from mold.router_training import ROUTER_FILE
 from mold.signals import SignalCache, SignalSettings, extract_signals, write_atomically
 from mold.trainer import MoldTrainer
@@ -35,12 +38,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Options:
-    """All options of a run, as the command line has them; `chosen` holds those that are not at their default."""
+    """All options, as the command line has them; `chosen` holds those of a training that are not at their default."""
 
     data: DataOptions
     teacher: TeacherOptions
     student: StudentOptions
     training: MoldConfig
+    prompting: PromptOptions = field(default_factory=PromptOptions)
+    evaluation: EvalOptions = field(default_factory=EvalOptions)
 
     @property
     def folder(self) -> Path:
@@ -51,8 +56,10 @@ class Options:
         return Path(self.teacher.signals_dir or self.folder / "signals")
 
     def __post_init__(self):
-        # Here and not later: making TrainingArguments resets the state that a trainer's accelerator needs.
-        default = _as_dict(DataOptions(), TeacherOptions(), StudentOptions(), MoldConfig())
+        # Here and not later, and on the same device: making TrainingArguments resets the state that says how many
+        # processes there are.
+        training = MoldConfig(use_cpu=self.training.use_cpu)
+        default = _as_dict(DataOptions(), TeacherOptions(), StudentOptions(), training)
         mine = _as_dict(self.data, self.teacher, self.student, self.training)
         self.chosen = {key: value for key, value in mine.items() if value != default[key]}
 
@@ -62,23 +69,30 @@ def _as_dict(*groups) -> dict:
     return json.loads(json.dumps({k: v for group in values for k, v in group.items()}, default=str))
 
 
-def load_examples(options: DataOptions, require_rationale: bool = True) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; a question is never in both. Rows that are left out are counted in a warning."""
-    wanted = None if options.num_train is None else options.num_train + options.num_eval
+def read_data(options: DataOptions, require_rationale: bool = True, rationales: str | None = None) -> list[Example]:
+    """All examples of the data set. Rows that are left out are counted in a warning."""
     if options.dataset == "generated":
-        examples = generate_problems(wanted or 240 + options.num_eval, options.split_seed)
-    else:
-        examples, report = read_examples(
-            options.dataset,
-            options.dataset_format,
-            rationales=options.rationales,
-            require_rationale=require_rationale,
-        )
-        if report.left_out:
-            logger.warning(f"{options.dataset}: {report}")
+        return generate_problems((options.num_train or 240) + options.num_eval, options.split_seed)
+    examples, report = read_examples(
+        options.dataset,
+        options.dataset_format,
+        split=options.dataset_split,
+        rationales=rationales,
+        require_rationale=require_rationale,
+    )
+    if report.left_out:
+        logger.warning(f"{options.dataset}: {report}")
+    return examples
+
+
+def load_examples(options: DataOptions) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples; a question is never in both."""
+    examples = read_data(options, rationales=options.rationales)
     if not 0 < options.num_eval <= len(examples):
         raise ValueError(f"num_eval: is {options.num_eval}, must be from 1 to the {len(examples)} examples there are")
     train, held_out = split_examples(examples, options.num_eval, options.split_seed)
+    if repeated := len(examples) - len(train) - len(held_out):
+        logger.warning(f"{options.dataset}: {repeated} examples ask a held-out question again and are left out")
     if options.num_train is not None and options.num_train > len(train):
         raise ValueError(f"num_train: is {options.num_train}, but only {len(train)} examples are left to train on")
     return train[: options.num_train], held_out
@@ -137,6 +151,11 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
     student = options.student
     if student.model_name_or_path is not None:
         init = dict(options.training.model_init_kwargs or {})
+        if student.load_in_4bit:
+            compute_dtype = torch.bfloat16 if options.training.bf16 else getattr(torch, student.model_dtype)
+            init["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
+            )
         model, tokenizer = load_model(
             student.model_name_or_path, revision=student.model_revision, dtype=student.model_dtype, **init
         )
@@ -153,7 +172,7 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
         model = take_layers(model, student.student_layers)
     elif student.student_num_layers is not None:
         model = take_layers(model, spread_layers(model.config.num_hidden_layers, student.student_num_layers))
-    return model.to(getattr(torch, student.model_dtype)), tokenizer
+    return model if student.load_in_4bit else model.to(getattr(torch, student.model_dtype)), tokenizer
 
 
 def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
@@ -171,6 +190,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
     train_examples, held_out = load_examples(options.data)
     if options.teacher.teacher_online:
         teacher = teacher or load_teacher(options)
+    peft_config = lora_config(options.student)
     student, tokenizer = make_student(options, teacher)
     trainer = MoldTrainer(
         student,
@@ -178,6 +198,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
         train_examples,
         held_out,
         processing_class=tokenizer,
+        peft_config=peft_config,
         **teaching(options, teacher, needed=options.training.beta > 0),
     )
     _claim_folder(options)
@@ -190,7 +211,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
         before["gradient_norms"] = trainer.term_gradient_norms(
             trainer.train_dataset[: options.training.per_device_train_batch_size]
         )
-        write_atomically(before_file, json.dumps(before).encode())
+        _write(before_file, json.dumps(before).encode())
     evaluated = time.perf_counter()
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
@@ -199,7 +220,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
     seconds["evaluate"] = time.perf_counter() - start - seconds["train"]
     _write_maps(folder, before["maps"], after["maps"], {e.id: e for e in held_out})
     summary = _summarise(options, trainer, before, after, seconds)
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    _write(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
 
 
@@ -219,8 +240,14 @@ def evaluate(options: Options) -> dict:
         logger.warning(f"{router} does not exist: the attention loss is that of an untrained router")
     result = _evaluate(options, trainer, held_out, "eval")
     metrics = result["metrics"] | {"accuracy": result["accuracy"], "num_eval": len(held_out)}
-    write_atomically(options.folder / "eval.json", json.dumps(metrics, indent=1).encode())
+    _write(options.folder / "eval.json", json.dumps(metrics, indent=1).encode())
     return metrics
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Of several processes, which all know the same, one writes."""
+    if PartialState().is_main_process:
+        write_atomically(path, data)
 
 
 def _claim_folder(options: Options) -> None:
@@ -236,7 +263,7 @@ def _claim_folder(options: Options) -> None:
                 )
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, yaml.safe_dump(mine, allow_unicode=True).encode())
+    _write(path, yaml.safe_dump(mine, allow_unicode=True).encode())
 
 
 def _said(chosen: dict, key: str) -> str:
@@ -261,9 +288,11 @@ def _predict(options: Options, model, tokenizer, examples: list[Example], when: 
         task=options.training.tasks[-1],
         batch_size=options.student.generate_batch_size,
         max_new_tokens=options.student.max_new_tokens,
+        static_cache=options.student.static_cache,
         progress=not options.training.disable_tqdm,
     )
-    write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
+    if PartialState().is_main_process:
+        write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
     return predictions
 
 
@@ -278,7 +307,7 @@ def _write_maps(folder: Path, before: list[dict], after: list[dict], examples: d
             entry[f"student_layer_weights_{when}"] = values["student_layer_weights"]
             entry[f"kl_{when}"] = values["kl"]
         entries.append(entry)
-    write_atomically(folder / "attention_maps.json", json.dumps(entries).encode())
+    _write(folder / "attention_maps.json", json.dumps(entries).encode())
 
 
 def _summarise(options: Options, trainer: MoldTrainer, before: dict, after: dict, seconds: dict) -> dict:

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load, save
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mold.attention_interface import stack_attention, use_mold_attention
 from mold.data import Example, text_hash
 from mold.encoding import Collator, EncodedExample, check_tokenizer, encode_example
+from mold.processes import check_processes
 from mold.text import SEGMENTATION_VERSION
 
 MANIFEST = "manifest.json"
@@ -164,8 +164,8 @@ def extract_signals(
 
     Raises:
         ValueError: the folder holds a cache of other settings or another text of an example; the examples, the
-            tokenizer or the model cannot be used (see `encode_example`, `use_mold_attention`); or the teacher's
-            attention is not finite.
+            tokenizer or the model cannot be used (see `encode_example`, `use_mold_attention`); the processes do not
+            know of each other; or the teacher's attention is not finite.
     """
     folder = Path(folder)
     check_tokenizer(tokenizer)
@@ -173,7 +173,7 @@ def extract_signals(
     if repeated:
         raise ValueError(f"example {repeated[0]}: stands twice in the data set, ids must be distinct")
     use_mold_attention(model).eval()
-    state = PartialState()
+    state = check_processes()
     mine = "" if state.is_main_process else f"-{state.process_index}"
     folder.mkdir(parents=True, exist_ok=True)
     manifests = _read_manifests(folder)

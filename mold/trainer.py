@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from mold.adapters import add_adapter, refuse_prompt_adapters, without_adapter
+from mold.adapters import add_adapter, check_adapter, without_adapter
 from mold.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
 from mold.chat import example_from_row
 from mold.chunked_cross_entropy import ChunkedHead
@@ -30,6 +30,7 @@ from mold.data import Example
 from mold.encoding import Collator, encode_example, has_signal
 from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
 from mold.models import load_model
+from mold.processes import check_processes
 from mold.router_training import RouterTraining
 from mold.signals import OnlineTeacher, SignalCache, write_atomically
 
@@ -115,7 +116,7 @@ class MoldTrainer(RouterTraining, Trainer):
             signals.require(row_reduction=args.row_reduction)
         if peft_config is not None:
             model = add_adapter(model, peft_config, args)
-        refuse_prompt_adapters(model)
+        check_adapter(model)
         layers = {}
         if args.method == "single_layer":
             layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
@@ -149,12 +150,14 @@ class MoldTrainer(RouterTraining, Trainer):
         self._reset_window()
 
     def _refuse_unsupported_parallelism(self):
-        for name, enabled in (("fsdp", self.is_fsdp_enabled), ("deepspeed", self.is_deepspeed_enabled)):
-            if enabled:
+        for name in ("fsdp", "deepspeed"):
+            # On by option or by accelerate's configuration; on CPUs accelerate would ignore the option in silence.
+            if getattr(self.args, name) or getattr(self, f"is_{name}_enabled"):
                 raise ValueError(
                     f"{name}: is on, must be off: the router stands beside the model, and the gradients of a model "
                     "that is split cannot be clipped together with its; use DDP (torchrun or accelerate launch)"
                 )
+        check_processes()
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu: is {self.args.n_gpu}, must be 1 a process: start with torchrun or accelerate launch, or make "

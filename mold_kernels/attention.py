@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from mold_kernels import _triton, engines, reference
+from mold_kernels import _triton, engines, native, reference
 from mold_kernels.backends import choose_backend
 from mold_kernels.spans import check_sequences, visible_ranges
 
@@ -54,10 +54,10 @@ def attention_with_lse(
         softcap: scores become softcap tanh(scores / softcap), as in Gemma 2; None: they stay.
         cu_seqlens: int32 [sequences + 1], where packed sequences begin in the one row of a batch of 1, and T at the
             end; a row sees its own sequence only. None: one sequence a row.
-        engine: "auto", "triton" (GPU; D up to 256, no float64), "cpu" (aten's flash attention; padding is the only
-            option it has), "flex" (torch's FlexAttention), "fa4" (flash-attn-4, where it is installed; bfloat16 and
-            float16, no padding) or "reference" (materialises T x T). A named engine is used or refused, never
-            replaced.
+        engine: "auto", "triton" (GPU; D up to 256, no float64), "native" (ours for the CPU; float32, float64, bfloat16;
+            padding is its only option), "cpu" (aten's flash attention; likewise), "flex" (torch's FlexAttention; no
+            gradient on the CPU), "fa4" (flash-attn-4, where it is installed; bfloat16 and float16, no padding) or
+            "reference" (materialises T x T). A named engine is used or refused, never replaced.
 
     Returns:
         out: [B, Hq, T, D] in q's dtype. Zero in a row that sees no key (padding on the left).
@@ -81,7 +81,10 @@ def attention_with_lse(
         "softcap": softcap,
         "cu_seqlens": cu_seqlens,
     }
-    match _choose_engine("attention_with_lse", engine, ("cpu", "triton", "flex", "fa4", "reference"), q, options):
+    engines_here = ("native", "cpu", "triton", "flex", "fa4", "reference")
+    match _choose_engine("attention_with_lse", engine, engines_here, q, options):
+        case "native":
+            return torch.ops.mold.native_attention(q, k, v, key_padding_mask, scale)
         case "triton":
             ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
             return torch.ops.mold.triton_attention(q, k, v, key_padding_mask, ranges, scale, softcap)
@@ -185,6 +188,7 @@ def check_visibility(
 
 
 _HAS = {
+    "native": {"key_padding_mask"},
     "cpu": {"key_padding_mask"},
     "torch": {"key_padding_mask"},
     "fa4": {"sliding_window", "softcap", "cu_seqlens"},
@@ -209,6 +213,8 @@ def _any(q):
 
 
 _ENGINE_TAKES = {
+    "native": lambda q: q.dtype in native.DTYPES,
+    "flex": lambda q: q.is_cuda or not q.requires_grad,
     "triton": _triton.takes,
     "fa4": lambda q: q.dtype in (torch.bfloat16, torch.float16),
 }
@@ -223,7 +229,14 @@ def _cpu_forward(q, k, v, mask, scale):
     return out, lse
 
 
-def _cpu_backward(grad_out, q, k, v, out, lse, mask, scale):
+def _cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_lse is not None:
+        grad_out, out = _fold_lse_gradient(grad_out, out, grad_lse)
+    return _aten_backward(grad_out, q, k, v, out, lse, mask, scale)
+
+
+def _aten_backward(grad_out, q, k, v, out, lse, mask, scale):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, out, lse, 0.0, True, attn_mask=_bias(mask, q.dtype), scale=scale
     )
@@ -249,51 +262,64 @@ def _fold_lse_gradient(grad_out, out, grad_lse):
     return grad_out, out
 
 
-@torch.library.custom_op("mold::cpu_attention", mutates_args=())
-def _cpu_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _cpu_forward(q, k, v, mask, scale)
+def _register(name, forward, backward, fake_forward, fake_backward):
+    """The operators mold::`name` and its backward, so that torch.compile takes either as one node."""
+
+    @torch.library.custom_op(f"mold::{name}", mutates_args=())
+    def operator(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(q, k, v, mask, scale)
+
+    @torch.library.custom_op(f"mold::{name}_backward", mutates_args=())
+    def backward_operator(
+        grad_out: torch.Tensor | None,
+        grad_lse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale)
+
+    def keep(ctx, inputs, output):
+        q, k, v, mask, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, *output, mask)
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, grad_out, grad_lse):
+        if grad_out is None and grad_lse is None:
+            return None, None, None, None, None
+        return *backward_operator(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale), None, None
+
+    operator.register_fake(fake_forward)
+    backward_operator.register_fake(fake_backward)
+    operator.register_autograd(differentiate, setup_context=keep)
 
 
-@torch.library.custom_op("mold::cpu_attention_backward", mutates_args=())
-def _cpu_attention_backward(
-    grad_out: torch.Tensor | None,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    if grad_lse is not None:
-        grad_out, out = _fold_lse_gradient(grad_out, out, grad_lse)
-    return _cpu_backward(grad_out, q, k, v, out, lse, mask, scale)
+def _fake_cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+    return _aten_backward(torch.empty_like(out) if grad_out is None else grad_out, q, k, v, out, lse, mask, scale)
 
 
-@_cpu_attention_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
-    return _cpu_backward(torch.empty_like(out) if grad_out is None else grad_out, q, k, v, out, lse, mask, scale)
+def _fake_native_forward(q, k, v, mask, scale):
+    return native.attention_outputs(q)
 
 
-def _keep_cpu(ctx, inputs, output):
-    q, k, v, mask, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, mask)
-    ctx.set_materialize_grads(False)
+def _fake_native_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _backward_cpu(ctx, grad_out, grad_lse):
-    if grad_out is None and grad_lse is None:
-        return None, None, None, None, None
-    grads = torch.ops.mold.cpu_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale)
-    return *grads, None, None
-
-
-_cpu_attention.register_fake(_cpu_forward)
-_cpu_attention.register_autograd(_backward_cpu, setup_context=_keep_cpu)
+_register("cpu_attention", _cpu_forward, _cpu_backward, _cpu_forward, _fake_cpu_backward)
+_register(
+    "native_attention",
+    native.attention_forward,
+    native.attention_backward,
+    _fake_native_forward,
+    _fake_native_backward,
+)
 
 
 @torch.library.custom_op("mold::triton_attention", mutates_args=())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mold_kernels import _triton, native
+from mold_kernels import _triton, cuda, native
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ def _why_no_fa4() -> str | None:
 BACKENDS = {
     "cpu": Backend(lambda: None, frozenset({"cpu"})),  # aten's flash attention, an engine of attention_with_lse
     "native": Backend(native.why_missing, frozenset({"cpu"})),
+    "cuda": Backend(cuda.why_missing, frozenset({"cuda"})),
     "triton": Backend(_triton.why_missing, _triton.DEVICES),
     "fa4": Backend(_why_no_fa4, frozenset({"cuda"})),  # flash-attn-4 and FlexAttention: engines of attention_with_lse
     "flex": Backend(lambda: None),

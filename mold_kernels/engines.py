@@ -1,4 +1,4 @@
-"""The two foreign engines of `attention_with_lse`: torch's FlexAttention and flash-attn-4 (each imported when named)."""
+"""Two foreign engines of `attention_with_lse`, imported when named: torch's FlexAttention and flash-attn-4."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import torch
 
-from mold_kernels import reference
+from mold_kernels import cuda, native, reference
+from mold_kernels.backends import choose_backend
 
 
 def teacher_layer_weights(
@@ -56,6 +57,7 @@ def layer_mixture_kl(
     *,
     tau: float = 0.1,
     row_norm: str = "softmax",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Mean over an example's steps of KL(teacher || student) between their mixed stepwise attentions.
 
@@ -68,13 +70,15 @@ def layer_mixture_kl(
         tau: temperature of the teacher's layer weights.
         row_norm: "softmax" over the valid key words of a step (the paper), or "l1": each row, plus
             `mold_kernels.reference.L1_EPSILON`, divided by its sum.
+        backend: "auto", "triton" (GPU, float32), "cuda" (likewise), "native" (CPU; one dtype), "torch" or
+            "reference". A named backend is used or refused, never replaced.
 
     Returns:
         [B], loss of each example, differentiable in student_attention and student_weights. Exactly 0, with zero
         gradient, where an example has no steps or no key words.
 
     Raises:
-        ValueError: a shape, dtype or option does not fit; names the argument.
+        ValueError: a shape, dtype, device or option does not fit, or the backend is not available; names the argument.
 
     Source: MoLSAKI (EMNLP 2025), equations 4 to 6; the gradient is derived in this module's docstring.
     """
@@ -88,12 +92,35 @@ def layer_mixture_kl(
     weights_shape = (student_attention.shape[1], student_attention.shape[0])
     if student_weights.shape != weights_shape:
         raise ValueError(f"student_weights: shape is {list(student_weights.shape)}, must be {list(weights_shape)}")
+    for name, tensor in (
+        ("teacher_attention", teacher_attention),
+        ("student_weights", student_weights),
+        ("num_steps", num_steps),
+        ("num_keys", num_keys),
+    ):
+        if tensor.device != student_attention.device:
+            raise ValueError(f"{name}: is on {tensor.device}, must be on {student_attention.device} as the student's")
     _check_tau(tau)
     if row_norm not in ("softmax", "l1"):
         raise ValueError(f'row_norm: is {row_norm!r}, must be "softmax" or "l1"')
-    return _LayerMixtureKL.apply(
-        teacher_attention, student_attention, student_weights, num_steps, num_keys, tau, row_norm
-    )
+    tensors = teacher_attention, student_attention, student_weights, num_steps, num_keys
+    candidates = ["torch", "reference"]
+    if all(tensor.dtype == torch.float32 for tensor in tensors[:3]):
+        candidates.insert(0 if student_attention.is_cuda else 1, "triton")
+        candidates.append("cuda")
+    if len({tensor.dtype for tensor in tensors[:3]}) == 1:
+        candidates.insert(0, "native")
+    match choose_backend("layer_mixture_kl", backend, candidates, student_attention.device):
+        case "native":
+            return torch.ops.mold.native_layer_mixture_kl(*tensors, tau, row_norm == "l1")[0]
+        case "triton":
+            return torch.ops.mold.triton_layer_mixture_kl(*tensors, tau, row_norm == "l1")[0]
+        case "cuda":
+            return _CudaLayerMixtureKL.apply(*tensors, tau, row_norm)
+        case "torch":
+            return _LayerMixtureKL.apply(*tensors, tau, row_norm)
+        case "reference":
+            return reference.layer_mixture_kl(*tensors, tau=tau, row_norm=row_norm)
 
 
 def _check(name: str, attention: torch.Tensor, num_steps: torch.Tensor, num_keys: torch.Tensor) -> None:
@@ -144,3 +171,73 @@ class _LayerMixtureKL(torch.autograd.Function):
         attention_grad = student_weights.mT[:, :, None, None] * mixture_grad
         weights_grad = torch.einsum("lbsm,bsm->bl", student_attention, mixture_grad)
         return None, attention_grad.to(student_attention.dtype), weights_grad.to(student_weights.dtype), *[None] * 4
+
+
+class _CudaLayerMixtureKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, teacher_attention, student_attention, student_weights, num_steps, num_keys, tau, row_norm):
+        loss, mixture_grad = cuda.layer_mixture_kl_forward(
+            teacher_attention, student_attention, student_weights, num_steps, num_keys, tau, row_norm
+        )
+        ctx.save_for_backward(mixture_grad, student_attention, student_weights)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, *cuda.layer_mixture_kl_backward(grad, *ctx.saved_tensors), *[None] * 4
+
+
+def _register(name, forward, backward):
+    """The operators mold::`name` and its backward, so that torch.compile takes either as one node."""
+
+    @torch.library.custom_op(f"mold::{name}", mutates_args=())
+    def operator(
+        teacher: torch.Tensor,
+        student: torch.Tensor,
+        weights: torch.Tensor,
+        num_steps: torch.Tensor,
+        num_keys: torch.Tensor,
+        tau: float,
+        l1: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(teacher, student, weights, num_steps, num_keys, tau, l1)
+
+    @torch.library.custom_op(f"mold::{name}_backward", mutates_args=())
+    def backward_operator(
+        grad: torch.Tensor, mixture_grad: torch.Tensor, student: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return backward(grad, mixture_grad, student, weights)
+
+    @operator.register_fake
+    def _(teacher, student, weights, num_steps, num_keys, tau, l1):
+        return student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])
+
+    @backward_operator.register_fake
+    def _(grad, mixture_grad, student, weights):
+        return student.new_empty(student.shape), weights.new_empty(weights.shape)
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(output[1], inputs[1], inputs[2])
+
+    def differentiate(ctx, grad, _):
+        return None, *backward_operator(grad, *ctx.saved_tensors), *[None] * 4
+
+    operator.register_autograd(differentiate, setup_context=keep)
+
+
+def _triton_forward(*arguments):
+    from mold_kernels._triton.layer_mixture import layer_mixture_kl_forward
+
+    *tensors, tau, l1 = arguments
+    return layer_mixture_kl_forward(*tensors, tau, reference.L1_EPSILON, l1)
+
+
+def _triton_backward(*arguments):
+    from mold_kernels._triton.layer_mixture import layer_mixture_kl_backward
+
+    return layer_mixture_kl_backward(*arguments)
+
+
+_register("native_layer_mixture_kl", native.layer_mixture_forward, native.layer_mixture_backward)
+_register("triton_layer_mixture_kl", _triton_forward, _triton_backward)

@@ -5,6 +5,8 @@ Importing it never fails; `why_missing` says why the module is not there. Argume
 
 import torch
 
+from mold_kernels.reference import L1_EPSILON
+
 try:
     from mold_kernels import _native
 except ImportError as error:  # not built, built for another Python, or a library that it needs is not there
@@ -25,20 +27,94 @@ def why_missing() -> str | None:
 
 
 def build_info() -> dict[str, str] | None:
-    """Version, compiler, C++ standard and instruction sets of the compiled module, or None without one."""
+    """Version, compiler, standard, instruction sets and threads of the compiled module, or None without one."""
     return _native.build_info() if is_available() else None
+
+
+def supported_levels() -> list[str]:
+    """The instruction sets that the module was built for and this CPU has, the best one last."""
+    return _native.supported_levels()
+
+
+def set_level(name: str) -> None:
+    """Use the kernels of this instruction set from now on, in the whole process. For tests and benchmarks."""
+    _native.set_level(name)
+
+
+def attention_outputs(q) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), uninitialised. In memory out is [B, T, Hq, D], so that joining the heads copies nothing."""
+    batch, heads, length, width = q.shape
+    out = q.new_empty(batch, length, heads, width).transpose(1, 2)
+    return out, q.new_empty(batch, heads, length, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def attention_forward(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse)."""
+    out, lse = attention_outputs(q)
+    padding, threads = None if mask is None else _view(mask), torch.get_num_threads()
+    _native.attention_forward(_view(q), _view(k), _view(v), padding, scale, _view(out), _view(lse), threads)
+    return out, lse
+
+
+def attention_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale: float):
+    """(dq, dk, dv); a gradient that is None is zero."""
+    grad_out = out.new_zeros(()).expand_as(out) if grad_out is None else grad_out
+    grad_lse = lse.new_zeros(()).expand_as(lse) if grad_lse is None else grad_lse
+    dq, dk, dv = torch.empty_like(q), lse.new_empty(k.shape), lse.new_empty(v.shape)
+    views = [None if tensor is None else _view(tensor) for tensor in (grad_out, grad_lse, q, k, v, mask)]
+    results = map(_view, (out, lse, dq, dk, dv))
+    _native.attention_backward(*views, scale, *results, torch.get_num_threads())
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def span_attention_forward(q, k, lse, row_spans, key_spans, scale: float, mean: bool) -> torch.Tensor:
+    pooled = lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
+    # Held here until the kernel returns; a view does not own its memory.
+    spans = row_spans.long(), key_spans.long()
+    views = map(_view, (q, k, lse, *spans))
+    _native.span_attention_forward(*views, scale, mean, _view(pooled), torch.get_num_threads())
+    return pooled
+
+
+def span_attention_backward(grad, q, k, lse, row_spans, key_spans, scale: float, mean: bool):
+    """(dq, dk, dlse)."""
+    spans = row_spans.long(), key_spans.long()
+    # The kernel writes the rows and columns of the spans.
+    dq, dk, dlse = torch.zeros_like(q), lse.new_zeros(k.shape), lse.new_zeros(lse.shape)
+    views = map(_view, (grad, q, k, lse, *spans))
+    gradients = map(_view, (dq, dk, dlse))
+    _native.span_attention_backward(*views, scale, mean, *gradients, torch.get_num_threads())
+    return dq, dk.to(k.dtype), dlse
+
+
+def layer_mixture_forward(teacher, student, weights, num_steps, num_keys, tau: float, l1: bool):
+    """(loss [B], its gradient by the mixed student attention [B, S, M])."""
+    loss, mixture_grad = student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])
+    counts = num_steps.long(), num_keys.long()
+    views = map(_view, (teacher, student, weights, *counts))
+    epsilon, threads = L1_EPSILON if l1 else 0.0, torch.get_num_threads()
+    _native.layer_mixture_forward(*views, tau, epsilon, _view(loss), _view(mixture_grad), threads)
+    return loss, mixture_grad
+
+
+def layer_mixture_backward(grad, mixture_grad, student, weights):
+    """(dstudent, dweights)."""
+    dstudent, dweights = student.new_empty(student.shape), weights.new_empty(weights.shape)
+    views = map(_view, (grad, student, weights, mixture_grad, dstudent, dweights))
+    _native.layer_mixture_backward(*views, torch.get_num_threads())
+    return dstudent, dweights
 
 
 def value_pool_forward(v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
     batch, heads, _, width = v.shape
     pooled = v.new_empty(batch, heads * width, dtype=torch.promote_types(v.dtype, torch.float32))
-    _native.value_pool_forward(_view(v), _view(mask), eps, _view(pooled))
+    _native.value_pool_forward(_view(v), _view(mask), eps, _view(pooled), torch.get_num_threads())
     return pooled
 
 
 def value_pool_backward(u: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
-    dv = torch.empty_like(v)
-    _native.value_pool_backward(_view(u.contiguous()), _view(v), _view(mask), eps, _view(dv))
+    dv, u = torch.empty_like(v), u.contiguous()
+    _native.value_pool_backward(_view(u), _view(v), _view(mask), eps, _view(dv), torch.get_num_threads())
     return dv
 
 

@@ -19,9 +19,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def causal_scores(
-    q, k, scale=None, key_padding_mask=None, *, sliding_window=None, softcap=None, cu_seqlens=None
-):
+def causal_scores(q, k, scale=None, key_padding_mask=None, *, sliding_window=None, softcap=None, cu_seqlens=None):
     """Scaled scores [B, Hq, T, T] in the accumulation dtype, -inf where row i must not see column j."""
     repeats, length = q.shape[1] // k.shape[1], q.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale

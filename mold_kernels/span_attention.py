@@ -25,7 +25,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mold_kernels import _triton, reference
+from mold_kernels import _triton, cuda, native, reference
 from mold_kernels.attention import check_attention_inputs, check_visibility
 from mold_kernels.backends import choose_backend
 from mold_kernels.spans import check_spans, key_columns, row_weights, visible_ranges
@@ -63,14 +63,15 @@ def span_attention(
         row_reduction: "sum" over the rows of a step (the paper), or "mean".
         sliding_window, softcap, cu_seqlens: as of `mold_kernels.attention_with_lse`, which made `lse`. Probabilities
             are 0 outside a row's window or sequence.
-        backend: "auto", "triton" (GPU; D up to 256, no float64), "torch" or "reference". A named backend is used or
+        backend: "auto", "triton" (GPU; D up to 256, no float64), "cuda" (likewise, none of the three options above),
+            "native" (CPU; no float16, none of the three options), "torch" or "reference". A named backend is used or
             refused, never replaced.
 
     Returns:
         [B, S, M], float32 (float64 with float64 q), differentiable in q, k and lse.
 
     Raises:
-        ValueError: a shape, dtype or span does not fit, or the backend is not available; names the argument.
+        ValueError: a shape, dtype, device or span does not fit, or the backend is not available; names the argument.
 
     Source: MoLSAKI (EMNLP 2025), equations 2 and 3; the gradient is derived in this module's docstring.
     """
@@ -79,23 +80,37 @@ def span_attention(
         raise ValueError(f"lse: shape is {list(lse.shape)}, must be {list(q.shape[:3])} (batch, heads, tokens of q)")
     if lse.dtype != reference.accumulation_dtype(q.dtype):
         raise ValueError(f"lse: dtype is {lse.dtype}, must be {reference.accumulation_dtype(q.dtype)}")
+    for name, tensor in (("lse", lse), ("row_spans", row_spans), ("key_spans", key_spans)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: is on {tensor.device}, must be on {q.device} as q")
     check_spans("row_spans", row_spans, q.shape[0], q.shape[2])
     check_spans("key_spans", key_spans, q.shape[0], q.shape[2])
     if row_reduction not in ("sum", "mean"):
         raise ValueError(f'row_reduction: is {row_reduction!r}, must be "sum" or "mean"')
     check_visibility(q, None, sliding_window, softcap, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
     candidates = ["torch", "reference"]
     if _triton.takes(q):
         candidates.insert(0 if q.is_cuda else 1, "triton")
-    chosen = choose_backend("span_attention", backend, candidates, q.device)
-    if chosen == "reference":
-        options = {"sliding_window": sliding_window, "softcap": softcap, "cu_seqlens": cu_seqlens}
-        return reference.span_attention(
-            q, k, lse, row_spans, key_spans, scale=scale, row_reduction=row_reduction, **options
-        )
-    ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
-    function = torch.ops.mold.triton_span_attention if chosen == "triton" else torch.ops.mold.torch_span_attention
+    if q.dtype in native.DTYPES and ranges is None and softcap is None:
+        candidates.insert(0, "native")
+    if cuda.takes(q) and ranges is None and softcap is None:
+        candidates.append("cuda")
+    match choose_backend("span_attention", backend, candidates, q.device):
+        case "reference":
+            options = {"sliding_window": sliding_window, "softcap": softcap, "cu_seqlens": cu_seqlens}
+            return reference.span_attention(
+                q, k, lse, row_spans, key_spans, scale=scale, row_reduction=row_reduction, **options
+            )
+        case "cuda":
+            return _CudaSpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
+        case "native":
+            function = torch.ops.mold.native_span_attention
+        case "triton":
+            function = torch.ops.mold.triton_span_attention
+        case "torch":
+            function = torch.ops.mold.torch_span_attention
     return function(q, k, lse, row_spans, key_spans, ranges, scale, softcap, row_reduction == "mean")
 
 
@@ -128,6 +143,20 @@ def _torch_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softca
     # Padding columns all point at token 0 and add exact zeros there.
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device).scatter_add_(2, index, dkeys)
     return dq, dk.to(k.dtype), dlse
+
+
+class _CudaSpanAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, lse, row_spans, key_spans, scale, row_reduction):
+        ctx.save_for_backward(q, k, lse)
+        rows = row_spans.clamp(0, q.shape[2]).int().contiguous()
+        ctx.arguments = rows, cuda.key_columns(key_spans, q.shape[2]), scale, row_reduction
+        return cuda.span_attention_forward(q, k, lse, *ctx.arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *cuda.span_attention_backward(grad, *ctx.saved_tensors, *ctx.arguments), *[None] * 4
 
 
 def _gather_keys(k: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -224,5 +253,14 @@ def _triton_backward(*arguments):
     return span_attention_backward(*arguments)
 
 
+def _native_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+    return native.span_attention_forward(q, k, lse, row_spans, key_spans, scale, mean)
+
+
+def _native_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+    return native.span_attention_backward(grad, q, k, lse, row_spans, key_spans, scale, mean)
+
+
+_register("native_span_attention", _native_forward, _native_backward)
 _register("torch_span_attention", _torch_forward, _torch_backward)
 _register("triton_span_attention", _triton_forward, _triton_backward)

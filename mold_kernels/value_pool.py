@@ -15,9 +15,8 @@ forward 4 n FLOPs and n e bytes, backward 7 n FLOPs and 2 n e bytes.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from mold_kernels import native, reference
+from mold_kernels import _triton, native, reference
 from mold_kernels.backends import choose_backend
 
 
@@ -33,7 +32,7 @@ def value_pool(
         weight: [Hkv * D] floating, of the RMSNorm.
         mask: [B, T] bool, True where a token is valid. What v holds elsewhere is ignored, NaN included.
         eps: added to the mean square, positive.
-        backend: "auto", "native" (CPU; float32, float64, bfloat16), "torch" or "reference".
+        backend: "auto", "triton" (GPU; no float64), "native" (CPU; float32, float64, bfloat16), "torch" or "reference".
 
     Returns:
         [B, Hkv * D] float32, or float64 for float64 v. Zeros where no token is valid.
@@ -44,35 +43,61 @@ def value_pool(
     Source: MoLSAKI (EMNLP 2025), the router's input in eq. 5; derivation at the top of this file.
     """
     _check(v, weight, mask, eps)
-    candidates = ["native", "torch", "reference"] if v.dtype in native.DTYPES else ["torch", "reference"]
-    match choose_backend("value_pool", backend, candidates, v.device):
+    candidates = [*(["native"] if v.dtype in native.DTYPES else []), "torch", "reference"]
+    if v.dtype in _triton.DTYPES:
+        candidates.insert(0 if v.is_cuda else -1, "triton")
+    chosen = choose_backend("value_pool", backend, candidates, v.device)
+    if chosen == "reference":
+        return reference.value_pool(v, weight, mask, eps)
+    pooled = torch.ops.mold.value_pool(v, mask, eps, chosen)
+    return pooled * weight.to(pooled.dtype)
+
+
+@torch.library.custom_op("mold::value_pool", mutates_args=())
+def _value_pool(v: torch.Tensor, mask: torch.Tensor, eps: float, backend: str) -> torch.Tensor:
+    return _implementation(backend)[0](v, mask, eps)
+
+
+@_value_pool.register_fake
+def _(v, mask, eps, backend):
+    return v.new_empty(v.shape[0], v.shape[1] * v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32))
+
+
+@torch.library.custom_op("mold::value_pool_backward", mutates_args=())
+def _value_pool_backward(
+    u: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, eps: float, backend: str
+) -> torch.Tensor:
+    return _implementation(backend)[1](u, v, mask, eps)
+
+
+@_value_pool_backward.register_fake
+def _(u, v, mask, eps, backend):
+    return torch.empty_like(v)
+
+
+def _keep(ctx, inputs, output):
+    v, mask, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(v, mask)
+
+
+def _differentiate(ctx, u):
+    return torch.ops.mold.value_pool_backward(u, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None, None
+
+
+_value_pool.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _implementation(backend):
+    """(forward, backward) of a backend."""
+    match backend:
+        case "triton":
+            from mold_kernels._triton import value_pool as triton_kernels
+
+            return triton_kernels.value_pool_forward, triton_kernels.value_pool_backward
         case "native":
-            return _ValuePool.apply(v, weight, mask, eps, native.value_pool_forward, native.value_pool_backward)
-        case "torch":
-            return _ValuePool.apply(v, weight, mask, eps, _torch_forward, _torch_backward)
+            return native.value_pool_forward, native.value_pool_backward
         case _:
-            return reference.value_pool(v, weight, mask, eps)
-
-
-class _ValuePool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, v, weight, mask, eps, pool, pool_backward):
-        pooled = pool(v, mask, eps)
-        needs_dv, needs_dweight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(*((v, mask) if needs_dv else (None, None)), weight, pooled if needs_dweight else None)
-        ctx.eps, ctx.pool_backward = eps, pool_backward
-        return pooled * weight.to(pooled.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dh):
-        v, mask, weight, pooled = ctx.saved_tensors
-        dv = dweight = None
-        if ctx.needs_input_grad[0]:
-            dv = ctx.pool_backward(dh * weight.to(dh.dtype), v, mask, ctx.eps)
-        if ctx.needs_input_grad[1]:
-            dweight = (dh * pooled).sum(0).to(weight.dtype)
-        return dv, dweight, None, None, None, None
+            return _torch_forward, _torch_backward
 
 
 def _torch_forward(v, mask, eps):

@@ -5,6 +5,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a wron
 import pytest
 import torch
 
+from mold_kernels import native
+
 
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
@@ -17,3 +19,22 @@ def poisoned_allocations():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+def use_backend(name):
+    """The backend to ask for; "native avx2" first switches the compiled module to that instruction set."""
+    backend, _, level = name.partition(" ")
+    if level:
+        native.set_level(level)
+    return backend
+
+
+LEVELS = [f"native {level}" for level in native.supported_levels()] if native.is_available() else []
+
+
+@pytest.fixture(params=["torch", *LEVELS])
+def backend(request):
+    """Every fast backend, the native one at every instruction set that this CPU has."""
+    yield use_backend(request.param)
+    if LEVELS:
+        use_backend(LEVELS[-1])

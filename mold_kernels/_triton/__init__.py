@@ -1,4 +1,8 @@
-"""The Triton kernels: one family a file, with their launchers. Importing this package needs no Triton."""
+"""The Triton kernels: one family a file, with their launchers. Importing this package needs no Triton.
+
+No length or number of spans is specialised (`do_not_specialize`): a kernel is compiled once for a head dimension, a
+dtype and a set of options, not again for a batch of another size.
+"""
 
 import importlib.util
 import os
@@ -6,7 +10,9 @@ import os
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs kernels in its interpreter, on CPU tensors too (Triton's own switch, read when it is imported)."""
+"""Whether Triton runs kernels in its interpreter, on CPU tensors too: Triton's own switch, read at its import."""
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 DEVICES = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
 DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -14,7 +20,7 @@ DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
 def why_missing() -> str | None:
     """None where the kernels can run, otherwise the reason."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "the package triton is not installed"
     if INTERPRETED or torch.cuda.is_available():
         return None

@@ -25,7 +25,6 @@ def _hide(
     T,
     range_ptr,
     valid_base,
-    valid_stride,
     HAS_RANGES: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
@@ -34,7 +33,7 @@ def _hide(
     if HAS_RANGES:
         visible = visible & (key >= tl.load(range_ptr + row, mask=row < T, other=0))
     if HAS_VALID:
-        visible = visible & tl.load(valid_base + key.to(tl.int64) * valid_stride, mask=key < T, other=0).to(tl.int1)
+        visible = visible & tl.load(valid_base + key, mask=key < T, other=0).to(tl.int1)
     return tl.where(visible, scores, float("-inf"))
 
 
@@ -54,7 +53,6 @@ def _forward_keys(
     softcap,
     range_ptr,
     valid_base,
-    valid_stride,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -71,9 +69,7 @@ def _forward_keys(
         scores = scores_base_2(product(q, k.T, None), scale, softcap, HAS_SOFTCAP)
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)
-            scores = _hide(
-                scores, row[:, None], key[None, :], T, range_ptr, valid_base, valid_stride, HAS_RANGES, HAS_VALID
-            )
+            scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_base, HAS_RANGES, HAS_VALID)
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         # -inf - -inf would be NaN in a row that has seen no key so far.
         safe = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
@@ -87,7 +83,7 @@ def _forward_keys(
     return acc, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -100,7 +96,6 @@ def _attention_forward_kernel(
     k_strides,
     v_strides,
     out_strides,
-    valid_strides,
     heads,
     group,
     T,
@@ -123,7 +118,7 @@ def _attention_forward_kernel(
     q = load_tile(q_ptr + batch * q_strides[0] + head * q_strides[1], first, q_strides[2:], T, D, BLOCK_M, BLOCK_D)
     k_base = k_ptr + batch * k_strides[0] + (head // group) * k_strides[1]
     v_base = v_ptr + batch * v_strides[0] + (head // group) * v_strides[1]
-    valid_base = valid_ptr + batch * valid_strides[0]
+    valid_base = valid_ptr + batch * T
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -139,11 +134,11 @@ def _attention_forward_kernel(
     if not (HAS_RANGES or HAS_VALID):
         state = _forward_keys(
             state, q, k_base, v_base, k_strides[2:], v_strides[2:], low, diagonal, row, T, scale, softcap, range_ptr,
-            valid_base, valid_strides[1], D, BLOCK_D, BLOCK_N, False, HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
+            valid_base, D, BLOCK_D, BLOCK_N, False, HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
         )  # fmt: skip
     acc, total, peak = _forward_keys(
         state, q, k_base, v_base, k_strides[2:], v_strides[2:], diagonal, high, row, T, scale, softcap, range_ptr,
-        valid_base, valid_strides[1], D, BLOCK_D, BLOCK_N, True, HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
+        valid_base, D, BLOCK_D, BLOCK_N, True, HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
     )  # fmt: skip
 
     sees = total > 0
@@ -174,7 +169,6 @@ def _dq_keys(
     softcap,
     range_ptr,
     valid_base,
-    valid_stride,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,9 +185,7 @@ def _dq_keys(
         slope = score_slope(scores, softcap, HAS_SOFTCAP)
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)
-            scores = _hide(
-                scores, row[:, None], key[None, :], T, range_ptr, valid_base, valid_stride, HAS_RANGES, HAS_VALID
-            )
+            scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_base, HAS_RANGES, HAS_VALID)
         ds = -delta[:, None]
         if HAS_VALUE:
             v = load_tile(v_base, start, v_strides, T, D, BLOCK_N, BLOCK_D)
@@ -203,7 +195,7 @@ def _dq_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _attention_backward_dq_kernel(
     q_ptr,
     k_ptr,
@@ -221,9 +213,7 @@ def _attention_backward_dq_kernel(
     v_strides,
     out_strides,
     dout_strides,
-    dlse_strides,
     dq_strides,
-    valid_strides,
     heads,
     group,
     T,
@@ -248,7 +238,7 @@ def _attention_backward_dq_kernel(
     q = load_tile(q_ptr + batch * q_strides[0] + head * q_strides[1], first, q_strides[2:], T, D, BLOCK_M, BLOCK_D)
     k_base = k_ptr + batch * k_strides[0] + (head // group) * k_strides[1]
     v_base = v_ptr + batch * v_strides[0] + (head // group) * v_strides[1]
-    valid_base = valid_ptr + batch * valid_strides[0]
+    valid_base = valid_ptr + batch * T
     delta = tl.zeros([BLOCK_M], tl.float32)
     dout = q
     if HAS_VALUE:
@@ -258,8 +248,7 @@ def _attention_backward_dq_kernel(
         out = load_tile(out_base, first, out_strides[2:], T, D, BLOCK_M, BLOCK_D)
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     if HAS_DLSE:
-        dlse_base = dlse_ptr + batch * dlse_strides[0] + head * dlse_strides[1]
-        delta -= tl.load(dlse_base + row.to(tl.int64) * dlse_strides[2], mask=inside, other=0.0)
+        delta -= tl.load(dlse_ptr + line + row, mask=inside, other=0.0)
     tl.store(delta_ptr + line + row, delta, mask=inside)
     lse = tl.load(lse_ptr + line + row, mask=inside, other=float("inf")) * LOG2_E
 
@@ -274,12 +263,12 @@ def _attention_backward_dq_kernel(
     else:
         dq = _dq_keys(
             dq, q, dout, lse, delta, k_base, v_base, k_strides[2:], v_strides[2:], low, diagonal, row, T, scale,
-            softcap, range_ptr, valid_base, valid_strides[1], D, BLOCK_D, BLOCK_N, False, HAS_VALUE, HAS_RANGES,
+            softcap, range_ptr, valid_base, D, BLOCK_D, BLOCK_N, False, HAS_VALUE, HAS_RANGES,
             HAS_VALID, HAS_SOFTCAP,
         )  # fmt: skip
     dq = _dq_keys(
         dq, q, dout, lse, delta, k_base, v_base, k_strides[2:], v_strides[2:], diagonal, high, row, T, scale,
-        softcap, range_ptr, valid_base, valid_strides[1], D, BLOCK_D, BLOCK_N, True, HAS_VALUE, HAS_RANGES,
+        softcap, range_ptr, valid_base, D, BLOCK_D, BLOCK_N, True, HAS_VALUE, HAS_RANGES,
         HAS_VALID, HAS_SOFTCAP,
     )  # fmt: skip
     dq_base = dq_ptr + batch * dq_strides[0] + head * dq_strides[1]
@@ -306,7 +295,6 @@ def _dk_rows(
     softcap,
     range_ptr,
     valid_base,
-    valid_stride,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -326,9 +314,7 @@ def _dk_rows(
         scores = scores_base_2(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
         slope = score_slope(scores, softcap, HAS_SOFTCAP)
         if MASKED:
-            scores = _hide(
-                scores, row[None, :], key[:, None], T, range_ptr, valid_base, valid_stride, HAS_RANGES, HAS_VALID
-            )
+            scores = _hide(scores, row[None, :], key[:, None], T, range_ptr, valid_base, HAS_RANGES, HAS_VALID)
         p = tl.exp2(scores - lse[None, :])
         ds = -delta[None, :]
         if HAS_VALUE:
@@ -340,7 +326,7 @@ def _dk_rows(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _attention_backward_dk_kernel(
     q_ptr,
     k_ptr,
@@ -358,7 +344,6 @@ def _attention_backward_dk_kernel(
     dout_strides,
     dk_strides,
     dv_strides,
-    valid_strides,
     kv_heads,
     group,
     T,
@@ -382,7 +367,7 @@ def _attention_backward_dk_kernel(
     if HAS_VALUE:
         v_base = v_ptr + batch * v_strides[0] + kv_head * v_strides[1]
         v = load_tile(v_base, first, v_strides[2:], T, D, BLOCK_N, BLOCK_D)
-    valid_base = valid_ptr + batch * valid_strides[0]
+    valid_base = valid_ptr + batch * T
 
     low = first // BLOCK_M * BLOCK_M
     high = T
@@ -400,13 +385,13 @@ def _attention_backward_dk_kernel(
         line = (batch * kv_heads * group + head) * T
         dk, dv = _dk_rows(
             dk, dv, k, v, key, q_base, dout_base, q_strides[2:], dout_strides[2:], lse_ptr + line, delta_ptr + line,
-            low, diagonal, T, scale, softcap, range_ptr, valid_base, valid_strides[1], D, BLOCK_D, BLOCK_M, True,
+            low, diagonal, T, scale, softcap, range_ptr, valid_base, D, BLOCK_D, BLOCK_M, True,
             HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
         )  # fmt: skip
         if not (HAS_RANGES or HAS_VALID):
             dk, dv = _dk_rows(
                 dk, dv, k, v, key, q_base, dout_base, q_strides[2:], dout_strides[2:], lse_ptr + line,
-                delta_ptr + line, diagonal, T, T, scale, softcap, range_ptr, valid_base, valid_strides[1], D, BLOCK_D,
+                delta_ptr + line, diagonal, T, T, scale, softcap, range_ptr, valid_base, D, BLOCK_D,
                 BLOCK_M, False, HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
             )  # fmt: skip
     store_rows(
@@ -428,6 +413,7 @@ def attention_forward(
     softcap: float | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(out [B, Hq, T, D], lse [B, Hq, T]); out is None without v."""
+    valid = None if valid is None else valid.contiguous()
     batch, heads, length, _ = q.shape
     tile, options = _options("attention_forward", q, v, valid, ranges, softcap)
     out = None if v is None else torch.empty_like(q)
@@ -435,7 +421,7 @@ def attention_forward(
     if lse.numel():
         _attention_forward_kernel[triton.cdiv(length, tile.m), batch * heads](
             *(q, k, _or(v, q), _or(out, q), lse, _or(valid, q), _or(ranges, q)),
-            *(q.stride(), k.stride(), _or(v, q).stride(), _or(out, q).stride(), _or(valid, q).stride()[:2]),
+            *(q.stride(), k.stride(), _or(v, q).stride(), _or(out, q).stride()),
             *(heads, heads // k.shape[1], length, scale, softcap or 1.0),
             **options,
         )
@@ -458,6 +444,7 @@ def attention_backward(
     """(dq, dk, dv). Without dout only lse has a gradient: neither v nor out is read, dv is None."""
     batch, heads, length, _ = q.shape
     kv_heads = k.shape[1]
+    valid, dlse = (None if small is None else small.contiguous() for small in (valid, dlse))
     if dout is None:
         v = out = None
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), None if v is None else torch.empty_like(v)
@@ -470,8 +457,7 @@ def attention_backward(
     tile, options = _options("attention_backward_dq", q, v, valid, ranges, softcap)
     _attention_backward_dq_kernel[triton.cdiv(length, tile.m), batch * heads](
         *(q, k, v_, out_, lse, dout_, dlse_, delta, dq, valid_, ranges_),
-        *(q.stride(), k.stride(), v_.stride(), out_.stride(), dout_.stride(), dlse_.stride(), dq.stride()),
-        *(valid_.stride()[:2], heads, *scalars),
+        *(q.stride(), k.stride(), v_.stride(), out_.stride(), dout_.stride(), dq.stride(), heads, *scalars),
         HAS_DLSE=dlse is not None,
         **options,
     )
@@ -479,7 +465,7 @@ def attention_backward(
     _attention_backward_dk_kernel[triton.cdiv(length, tile.n), batch * kv_heads](
         *(q, k, v_, lse, dout_, delta, dk, _or(dv, dk), valid_, ranges_),
         *(q.stride(), k.stride(), v_.stride(), dout_.stride(), dk.stride(), _or(dv, dk).stride()),
-        *(valid_.stride()[:2], kv_heads, *scalars),
+        *(kv_heads, *scalars),
         **options,
     )
     return dq, dk, dv

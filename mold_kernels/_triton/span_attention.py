@@ -8,8 +8,8 @@ rows and columns at the end, so that one number a pair of pieces leaves the prog
 over pairs of pieces, g is one number a column and row piece. dq: a program takes one row piece and a key head and walks
 the columns. dk: a program takes a tile of columns and a share of the row pieces; shares are added in a fixed order.
 
-Cost with P = B Hq T N / 2 pairs: forward 2 P D FLOPs, reading q once a block of key pieces (`Tile.n` of them) and the
-columns once a row piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pairs of pieces.
+Cost with P = B Hq T N / 2 pairs: forward 2 P D FLOPs, reading q once a tile of columns and the columns once a row
+piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pairs of pieces.
 """
 
 import torch
@@ -22,6 +22,7 @@ from mold_kernels._triton.tiles import choose_tile
 
 _PROGRAMS = 512
 """Enough programs to fill a GPU of 132 to 148 multiprocessors: work is split until there are as many."""
+_GATHERED_TOKENS = 32
 
 
 @triton.jit
@@ -50,6 +51,12 @@ def _probabilities(scores, lse, row, column, range_ptr, T, HAS_RANGES: tl.conste
 
 
 @triton.jit
+def _sum_columns(column_sums, column_piece, key_piece):
+    """The columns' sums added up into the key pieces they are in."""
+    return tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["parts", "row_count", "key_count", "T"])
 def _span_attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -63,7 +70,6 @@ def _span_attention_forward_kernel(
     range_ptr,
     q_strides,
     k_strides,
-    lse_strides,
     kv_heads,
     group,
     parts,
@@ -79,9 +85,10 @@ def _span_attention_forward_kernel(
     HAS_RANGES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    blocks = tl.cdiv(key_count, BLOCK_N)
+    PIECES: tl.constexpr = 2 * BLOCK_N  # enough that their columns fill tiles
+    blocks = tl.cdiv(key_count, PIECES)
     row_piece = tl.program_id(0) // blocks
-    key_block = tl.program_id(0) % blocks * BLOCK_N
+    key_block = tl.program_id(0) % blocks * PIECES
     batch = (tl.program_id(1) // parts).to(tl.int64)
     part = tl.program_id(1) % parts
     row_start_ptr += batch * (row_count + 1)
@@ -92,13 +99,14 @@ def _span_attention_forward_kernel(
 
     first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
     low = tl.load(key_first_ptr + key_block)
-    high = tl.load(key_first_ptr + tl.minimum(key_block + BLOCK_N, key_count))
+    high = tl.load(key_first_ptr + tl.minimum(key_block + PIECES, key_count))
     low, high = _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row, HAS_RANGES)
     high = tl.where(held, high, 0)
     length = end_row - first_row
     tiles = tl.cdiv(length * group, BLOCK_M)
     key_piece = key_block + tl.arange(0, BLOCK_N)
-    sums = tl.zeros([BLOCK_N], tl.float32)
+    lower = tl.zeros([BLOCK_N], tl.float32)
+    upper = tl.zeros([BLOCK_N], tl.float32)
     for start in range(low, high, BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
         column = tl.load(columns_ptr + place, mask=place < high, other=T)
@@ -110,7 +118,7 @@ def _span_attention_forward_kernel(
             head = kv_head * group + pair // length
             row = first_row + pair % length
             lse = tl.load(
-                lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+                lse_ptr + (batch * kv_heads * group + head) * T + row,
                 mask=inside,
                 other=float("inf"),
             )
@@ -125,12 +133,14 @@ def _span_attention_forward_kernel(
             )
         column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=-1)
         column_sums = tl.sum(acc, 1)
-        sums += tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
+        lower += _sum_columns(column_sums, column_piece, key_piece)
+        upper += _sum_columns(column_sums, column_piece, key_piece + BLOCK_N)
     line = ((part * tl.num_programs(1) // parts + batch) * row_count + row_piece) * key_count
-    tl.store(pairs_ptr + line + key_piece, sums, mask=key_piece < key_count)
+    tl.store(pairs_ptr + line + key_piece, lower, mask=key_piece < key_count)
+    tl.store(pairs_ptr + line + key_piece + BLOCK_N, upper, mask=key_piece + BLOCK_N < key_count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count", "key_count", "T"])
 def _span_attention_backward_dq_kernel(
     q_ptr,
     k_ptr,
@@ -146,7 +156,6 @@ def _span_attention_backward_dq_kernel(
     range_ptr,
     q_strides,
     k_strides,
-    lse_strides,
     dq_strides,
     kv_heads,
     group,
@@ -188,7 +197,7 @@ def _span_attention_backward_dq_kernel(
         q_base = q_ptr + batch * q_strides[0] + (head * q_strides[1])[:, None]
         q = load_rows(q_base, row, inside, q_strides[2:], D, BLOCK_D)
         lse = LOG2_E * tl.load(
-            lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+            lse_ptr + (batch * kv_heads * group + head) * T + row,
             mask=inside,
             other=float("inf"),
         )
@@ -219,7 +228,7 @@ def _shares(columns, slots, BLOCK_N: tl.constexpr):
     return tiles, tl.minimum(slots // tiles, 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count", "key_count", "T"])
 def _span_attention_backward_dk_kernel(
     q_ptr,
     k_ptr,
@@ -234,7 +243,6 @@ def _span_attention_backward_dk_kernel(
     range_ptr,
     q_strides,
     k_strides,
-    lse_strides,
     kv_heads,
     group,
     row_count,
@@ -281,26 +289,22 @@ def _span_attention_backward_dk_kernel(
             row = first_row + tl.arange(0, BLOCK_M)
             inside = row < end_row
             g = tl.load(pairs_ptr + row_piece * key_count + column_piece)
-            q = load_rows(
-                q_ptr + batch * q_strides[0] + head * q_strides[1], row, inside, q_strides[2:], D, BLOCK_D
-            )
+            q = load_rows(q_ptr + batch * q_strides[0] + head * q_strides[1], row, inside, q_strides[2:], D, BLOCK_D)
             lse = LOG2_E * tl.load(
-                lse_ptr + batch * lse_strides[0] + head * lse_strides[1] + row.to(tl.int64) * lse_strides[2],
+                lse_ptr + (batch * kv_heads * group + head) * T + row,
                 mask=inside,
                 other=float("inf"),
             )
             scores = scores_base_2(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
             weights = g[:, None] * score_slope(scores, softcap, HAS_SOFTCAP)
-            weights *= _probabilities(
-                scores, lse[None, :], row[None, :], column[:, None], range_ptr, T, HAS_RANGES
-            )
+            weights *= _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T, HAS_RANGES)
             dk = product(weights.to(q.dtype), q, dk)
         slot = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N
         lane = tl.arange(0, BLOCK_N)
         store_rows(slots_ptr + slot * D, lane, lane < BLOCK_N, (D, 1), dk, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "T"])
 def _span_attention_gather_dk_kernel(
     slots_ptr,
     unit_ptr,
@@ -314,16 +318,17 @@ def _span_attention_gather_dk_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     HAS_UNIT: tl.constexpr,
 ):
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     before_ptr += batch * (T + 1)
-    token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     place = tl.load(before_ptr + token, mask=token < T, other=0)
     held = (token < T) & (tl.load(before_ptr + token + 1, mask=token < T, other=0) > place)
     tiles, shares = _shares(tl.load(before_ptr + T), slots, BLOCK_N)
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     slots_ptr += tl.program_id(1).to(tl.int64) * slots * BLOCK_N * D
     for share in range(shares):
         acc += load_rows(slots_ptr, share * tiles * BLOCK_N + place, held, (D, 1), D, BLOCK_D)
@@ -352,15 +357,15 @@ def span_attention_forward(
     pooled = lse.new_empty(batch, steps, keys)
     if not pooled.numel() or not q.numel():
         return pooled.zero_()
-    row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
+    lse, row_spans, key_spans = lse.contiguous(), row_spans.int().contiguous(), key_spans.int().contiguous()
     pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
     tile, options = _options("span_attention_forward", q, ranges, softcap)
-    programs = pieces.row_count * triton.cdiv(pieces.key_count, tile.n)
+    programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
     parts = min(kv_heads, triton.cdiv(2 * _PROGRAMS, programs * batch))
     pairs = lse.new_empty(parts, batch, pieces.row_count, pieces.key_count)
     _span_attention_forward_kernel[programs, batch * parts](
         *(q, k, lse, pairs, pieces.row_start, pieces.key_first, pieces.before, pieces.columns, pieces.column_piece),
-        *(q if ranges is None else ranges, q.stride(), k.stride(), lse.stride()),
+        *(q if ranges is None else ranges, q.stride(), k.stride()),
         *(kv_heads, heads // kv_heads, parts, pieces.row_count, pieces.key_count, length, scale, softcap or 1.0),
         **options,
     )
@@ -391,7 +396,7 @@ def span_attention_backward(
     if q.dtype == torch.float16:  # gradients of A are small: keep the weights within float16
         unit = grad.abs().amax().clamp_min(1e-30)
         grad = grad / unit
-    row_spans, key_spans = row_spans.int().contiguous(), key_spans.int().contiguous()
+    lse, row_spans, key_spans = lse.contiguous(), row_spans.int().contiguous(), key_spans.int().contiguous()
     pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
     by_step = lse.new_empty(batch, steps, pieces.key_count)
     pairs = lse.new_empty(batch, pieces.row_count, pieces.key_count)
@@ -404,7 +409,7 @@ def span_attention_backward(
     _, options = _options("span_attention_backward_dq", q, ranges, softcap)
     _span_attention_backward_dq_kernel[pieces.row_count, batch * kv_heads](
         *(q, k, lse, pairs, unit_, dq, dlse, pieces.row_start, pieces.before, pieces.columns, pieces.column_piece),
-        *(ranges_, q.stride(), k.stride(), lse.stride(), dq.stride(), *scalars),
+        *(ranges_, q.stride(), k.stride(), dq.stride(), *scalars),
         HAS_UNIT=unit is not None,
         **options,
     )
@@ -413,15 +418,17 @@ def span_attention_backward(
     partial = lse.new_empty(batch * kv_heads, slots, tile.n, head_dim)
     _span_attention_backward_dk_kernel[slots, batch * kv_heads](
         *(q, k, lse, pairs, partial, pieces.row_piece, pieces.row_start, pieces.before, pieces.columns),
-        *(pieces.column_piece, ranges_, q.stride(), k.stride(), lse.stride(), *scalars),
+        *(pieces.column_piece, ranges_, q.stride(), k.stride(), *scalars),
         **options,
     )
-    _span_attention_gather_dk_kernel[triton.cdiv(length, tile.n), batch * kv_heads](
+    _span_attention_gather_dk_kernel[triton.cdiv(length, _GATHERED_TOKENS), batch * kv_heads](
         *(partial, unit_, dk, pieces.before, dk.stride(), kv_heads, slots, length, scale),
         D=head_dim,
         BLOCK_D=options["BLOCK_D"],
         BLOCK_N=tile.n,
+        BLOCK_T=_GATHERED_TOKENS,
         HAS_UNIT=unit is not None,
+        enable_fp_fusion=True,
     )
     return dq, dk, dlse
 

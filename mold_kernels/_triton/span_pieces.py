@@ -2,7 +2,8 @@
 
 The starts and ends of all spans of an example cut its tokens into **pieces**, so that a span is a run of pieces and
 spans overlap as they like: whatever is summed once a piece is summed over a span by adding its pieces. Row pieces are
-cut further so that none has more than a tile of rows. The tokens that some key span holds are the **columns**.
+cut further so that none has more than a tile of rows; of the key pieces only those count that some key span holds.
+Their tokens are the **columns**.
 
 Sizes come from shapes alone, never from values, which would have to be read back: S spans over T tokens make at most
 min(2 S + T / tile + 1, T + 1) pieces; unused ones are empty and last. There are at most T columns: their list has T
@@ -30,11 +31,11 @@ _POOL_BLOCK = 32
 
 @dataclass(frozen=True)
 class Pieces:
-    """Row pieces, key pieces and columns of a batch, all int32; a piece's index also where no span holds it."""
+    """Row pieces, key pieces and columns of a batch, all int32."""
 
     row_piece: torch.Tensor  # [B, T + 1] the piece of a token
     row_start: torch.Tensor  # [B, G + 1] twice a piece's first token, plus 1 where a step holds it; then 2 T
-    key_piece: torch.Tensor  # [B, T + 1] likewise of the keys; only at starts and ends of spans and at columns
+    key_piece: torch.Tensor  # [B, T + 1] key pieces that begin before a token
     key_first: torch.Tensor  # [B, E + 1] a piece's first column; then N
     before: torch.Tensor  # [B, T + 1] columns before a token; N at T
     columns: torch.Tensor  # [B, T] the columns' tokens, ascending; N of them
@@ -68,7 +69,7 @@ def _mark(marks_ptr, spans_ptr, count, T, BLOCK: tl.constexpr):
     tl.atomic_add(marks_ptr + end, tl.full([BLOCK], _CLOSED, tl.int64), mask=index < count, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "keys", "T"])
 def _mark_kernel(marks_ptr, row_spans_ptr, key_spans_ptr, steps, keys, T, BLOCK: tl.constexpr):
     batch = tl.program_id(0).to(tl.int64)
     marks_ptr += (2 * batch + tl.program_id(1)) * (T + 1)
@@ -121,12 +122,12 @@ def _scan_keys(
         change = (mark % _CLOSED).to(tl.int32) - (mark // _CLOSED).to(tl.int32)
         held = (depth + tl.cumsum(change, 0) > 0) & inside
         depth += tl.sum(change, 0)
-        begins = mark != 0
+        begins = held & (mark != 0)
         piece = count + tl.cumsum(begins.to(tl.int32), 0) - 1
         count += tl.sum(begins.to(tl.int32), 0)
         before = columns + tl.cumsum(held.to(tl.int32), 0) - held.to(tl.int32)
         columns += tl.sum(held.to(tl.int32), 0)
-        tl.store(piece_ptr + token, piece, mask=inside)
+        tl.store(piece_ptr + token, piece + 1 - begins.to(tl.int32), mask=inside)
         tl.store(before_ptr + token, before, mask=inside)
         tl.store(first_ptr + piece, before, mask=begins)
         tl.store(columns_ptr + before, token, mask=held)
@@ -136,7 +137,7 @@ def _scan_keys(
         tl.store(first_ptr + unused, tl.zeros_like(unused) + columns, mask=unused <= capacity)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "row_count", "key_count"])
 def _scan_kernel(
     marks_ptr,
     row_piece_ptr,
@@ -156,7 +157,13 @@ def _scan_kernel(
     marks_ptr += (2 * batch + tl.program_id(1)) * (T + 1)
     if tl.program_id(1) == 0:
         _scan_rows(
-            marks_ptr, row_piece_ptr + batch * (T + 1), row_start_ptr + batch * (row_count + 1), T, row_count, ROWS, BLOCK
+            marks_ptr,
+            row_piece_ptr + batch * (T + 1),
+            row_start_ptr + batch * (row_count + 1),
+            T,
+            row_count,
+            ROWS,
+            BLOCK,
         )
     else:
         _scan_keys(
@@ -181,25 +188,47 @@ def make_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, length: int, r
     pieces = Pieces(*(row_spans.new_empty(batch, size) for size in sizes))
     marks = torch.zeros(batch, 2, length + 1, dtype=torch.int64, device=row_spans.device)
     _mark_kernel[batch, 2, triton.cdiv(max(steps, keys), _MARK_BLOCK)](
-        marks, row_spans, key_spans, steps, keys, length, BLOCK=_MARK_BLOCK
+        marks, row_spans, key_spans, steps, keys, length, BLOCK=_MARK_BLOCK, enable_fp_fusion=True
     )
     _scan_kernel[batch, 2](
         *(marks, pieces.row_piece, pieces.row_start, pieces.key_piece, pieces.key_first, pieces.before),
         *(pieces.columns, pieces.column_piece, length, row_count, key_count),
         ROWS=rows,
         BLOCK=_SCAN_BLOCK,
+        enable_fp_fusion=True,
     )
     return pieces
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "out_batch",
+        "out_row",
+        "out_column",
+        "in_part",
+        "in_batch",
+        "in_row",
+        "in_column",
+        "parts",
+        "outputs",
+        "inputs",
+        "width",
+        "count",
+        "T",
+    ]
+)
 def _pool_spans_kernel(
     out_ptr,
     in_ptr,
     spans_ptr,
     piece_ptr,
-    out_strides,
-    in_strides,
+    out_batch,
+    out_row,
+    out_column,
+    in_part,
+    in_batch,
+    in_row,
+    in_column,
     parts,
     outputs,
     inputs,
@@ -211,13 +240,16 @@ def _pool_spans_kernel(
     SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[r, c] = sum_k W[r, k] sum_part in[part, k, c]: W[span, piece] tells which pieces a span has."""
+    """out[r, c] = sum_k W[r, k] sum_part in[part, k, c]: W[span, piece] tells which pieces a span has.
+
+    Strides are arguments of their own: those in a tuple would be specialised.
+    """
     batch = tl.program_id(2).to(tl.int64)
     output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     spans_ptr += batch * count * 2
     piece_ptr += batch * (T + 1)
-    in_ptr += batch * in_strides[1]
+    in_ptr += batch * in_batch
     low = 0
     high = inputs
     weight = tl.full([BLOCK], factor, tl.float32)
@@ -251,14 +283,14 @@ def _pool_spans_kernel(
             share = holds.to(tl.float32)
         if tl.max(tl.max(holds.to(tl.int32), 1), 0) > 0:
             values = tl.zeros([BLOCK, BLOCK], tl.float32)
-            pointers = in_ptr + index.to(tl.int64)[:, None] * in_strides[2] + column.to(tl.int64)[None, :] * in_strides[3]
+            pointers = in_ptr + index.to(tl.int64)[:, None] * in_row + column.to(tl.int64)[None, :] * in_column
             inside = (index < high)[:, None] & (column < width)[None, :]
             for _ in range(parts):
                 values += tl.load(pointers, mask=inside, other=0.0)
-                pointers += in_strides[0]
+                pointers += in_part
             acc = product(share, values, acc)
-    out_ptr += batch * out_strides[0]
-    pointers = out_ptr + output.to(tl.int64)[:, None] * out_strides[1] + column.to(tl.int64)[None, :] * out_strides[2]
+    out_ptr += batch * out_batch
+    pointers = out_ptr + output.to(tl.int64)[:, None] * out_row + column.to(tl.int64)[None, :] * out_column
     tl.store(pointers, acc * weight[:, None], mask=(output < outputs)[:, None] & (column < width)[None, :])
 
 
@@ -282,9 +314,10 @@ def pool_spans(
         return
     grid = triton.cdiv(width, _POOL_BLOCK), triton.cdiv(outputs, _POOL_BLOCK), batch
     _pool_spans_kernel[grid](
-        *(out, values, spans, piece, out.stride(), values.stride()),
+        *(out, values, spans, piece, *out.stride(), *values.stride()),
         *(values.shape[0], outputs, inputs, width, spans.shape[1], piece.shape[1] - 1, factor),
         MEAN=mean,
         SPREAD=spread,
         BLOCK=_POOL_BLOCK,
+        enable_fp_fusion=True,
     )

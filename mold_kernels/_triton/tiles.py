@@ -1,24 +1,33 @@
 """Tile sizes of all kernels, by architecture, element width and head dimension.
 
-The table's tiles are chosen so that no kernel spills and all fit shared memory (`python -m benchmarks.triton_resources`
-shows what each takes). Those of sm_80 serve every other GPU too and therefore fit the 99 KiB of the consumer ones.
+The table's tiles are chosen so that no kernel spills, unless a line says why, and all fit shared memory (`python -m
+benchmarks.triton_resources` shows what each takes). Those of sm_80 serve every other GPU too and therefore fit the
+99 KiB of the consumer ones.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 
 @dataclass(frozen=True)
 class Tile:
-    """`m` rows and `n` keys a tile holds, the warps of a program, the stages of its loads."""
+    """`m` rows and `n` keys a tile holds, the warps of a program, the stages of its loads; why it may spill."""
 
     m: int
     n: int
     warps: int = 4
     stages: int = 2
+    spills: str = ""
 
 
 INTERPRETED = Tile(16, 32)
@@ -26,100 +35,156 @@ INTERPRETED = Tile(16, 32)
 
 ARCHITECTURES = (80, 90, 100)
 
+_ACCUMULATORS = "dk and dv of a tile fill the registers; smaller tiles spill as much"
+
+
+def _exact(m: int, n: int, warps: int, stages: int = 2) -> Tile:
+    """A tile for float32: exact products use no matrix units and hold their factors in registers, which may not do."""
+    return Tile(m, n, warps, stages, "exact float32 products hold their factors in registers")
+
+
 # One line a kernel and architecture: for 2-byte elements with head dimensions up to 64, 128 and 256, and for float32,
 # which has no matrix units at full precision, likewise.
 TABLE = {
     ("attention_forward", 80): (
-        (Tile(128, 64, 4, 3), Tile(128, 32, 4, 2), Tile(64, 32, 4, 1)),
-        (Tile(64, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(128, 64, 8, 3), Tile(128, 32, 4, 2), Tile(64, 32, 8, 1)),
+        (_exact(64, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("attention_forward", 90): (
-        (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-        (Tile(64, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        (_exact(64, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("attention_forward", 100): (
-        (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
-        (Tile(64, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        (_exact(64, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("attention_backward_dq", 80): (
         (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dq", 90): (
-        (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dq", 100): (
         (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 80): (
-        (Tile(32, 128, 8, 2), Tile(32, 64, 4, 2), Tile(16, 64, 8, 1)),
-        (Tile(32, 32), Tile(16, 16), Tile(16, 16, 4, 1)),
+        (Tile(32, 128, 8, 2, "8 bytes, and only without values"), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 16, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 90): (
-        (Tile(64, 128, 8, 3), Tile(64, 128, 8, 2), Tile(32, 64, 8, 1)),
-        (Tile(32, 32), Tile(16, 16), Tile(16, 16, 4, 1)),
+        (Tile(32, 128, 8, 3), Tile(32, 128, 8, 2, _ACCUMULATORS), Tile(32, 32, 4, 1, _ACCUMULATORS)),
+        (_exact(32, 32, 8), _exact(16, 16, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 100): (
-        (Tile(64, 128, 8, 3), Tile(64, 128, 8, 2), Tile(32, 64, 8, 1)),
-        (Tile(32, 32), Tile(16, 16), Tile(16, 16, 4, 1)),
+        (Tile(32, 128, 8, 2), Tile(32, 128, 8, 1), Tile(16, 32, 8, 1)),
+        (_exact(32, 32, 8), _exact(16, 16, 8, 1), _exact(16, 16, 8, 1)),
     ),
-    # n key pieces and columns, m pairs of a row and a head.
+    # n columns and half the key pieces of a block, m pairs of a row and a head.
     ("span_attention_forward", 80): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
-        (Tile(32, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (_exact(32, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("span_attention_forward", 90): (
-        (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
-        (Tile(32, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (_exact(32, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("span_attention_forward", 100): (
-        (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)),
-        (Tile(32, 32), Tile(32, 32), Tile(16, 32, 4, 1)),
+        (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (_exact(32, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("span_attention_backward_dq", 80): (
         (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("span_attention_backward_dq", 90): (
-        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("span_attention_backward_dq", 100): (
-        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(32, 32), Tile(16, 32), Tile(16, 16, 4, 1)),
+        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
+        (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     # n columns, m the most rows of a row piece.
     ("span_attention_backward_dk", 80): (
         (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 8, 1)),
-        (Tile(64, 32), Tile(64, 16), Tile(64, 16, 4, 1)),
+        (_exact(64, 32, 8), _exact(64, 16, 8, 1), _exact(32, 16, 8, 1)),
     ),
     ("span_attention_backward_dk", 90): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(64, 32), Tile(64, 16), Tile(64, 16, 4, 1)),
+        (_exact(64, 32, 8), _exact(64, 16, 8, 1), _exact(32, 16, 8, 1)),
     ),
     ("span_attention_backward_dk", 100): (
         (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-        (Tile(64, 32), Tile(64, 16), Tile(64, 16, 4, 1)),
+        (_exact(64, 32, 8), _exact(64, 16, 8, 1), _exact(32, 16, 8, 1)),
     ),
 }
+
+
+CACHE = Path.home() / ".cache" / "mold_kernels" / "tiles.json"
+"""What `tune` found on this machine, by device; used from then on. Nothing is measured unless `tune` is called."""
 
 
 def choose_tile(kernel: str, q: torch.Tensor) -> Tile:
     """The tile of `kernel` for tensors like q (device, element width, last dimension)."""
     if q.device.type == "cpu":
         return INTERPRETED
-    return table_tile(kernel, architecture(q.device), q.element_size(), q.shape[-1])
+    tuned = _tuned() and _tuned().get(_key(kernel, q))
+    return tuned or table_tile(kernel, architecture(q.device), q.element_size(), q.shape[-1])
 
 
 def table_tile(kernel: str, arch: int, element_size: int, head_dim: int) -> Tile:
     """The table's tile for an architecture of `ARCHITECTURES`."""
-    widths = TABLE[kernel, arch]
-    return widths[element_size == 4][(head_dim > 64) + (head_dim > 128)]
+    return TABLE[kernel, arch][element_size == 4][_column(head_dim)]
 
 
 def architecture(device: torch.device) -> int:
     """The line of the table that serves a device."""
     major, _ = torch.cuda.get_device_capability(device)
     return {9: 90, 10: 100}.get(major, 80)
+
+
+def tune(
+    kernel: str, q: torch.Tensor, run: Callable[[], object], measure: Callable[[Callable[[], object]], float]
+) -> Tile:
+    """Measure the chosen tile and its neighbours, use the fastest from now on and keep it in `CACHE`.
+
+    Args:
+        kernel: a name of `TABLE`.
+        q: tensors like this one are tuned for.
+        run: runs the kernel on such tensors.
+        measure: the seconds a call takes; raises RuntimeError where a tile does not fit the device.
+    """
+    chosen, times = choose_tile(kernel, q), {}
+    for tile in (chosen, *_neighbours(chosen)):
+        _tuned()[_key(kernel, q)] = tile
+        with contextlib.suppress(RuntimeError):
+            times[tile] = measure(run)
+    _tuned()[_key(kernel, q)] = best = min(times, key=times.get, default=chosen)
+    CACHE.parent.mkdir(parents=True, exist_ok=True)
+    draft = CACHE.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps({key: dataclasses.astuple(tile) for key, tile in _tuned().items()}, indent=1))
+    draft.replace(CACHE)
+    return best
+
+
+@functools.cache
+def _tuned() -> dict[str, Tile]:
+    return {key: Tile(*values) for key, values in json.loads(CACHE.read_text()).items()} if CACHE.exists() else {}
+
+
+def _neighbours(tile: Tile) -> list[Tile]:
+    changes = [{name: size} for name in ("m", "n") for size in (getattr(tile, name) // 2, getattr(tile, name) * 2)]
+    changes += [{"warps": 12 - tile.warps}, {"stages": tile.stages + 1}, {"stages": tile.stages - 1}]
+    tiles = [dataclasses.replace(tile, **change) for change in changes]
+    return [tile for tile in tiles if min(tile.m, tile.n) >= 16 and tile.stages >= 1]
+
+
+def _key(kernel: str, q: torch.Tensor) -> str:
+    return f"{torch.cuda.get_device_name(q.device)}: {kernel}, {q.dtype}, {_column(q.shape[-1])}"
+
+
+def _column(head_dim: int) -> int:
+    return (head_dim > 64) + (head_dim > 128)

@@ -7,7 +7,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache
 from transformers.masking_utils import create_chunked_causal_mask
 
-from mold.attention_interface import LayerAttention, stack_attention, use_mold_attention
+from mold.attention_interface import LayerAttention, mold_attention_forward, stack_attention, use_mold_attention
 from tests.tiny_models import FAMILIES, make_model, plain_attention
 
 SPANS = {
@@ -129,6 +129,43 @@ def test_attention_dropout_is_refused_by_its_option():
         make_model("llama", attention_dropout=0.2).train()(**make_inputs(), **SPANS, use_cache=False)
     make_model("llama", attention_dropout=0.2).eval()(**make_inputs(), **SPANS, use_cache=False)
     make_model("gpt2", attn_pdrop=0.1).train()(**make_inputs("left"))
+
+
+@pytest.mark.parametrize(
+    ("causal", "width", "options", "message"),
+    [
+        (True, 8, {}, "v: is torch.float32"),
+        (False, 16, {}, "Linear: is a bidirectional attention, must be causal"),
+        (True, 16, {"position_bias": torch.zeros(1)}, "Linear: uses position_bias"),
+    ],
+)
+def test_attention_of_another_kind_is_refused(causal, width, options, message):
+    module = torch.nn.Linear(1, 1)
+    module.is_causal = causal
+    states = [torch.zeros(2, 2, 12, size) for size in (16, 16, width)]
+    with pytest.raises(ValueError, match=message):
+        mold_attention_forward(module, *states, None, **SPANS, **options)
+
+
+def test_packed_texts_are_told_by_cu_seqlens():
+    """Each text as if it stood alone, whatever its neighbours are; padding beside it is refused."""
+    model = make_model("llama").eval()
+    ids = make_inputs()["input_ids"]
+    options = {"output_attentions": True, "value_features": True, "use_cache": False}
+    packed = {"input_ids": ids.reshape(1, -1), "position_ids": torch.arange(12).repeat(2)[None]}
+    ones = torch.ones(1, 24, dtype=torch.int64)
+    with torch.no_grad():
+        apart = model(input_ids=ids, **SPANS, **options)
+        together = model(**packed, attention_mask=ones, cu_seqlens=[0, 12, 24], **SPANS, **options)
+        ordinary = model(**packed, attention_mask=ones, cu_seqlens=[0, 12, 24], use_cache=False)
+    for out in (together, ordinary):
+        torch.testing.assert_close(out.logits.reshape(apart.logits.shape), apart.logits, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(together.attentions, apart.attentions, strict=True):
+        torch.testing.assert_close(mine.attention, theirs.attention)
+        torch.testing.assert_close(mine.value_features, theirs.value_features)
+    ones[0, -1] = 0
+    with pytest.raises(ValueError, match="cu_seqlens: is given with padding or a mask"):
+        model(**packed, attention_mask=ones, cu_seqlens=[0, 12, 24], **SPANS, **options)
 
 
 def test_spans_over_a_cache_and_single_spans_are_refused():

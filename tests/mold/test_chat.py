@@ -4,10 +4,11 @@ from hypothesis import strategies as st
 
 from mold.chat import CHAT_TEMPLATE, example_from_row, render_for
 from mold.conversations import question_row
-from mold.data import DEFAULT_TEMPLATE, Example, read_examples, text_hash
+from mold.data import DEFAULT_TEMPLATE, Example, text_hash
 from mold.encoding import encode_example
 from mold.evaluate import generate_predictions
 from mold.problems import generate_problems
+from mold.readers import read_examples
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
 

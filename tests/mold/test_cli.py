@@ -1,63 +1,14 @@
 import json
 import re
-import sys
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM
 
-from mold import cli
 from mold.problems import generate_problems
+from tests.mold.conftest import write_rows
 from tests.tiny_models import make_model
-from tests.tiny_tokenizers import make_tokenizer
 
-TOKENIZER = make_tokenizer("smollm")
 FAST = ["--disable_tqdm", "true", "--max_new_tokens", "6", "--num_eval", "4", "--num_maps", "2"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders of a teacher and a student, and one of a model whose attention cannot be replaced."""
-    folder = tmp_path_factory.mktemp("models")
-    options = {"vocab": len(TOKENIZER), "attention": "eager", "initializer_range": 0.05}
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(TOKENIZER), hidden_size=32, n_layer=1, n_head=2))
-    for name, model in (
-        ("teacher", make_model("qwen3", layers=4, **options)),
-        ("student", make_model("llama", seed=1, **options)),
-        ("dropout", make_model("gpt2", attn_pdrop=0.1, **options)),
-        ("bloom", bloom),
-    ):
-        model.save_pretrained(folder / name)
-        TOKENIZER.save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture
-def problems(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    write_rows(path, [vars(example) for example in generate_problems(14, seed=6)])
-    return path
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture
-def mold(monkeypatch, capsys):
-    """Runs the command line: (exit status, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mold", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def options_of(models, problems, folder, **more):
@@ -147,6 +98,31 @@ def test_a_student_of_the_teachers_layers(mold, models, problems, tmp_path):
     assert config["num_hidden_layers"] == 2
 
 
+def test_an_adapter_is_trained_and_evaluated(mold, models, problems, tmp_path):
+    savers = {"use_peft": True, "cross_entropy": "chunked", "padding_free": True, "teacher_online": True}
+    status, out, _ = mold("train", *options_of(models, problems, tmp_path / "run", lora_r=4, **savers))
+    assert status == 0
+    assert "attention KL" in out
+    assert (tmp_path / "run/adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run/signals").exists()
+    evaluated = options_of(
+        models, problems, tmp_path / "eval", model_name_or_path=tmp_path / "run", teacher_online=True
+    )
+    status, _, _ = mold("eval", *evaluated)
+    assert status == 0
+    after = {r["metric"]: r["after"] for r in json.loads((tmp_path / "run/summary.json").read_text())["rows"]}
+    found = json.loads((tmp_path / "eval/eval.json").read_text())
+    assert found["eval_loss_attention"] == pytest.approx(after["attention KL"], rel=1e-4)
+    assert found["eval_loss_rationale"] == pytest.approx(after["rationale loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["single_layer", "step_by_step", "rationales", "answers"])
+def test_a_baseline_by_one_option(mold, models, problems, tmp_path, method):
+    status, out, _ = mold("train", *options_of(models, problems, tmp_path, method=method, teacher_online=True))
+    assert status == 0
+    assert ("attention KL" in out) == (method != "answers")
+
+
 def test_a_yaml_file_and_the_command_line_that_wins(mold, models, problems, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -168,11 +144,11 @@ def test_info(mold):
 def test_no_command_shows_the_commands(mold):
     status, out, err = mold("--help")
     assert status in (0, None)
-    for command in ("demo", "extract", "train", "eval", "inspect", "info"):
+    for command in ("demo", "generate", "keywords", "extract", "train", "eval", "inspect", "info"):
         assert command in out + err
 
 
-@pytest.mark.parametrize("command", ["demo", "extract", "train", "eval", "inspect"])
+@pytest.mark.parametrize("command", ["demo", "generate", "keywords", "extract", "train", "eval", "inspect"])
 def test_help_lists_the_options(mold, command):
     status, out, err = mold(command, "--help")
     assert status in (0, None)

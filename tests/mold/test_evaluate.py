@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
-import torch
 
 from mold.data import render
-from mold.evaluate import accuracy, generate_predictions, write_jsonl
+from mold.evaluate import accuracy, generate_predictions, score, wilson_interval, write_jsonl
+from mold.generation import Journal
 from mold.problems import generate_problems
+from tests.mold.scripted_model import ScriptedModel
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
 
@@ -14,32 +16,24 @@ EXAMPLES = generate_problems(7, seed=3)
 MARKER = "\nAnswer: "
 
 
-class Oracle(torch.nn.Module):
-    """A stand-in for a model that has learned some examples by heart: `generate` answers from the texts."""
+def learned_by_heart(texts):
+    """A stand-in for a model that goes on as the texts do."""
 
-    device = torch.device("cpu")
-
-    def __init__(self, texts):
-        super().__init__()
-        self.texts = texts
-
-    def generate(self, ids, attention_mask, max_new_tokens, pad_token_id, eos_token_id, **options):
+    def answer(prompt, options):
         assert options["do_sample"] is False
-        rows = []
-        for row, mask in zip(ids, attention_mask, strict=True):
-            assert mask.tolist() == sorted(mask.tolist())  # padded on the left
-            prompt = TOKENIZER.decode(row[mask.bool()], skip_special_tokens=True)
-            (text,) = (text for text in self.texts if text.startswith(prompt))
-            tokens = TOKENIZER(text[len(prompt) :])["input_ids"] + [eos_token_id]
-            rows.append((tokens + [pad_token_id] * max_new_tokens)[:max_new_tokens])
-        return torch.cat([ids, torch.tensor(rows)], dim=1)
+        (text,) = (text for text in texts if text.startswith(prompt))
+        return text[len(prompt) :]
+
+    return ScriptedModel(TOKENIZER, answer)
 
 
 def test_right_and_wrong_answers_are_told_apart():
     texts = [render(example).text for example in EXAMPLES]
     texts[2] = texts[2].replace(MARKER, MARKER + "9")
     texts[4] = render(EXAMPLES[4]).prompt + " I do not know."
-    rows = generate_predictions(Oracle(texts), TOKENIZER, EXAMPLES, batch_size=3, max_new_tokens=150, progress=False)
+    rows = generate_predictions(
+        learned_by_heart(texts), TOKENIZER, EXAMPLES, batch_size=3, max_new_tokens=150, progress=False
+    )
     assert [row["id"] for row in rows] == [example.id for example in EXAMPLES]
     assert [row["correct"] for row in rows] == [True, True, False, True, False, True, True]
     assert rows[2]["prediction"] == "9" + EXAMPLES[2].answer
@@ -50,7 +44,7 @@ def test_right_and_wrong_answers_are_told_apart():
 
 def test_completions_that_hit_the_limit_are_marked():
     texts = [render(example).text for example in EXAMPLES]
-    rows = generate_predictions(Oracle(texts), TOKENIZER, EXAMPLES, max_new_tokens=5, progress=False)
+    rows = generate_predictions(learned_by_heart(texts), TOKENIZER, EXAMPLES, max_new_tokens=5, progress=False)
     assert all(row["truncated"] for row in rows)
 
 
@@ -69,3 +63,47 @@ def test_rows_are_written_whole(tmp_path):
     rows = [{"id": "a", "text": "½ 五 \n"}, {"id": "b", "text": None}]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()] == rows
+
+
+def test_what_is_looked_for_without_a_marker_depends_on_the_right_answer():
+    examples = [replace(EXAMPLES[0], answer="B"), replace(EXAMPLES[1], answer="12")]
+    model = learned_by_heart([render(e).prompt + " Of 12 only (B) fits." for e in examples])
+    rows = generate_predictions(model, TOKENIZER, examples, max_new_tokens=80, progress=False)
+    assert [row["prediction"] for row in rows] == ["B", "12"]
+    assert accuracy(rows) == 1
+
+
+def test_a_journal_spares_what_is_done(tmp_path):
+    texts = [render(example).text for example in EXAMPLES]
+    options = {"batch_size": 3, "max_new_tokens": 150, "progress": False}
+    whole = generate_predictions(learned_by_heart(texts), TOKENIZER, EXAMPLES, **options)
+    killed = learned_by_heart(texts)
+    killed.die_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        generate_predictions(killed, TOKENIZER, EXAMPLES, journal=Journal(tmp_path / "j", {}), **options)
+    model = learned_by_heart(texts)
+    assert generate_predictions(model, TOKENIZER, EXAMPLES, journal=Journal(tmp_path / "j", {}), **options) == whole
+    assert len(model.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    # By the formula, to four digits; zero and all right have bounds of z^2 / (n + z^2).
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_interval(right, total, low, high):
+    assert wilson_interval(right, total) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(right, total, z=0.5)[0] >= low
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 0), (3, 2), (-1, 5)])
+def test_no_interval(right, total):
+    with pytest.raises(ValueError, match=f"right: is {right} of {total}, must be"):
+        wilson_interval(right, total)
+
+
+def test_score():
+    rows = [{"correct": i < 2, "prediction": None if i == 3 else "1", "truncated": i > 2} for i in range(5)]
+    low, high = wilson_interval(2, 5)
+    expected = {"right": 2, "total": 5, "accuracy": 0.4, "low": low, "high": high, "no_answer": 1, "truncated": 2}
+    assert score(rows) == expected

@@ -11,16 +11,25 @@ from safetensors.torch import load_file
 
 from mold.signals import SignalCache
 from tests.mold.process_run import RUNS
-from tests.tiny_runs import BARE, EXAMPLES, make_trainer, metrics
+from tests.tiny_runs import (
+    BARE,
+    EXAMPLES,
+    STUDENT_TOKENIZER,
+    TEACHER_TOKENIZER,
+    make_student,
+    make_teacher,
+    make_trainer,
+    metrics,
+)
 
 pytestmark = pytest.mark.slow
 
 
-def start(folder, processes):
+def start(processes, module, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = command if processes > 1 else [sys.executable]
     result = subprocess.run(
-        [*command, "-m", "tests.mold.process_run", str(folder)],
+        [*command, "-m", module, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -34,7 +43,7 @@ def start(folder, processes):
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     for processes in (1, 2):
-        start(folder / str(processes), processes)
+        start(processes, "tests.mold.process_run", folder / str(processes))
     return folder / "1", folder / "2"
 
 
@@ -74,3 +83,34 @@ def test_a_checkpoint_of_two_processes_is_whole(folders, tmp_path):
     }
     trainer = make_trainer(tmp_path, SignalCache(folders[1] / "signals"), examples=[*EXAMPLES, BARE])
     assert trainer.evaluate()["eval_loss_attention"] > 0
+
+
+def test_the_command_line_in_two_processes(tmp_path):
+    """Files are written once and whole, and evaluation knows what one process would."""
+    for name, model in (("teacher", make_teacher()), ("student", make_student(layers=2))):
+        model.save_pretrained(tmp_path / name)
+        (TEACHER_TOKENIZER if name == "teacher" else STUDENT_TOKENIZER).save_pretrained(tmp_path / name)
+    options = {
+        "num_train": 12,
+        "num_eval": 5,
+        "teacher_model_name_or_path": tmp_path / "teacher",
+        "model_name_or_path": tmp_path / "student",
+        "output_dir": tmp_path / "run",
+        "use_cpu": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "max_new_tokens": 3,
+        "disable_tqdm": True,
+    }
+    options = [text for key, value in options.items() for text in (f"--{key}", value)]
+    start(2, "mold.cli", "extract", *options)
+    start(2, "mold.cli", "train", *options)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert sum("eval_loss" in row for row in rows) == 2
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["num_eval"] == 5
+    predictions = (tmp_path / "run/predictions_after.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["id"] for line in predictions}) == len(predictions) == 5
+    assert not list((tmp_path / "run").rglob("*.tmp"))

@@ -1,19 +1,29 @@
 """attention_with_lse and attention_lse against the float64 reference, values and gradients."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from mold_kernels import attention_lse, attention_with_lse, reference
+from mold_kernels import attention_lse, attention_with_lse, native, reference
 from mold_kernels.testing import assert_as_accurate_as, random_qkv
+from tests.conftest import LEVELS, use_backend
 
 SHAPES = [
     pytest.param(1, 1, 1, 2, 16, id="two-tokens"),
     pytest.param(2, 4, 2, 37, 16, id="gqa-odd-length"),
     pytest.param(1, 9, 3, 130, 64, id="smollm2-heads"),
     pytest.param(2, 2, 1, 65, 80, id="head-dim-80"),
+    pytest.param(1, 1, 1, 401, 20, id="many-blocks-odd-head-dim"),
 ]
+
+
+@pytest.fixture(params=["cpu", *LEVELS])
+def engine(request):
+    yield use_backend(request.param)
+    if LEVELS:
+        use_backend(LEVELS[-1])
 
 
 def padding_mask(kind, batch, length):
@@ -42,6 +52,8 @@ def values_and_gradients(function, tensors, upstream, dtype):
 
 def assert_matches_reference(fast, slow, tensors, upstream, names):
     dtype = tensors[0].dtype
+    # Rounded before all three: the truth must be that of the gradients which the tested dtype can hold.
+    upstream = [grad.to(dtype) for grad in upstream]
     actual = values_and_gradients(fast, tensors, upstream, dtype)
     low = values_and_gradients(slow, tensors, upstream, dtype)
     exact = values_and_gradients(slow, tensors, upstream, torch.float64)
@@ -54,7 +66,9 @@ def assert_matches_reference(fast, slow, tensors, upstream, names):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padding", ["none", "left", "right", "both"])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "head_dim"), SHAPES)
-def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, dtype):
+def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, dtype, engine):
+    if engine == "native" and dtype not in native.DTYPES:
+        pytest.skip("native has no float16")
     generator = torch.Generator().manual_seed(length)
     tensors = random_qkv(generator, batch, heads, kv_heads, length, head_dim, dtype=dtype)
     mask = padding_mask(padding, batch, length)
@@ -63,7 +77,7 @@ def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, d
         torch.randn(batch, heads, length, generator=generator, dtype=torch.float64),
     ]
     assert_matches_reference(
-        lambda q, k, v: attention_with_lse(q, k, v, key_padding_mask=mask, engine="cpu"),
+        lambda q, k, v: attention_with_lse(q, k, v, key_padding_mask=mask, engine=engine),
         lambda q, k, v: reference.attention_with_lse(q, k, v, key_padding_mask=mask),
         tensors,
         upstream,
@@ -71,9 +85,9 @@ def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, d
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("zero", ["rows", "first-column", "tiny", "large-lse"])
-def test_lse_gradient_where_the_output_gradient_vanishes(zero, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero", ["rows", "first-column", "tiny", "large-lse", "mixed"])
+def test_lse_gradient_where_the_output_gradient_vanishes(zero, dtype, engine):
     """Rows without an output gradient are ordinary: prompt rows in the last layer have none."""
     generator = torch.Generator().manual_seed(3)
     tensors = random_qkv(generator, 2, 4, 2, 50, 16, dtype=dtype)
@@ -89,8 +103,10 @@ def test_lse_gradient_where_the_output_gradient_vanishes(zero, dtype):
             grad_lse *= 1e-25
         case "large-lse":
             grad_lse *= 1e6
+        case "mixed":
+            grad_out *= 10.0 ** torch.randint(-12, 3, grad_out.shape, generator=generator)
     assert_matches_reference(
-        lambda q, k, v: attention_with_lse(q, k, v, scale=0.3, engine="cpu"),
+        lambda q, k, v: attention_with_lse(q, k, v, scale=0.3, engine=engine),
         lambda q, k, v: reference.attention_with_lse(q, k, v, scale=0.3),
         tensors,
         [grad_out, grad_lse],
@@ -99,18 +115,18 @@ def test_lse_gradient_where_the_output_gradient_vanishes(zero, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_an_output_gradient_of_zeros_leaves_the_values_alone(dtype):
+def test_an_output_gradient_of_zeros_leaves_the_values_alone(dtype, engine):
     q, k, v = (t.requires_grad_() for t in random_qkv(torch.Generator().manual_seed(3), 2, 4, 2, 50, 16, dtype=dtype))
-    out, lse = attention_with_lse(q, k, v, engine="cpu")
+    out, lse = attention_with_lse(q, k, v, engine=engine)
     (out * 0 + lse.unsqueeze(-1)).sum().backward()
     assert v.grad.abs().max() < 1e-14 * k.grad.abs().max()
 
 
-def test_each_output_alone_is_differentiable():
+def test_each_output_alone_is_differentiable(engine):
     q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 4, 2, 20, 16, dtype=torch.float64)
     for output in (0, 1):
         gradients = []
-        for function in (attention_with_lse, reference.attention_with_lse):
+        for function in (partial(attention_with_lse, engine=engine), reference.attention_with_lse):
             tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
             function(*tensors)[output].square().sum().backward()
             gradients.append([torch.zeros_like(t) if t.grad is None else t.grad for t in tensors])
@@ -140,6 +156,75 @@ def test_attention_lse_over_many_blocks(monkeypatch):
     test_attention_lse(2, 4, 2, 37, 16, "both", torch.float32)
 
 
+OPTIONS = [
+    pytest.param({"sliding_window": 1}, id="window-1"),
+    pytest.param({"sliding_window": 7}, id="window-7"),
+    pytest.param({"softcap": 2.0}, id="softcap"),
+    pytest.param({"cu_seqlens": torch.tensor([0, 4, 4, 15, 21], dtype=torch.int32)}, id="packed"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_the_reference_by_hand(options):
+    """A row at a time: which keys it sees, their capped scores, their softmax."""
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 1, 21, 8, dtype=torch.float64)
+    out, lse = attention_with_lse(q, k, v, engine="reference", **options)
+    borders = options.get("cu_seqlens", torch.tensor([0, 21])).tolist()
+    for row in range(21):
+        first = max(border for border in borders[:-1] if border <= row)
+        first = max(first, row + 1 - options.get("sliding_window", 21))
+        scores = (q[0, :, row] @ k[0, 0, first : row + 1].mT) * 8**-0.5
+        if "softcap" in options:
+            scores = options["softcap"] * (scores / options["softcap"]).tanh()
+        torch.testing.assert_close(lse[0, :, row], scores.exp().sum(-1).log(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(out[0, :, row], scores.softmax(-1) @ v[0, 0, first : row + 1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 7, "softcap": 2.0}, *(param.values[0] for param in OPTIONS)]
+)
+@pytest.mark.parametrize("padding", ["none", "both"])
+def test_flex(options, padding):
+    batch = 1 if "cu_seqlens" in options else 2
+    generator = torch.Generator().manual_seed(0)
+    tensors = random_qkv(generator, batch, 4, 2, 21, 16)
+    options = {**options, "key_padding_mask": padding_mask(padding, batch, 21)}
+    actual = attention_with_lse(*tensors, engine="flex", **options)
+    expected = reference.attention_with_lse(*tensors, **options)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_flex_has_no_gradient_on_the_cpu():
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 4, 2, 6, 8)
+    with pytest.raises(ValueError, match="flex does not implement attention_with_lse for these tensors"):
+        attention_with_lse(q.requires_grad_(), k, v, engine="flex")
+
+
+@pytest.mark.parametrize(
+    "option", [{"sliding_window": 3}, {"softcap": 2.0}, {"cu_seqlens": torch.tensor([0, 6]).int()}]
+)
+def test_an_engine_without_an_option_refuses_it_by_name(option):
+    (name,) = option
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 4, 2, 6, 8)
+    with pytest.raises(ValueError, match=f"{name}: engine 'cpu' does not have it"):
+        attention_with_lse(q, k, v, engine="cpu", **option)
+    with pytest.raises(ValueError, match=f"{name}: backend 'torch' does not have it"):
+        attention_lse(q, k, backend="torch", **option)
+    for fast, slow in (
+        (attention_with_lse(q, k, v, **option)[1], reference.attention_with_lse(q, k, v, **option)[1]),
+        (attention_lse(q, k, **option), reference.attention_lse(q, k, **option)),
+    ):
+        assert torch.equal(fast, slow)  # "auto" finds an engine that has it
+
+
+def test_fa4_is_named_where_it_is_missing():
+    q, k, v = random_qkv(torch.Generator(), 1, 4, 2, 6, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="engine was 'fa4', on cpu it may be"):
+        attention_with_lse(q, k, v, engine="fa4")
+    with pytest.raises(ValueError, match="key_padding_mask: engine 'fa4' does not have it"):
+        attention_with_lse(q, k, v, engine="fa4", key_padding_mask=torch.ones(1, 6, dtype=torch.bool))
+
+
 def test_reference_gradients():
     q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 1, 5, 4, dtype=torch.float64)
     tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
@@ -155,6 +240,11 @@ def test_reference_gradients():
         (lambda q, k, v: (q, k, v[..., :-1], {}), "v: is"),
         (lambda q, k, v: (q, k, v, {"key_padding_mask": torch.ones(2, 6)}), "key_padding_mask: is torch.float32"),
         (lambda q, k, v: (q, k, v, {"engine": "flash"}), "engine"),
+        (lambda q, k, v: (q, k, v, {"sliding_window": 0}), "sliding_window: is 0, must be at least 1"),
+        (lambda q, k, v: (q, k, v, {"softcap": 0.0}), "softcap: is 0.0, must be greater than 0"),
+        (lambda q, k, v: (q, k, v, {"cu_seqlens": torch.tensor([0, 6])}), "cu_seqlens: is torch.int64"),
+        (lambda q, k, v: (q, k, v, {"cu_seqlens": torch.tensor([0, 6]).int()}), "cu_seqlens: given with a batch of 2"),
+        (lambda q, k, v: (q[:1], k[:1], v[:1], {"cu_seqlens": torch.tensor([0, 5]).int()}), r"cu_seqlens: is \[0, 5\]"),
     ],
 )
 def test_wrong_input_names_the_argument(change, message):

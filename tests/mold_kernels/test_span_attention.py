@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mold_kernels import attention_with_lse, reference, span_attention
+from mold_kernels import attention_with_lse, native, reference, span_attention
 from mold_kernels.testing import assert_as_accurate_as, random_qkv, random_spans
 
-OPTIONS = [("sum", "torch"), ("mean", "torch")]
+needs_native = pytest.mark.skipif(not native.is_available(), reason=str(native.why_missing()))
 
 
 def values_and_gradients(function, q, k, lse, upstream, dtype):
@@ -20,18 +20,24 @@ def values_and_gradients(function, q, k, lse, upstream, dtype):
     return [pooled, *torch.autograd.grad((pooled * upstream.to(pooled.dtype)).sum(), tensors)]
 
 
-def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend, seed=0):
+def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend, seed=0, **options):
     # The log-sum-exp is an input: all three computations take the same one, as exact as its dtype holds it.
-    lse = reference.attention_lse(q.double(), k.double(), scale=0.4).to(reference.accumulation_dtype(q.dtype))
+    lse = reference.attention_lse(q.double(), k.double(), scale=0.4, **options).to(
+        reference.accumulation_dtype(q.dtype)
+    )
     upstream = torch.randn(
         q.shape[0], row_spans.shape[1], key_spans.shape[1], generator=torch.Generator().manual_seed(seed)
     )
 
     def fast(q, k, lse):
-        return span_attention(q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, backend=backend)
+        return span_attention(
+            q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, backend=backend, **options
+        )
 
     def slow(q, k, lse):
-        return reference.span_attention(q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction)
+        return reference.span_attention(
+            q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, **options
+        )
 
     actual = values_and_gradients(fast, q, k, lse, upstream, q.dtype)
     low = values_and_gradients(slow, q, k, lse, upstream, q.dtype)
@@ -42,22 +48,44 @@ def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend,
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("row_reduction", "backend"), OPTIONS)
+@pytest.mark.parametrize("row_reduction", ["sum", "mean"])
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "length", "head_dim", "steps", "keys"),
     [
-        pytest.param(1, 1, 1, 1, 16, 1, 1, id="one-token"),
+        pytest.param(5, 6, 2, 1, 16, 1, 1, id="one-token"),
         pytest.param(2, 4, 2, 37, 16, 5, 7, id="gqa-odd-length"),
         pytest.param(1, 9, 3, 257, 64, 11, 20, id="smollm2-heads"),
         pytest.param(3, 2, 2, 65, 80, 4, 3, id="head-dim-80"),
+        pytest.param(2, 6, 1, 301, 20, 7, 9, id="pieces-cut-and-odd-head-dim"),
     ],
 )
 def test_span_attention(batch, heads, kv_heads, length, head_dim, steps, keys, row_reduction, backend, dtype):
+    if backend == "native" and dtype == torch.float16:
+        backend = "auto"
     generator = torch.Generator().manual_seed(length)
     q, k, _ = random_qkv(generator, batch, heads, kv_heads, length, head_dim, dtype=dtype)
     row_spans = random_spans(generator, batch, steps, length)
     key_spans = random_spans(generator, batch, keys, length)
     assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend)
+
+
+VISIBILITY = [
+    pytest.param({"sliding_window": 12}, id="window"),
+    pytest.param({"softcap": 2.0}, id="softcap"),
+    pytest.param({"cu_seqlens": torch.tensor([0, 5, 5, 20, 37], dtype=torch.int32)}, id="packed"),
+    pytest.param(
+        {"cu_seqlens": torch.tensor([0, 30, 37], dtype=torch.int32), "sliding_window": 9, "softcap": 30.0}, id="all"
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", VISIBILITY)
+def test_windows_packing_and_soft_capping(options, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, _ = random_qkv(generator, 1, 4, 2, 37, 16, dtype=dtype)
+    spans = random_spans(generator, 1, 5, 37), random_spans(generator, 1, 7, 37)
+    assert_matches_reference(q, k, *spans, "sum", "torch", **options)
 
 
 def test_many_blocks_of_rows(monkeypatch):
@@ -75,27 +103,67 @@ def spans(count):
 def test_any_spans(row_spans, key_spans, seed):
     q, k, _ = random_qkv(torch.Generator().manual_seed(seed), 2, 4, 2, 23, 8)
     row_spans, key_spans = torch.tensor(row_spans, dtype=torch.int32), torch.tensor(key_spans, dtype=torch.int32)
-    assert_matches_reference(q, k, row_spans, key_spans, "sum", "torch", seed)
+    for backend in ("torch", "native") if native.is_available() else ("torch",):
+        assert_matches_reference(q, k, row_spans, key_spans, "sum", backend, seed)
 
 
-def test_empty_spans_give_exact_zeros():
+@needs_native
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), st.integers(1, 40), st.integers(0, 99)
+)
+def test_any_shape_and_layout(batch, kv_heads, group, length, head_dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(4, generator=generator).tolist()
+    back = sorted(range(4), key=order.__getitem__)
+
+    def any_layout(heads):
+        shape = (batch, heads, length, head_dim)
+        # Every second element of a tensor whose dimensions lie in memory in any order.
+        sizes = [shape[i] * (2 if i == 3 else 1) for i in order]
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).permute(back)[..., ::2]
+
+    q, k = any_layout(kv_heads * group), any_layout(kv_heads)
+    row_spans, key_spans = random_spans(generator, batch, 5, length), random_spans(generator, batch, 4, length)
+    # Spans may be of any integer dtype and layout too.
+    row_spans = row_spans.long().transpose(1, 2).contiguous().transpose(1, 2)
+    assert_matches_reference(q, k, row_spans, key_spans, "mean", "native", seed)
+
+
+@needs_native
+def test_native_does_not_depend_on_the_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    q, k, _ = random_qkv(generator, 2, 6, 2, 300, 16)
+    row_spans, key_spans = random_spans(generator, 2, 9, 300), random_spans(generator, 2, 8, 300)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(assert_matches_reference(q, k, row_spans, key_spans, "sum", "native"))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        for name, first, second in zip(["A", "dq", "dk", "dlse"], results[0], other, strict=True):
+            assert torch.equal(first, second), name
+
+
+def test_empty_spans_give_exact_zeros(backend):
     q, k, _ = random_qkv(torch.Generator().manual_seed(0), 2, 4, 2, 12, 8)
     none = torch.zeros(2, 3, 2, dtype=torch.int32)
     some = torch.tensor([[[0, 4], [5, 5], [4, 9]]], dtype=torch.int32).expand(2, -1, -1)
     for row_spans, key_spans in ((none, none), (none, some), (some, none)):
-        for tensor in assert_matches_reference(q, k, row_spans, key_spans, "sum", "torch"):
+        for tensor in assert_matches_reference(q, k, row_spans, key_spans, "sum", backend):
             assert not tensor.any()
-    pooled = assert_matches_reference(q, k, some, some, "mean", "torch")[0]
+    pooled = assert_matches_reference(q, k, some, some, "mean", backend)[0]
     assert not pooled[:, 1].any()
     assert not pooled[:, :, 1].any()
     assert (pooled[:, [0, 2], 0] > 0).all()
 
 
-def test_no_spans_at_all():
+def test_no_spans_at_all(backend):
     q, k, _ = random_qkv(torch.Generator().manual_seed(0), 2, 4, 2, 12, 8)
     lse = reference.attention_lse(q, k)
-    pooled = span_attention(q, k, lse, torch.zeros(2, 0, 2, dtype=torch.int32), torch.zeros(2, 3, 2, dtype=torch.int32))
-    assert pooled.shape == (2, 0, 3)
+    none, empty = torch.zeros(2, 0, 2, dtype=torch.int32), torch.zeros(2, 3, 2, dtype=torch.int32)
+    assert span_attention(q, k, lse, none, empty, backend=backend).shape == (2, 0, 3)
+    assert span_attention(q, k, lse, empty, none, backend=backend).shape == (2, 3, 0)
 
 
 def test_a_span_over_everything_holds_all_attention():
@@ -161,6 +229,8 @@ def test_reference_gradients():
         ("row_spans", torch.zeros(2, 3, 2, dtype=torch.int32), r"row_spans: shape is \[2, 3, 2\]"),
         ("key_spans", torch.tensor([[[0, 7]]]), r"key_spans: span 0 of example 0 is \[0, 7\]"),
         ("key_spans", torch.tensor([[[0, 2], [4, 3]]]), r"key_spans: span 1 of example 0 is \[4, 3\]"),
+        ("lse", torch.zeros(1, 2, 6, device="meta"), "lse: is on meta, must be on cpu as q"),
+        ("key_spans", torch.zeros(1, 3, 2, dtype=torch.int32, device="meta"), "key_spans: is on meta"),
         ("row_reduction", "max", "row_reduction: is 'max'"),
         ("backend", "fastest", "backend"),
     ],

@@ -8,7 +8,6 @@ from mold_kernels.value_pool import value_pool
 
 EPS = 1e-6
 needs_native = pytest.mark.skipif(not native.is_available(), reason=str(native.why_missing()))
-FAST = ["torch", pytest.param("native", marks=needs_native)]
 
 
 def make_case(generator, batch=2, heads=3, length=37, width=16, dtype=torch.float32, padding="right"):
@@ -31,7 +30,6 @@ def check_against_reference(generator, backend, v, weight, mask):
         assert_as_accurate_as(actual[name], low[name], truth[name], name)
 
 
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("length", "width", "padding"),
@@ -41,14 +39,12 @@ def test_values_and_gradients(generator, backend, dtype, length, width, padding)
     check_against_reference(generator, backend, *make_case(generator, 2, 3, length, width, dtype, padding))
 
 
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy_does_not_hang_on_the_seed(generator, backend, dtype):
     for seed in range(20):
         check_against_reference(generator.manual_seed(seed), backend, *make_case(generator, 2, 3, 130, 5, dtype, "no"))
 
 
-@pytest.mark.parametrize("backend", FAST)
 def test_float64(generator, backend):
     v, weight, mask = make_case(generator, dtype=torch.float64)
     dh = torch.randn(2, 48, generator=generator)
@@ -61,7 +57,6 @@ def test_float16_runs_on_torch(generator):
     check_against_reference(generator, "auto", *make_case(generator, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(
     "view",
     [
@@ -78,7 +73,6 @@ def test_layouts(generator, backend, view):
     check_against_reference(generator, backend, view(v), weight, mask.T.contiguous().T)
 
 
-@pytest.mark.parametrize("backend", [*FAST, "reference"])
 def test_padding_is_ignored_even_if_it_is_nan(generator, backend):
     v, weight, mask = make_case(generator, batch=3)
     mask[1] = False
@@ -89,7 +83,6 @@ def test_padding_is_ignored_even_if_it_is_nan(generator, backend):
     assert all(tensor.isfinite().all() for tensor in result.values())
 
 
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("frozen", ["v", "weight"])
 def test_only_what_needs_a_gradient_is_kept(generator, backend, frozen):
     v, weight, mask = make_case(generator)

@@ -1,0 +1,203 @@
+"""What does attention with pooled attention cost on this CPU, beside torch's own attention alone?
+
+    python -m benchmarks.cpu_attention                      # two tables: T = 512 to 8192, two shapes
+    python -m benchmarks.cpu_attention --lengths 512        # quicker
+
+First table, forward and backward of a layer's attention, batch 1: torch's scaled_dot_product_attention, ours, ours with
+the pooled attention A, and aten's flash attention (engine "cpu") with A. Second table, the pooled attention alone,
+native against vectorised torch, in shares of the machine's limits: what torch's matrix product and a copy reach here.
+Contenders take turns in one process; medians are compared. On one thread the clock is that of the process, which other
+programs disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.machine import about_this_machine
+from mold_kernels import attention_with_lse, span_attention
+
+SHAPES = {"Hq 9, Hkv 3, D 64": (9, 3, 64), "Hq 32, Hkv 8, D 128": (32, 8, 128)}
+TOKENS_A_STEP, TOKENS_A_KEY_WORD = 45, 13  # of GSM8K's human rationales: 4.6 steps, 16 numbers in about 210 tokens
+
+
+def make_spans(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row spans [1, S, 2] that cover everything and key spans [1, M, 2] of one or two tokens."""
+    steps, keys = max(2, length // TOKENS_A_STEP), max(2, length // TOKENS_A_KEY_WORD)
+    borders = torch.linspace(0, length, steps + 1).int()
+    starts = torch.linspace(1, length - 3, keys).int()
+    rows = torch.stack([borders[:-1], borders[1:]], -1)[None]
+    return rows, torch.stack([starts, starts + 1 + torch.arange(keys) % 2], -1)[None].int()
+
+
+def seconds(function) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    function()
+    return clock() - start
+
+
+def best(function, rounds: int = 7) -> float:
+    return min(seconds(function) for _ in range(rounds))
+
+
+def measure_limits() -> dict[str, float]:
+    """float32 FLOP/s of torch's matrix product, and bytes/s (read and written) of a copy that no cache holds."""
+    a, b = torch.randn(2, 1024, 1024)
+    source = torch.randn(1 << 26)
+    target = torch.empty_like(source)
+    return {
+        "flops": 2 * 1024**3 / best(lambda: a @ b),
+        "bandwidth": 2 * source.numel() * 4 / best(lambda: target.copy_(source)),
+    }
+
+
+def alternate(contenders: dict, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of forward and backward of each; a contender returns its outputs and a function that goes backward."""
+    times = {name: ([], []) for name in contenders}
+    for round_number in range(rounds + 1):
+        for name, contender in contenders.items():
+            result = []
+            forward = seconds(lambda contender=contender, result=result: result.append(contender()))
+            backward = seconds(result[0])
+            if round_number:  # the first round warms up
+                times[name][0].append(forward)
+                times[name][1].append(backward)
+    return times
+
+
+def attention_contenders(shape: tuple[int, int, int], length: int, dtype: torch.dtype) -> dict:
+    heads, kv_heads, width = shape
+    q, k, v, grad = (
+        torch.randn(1, length, count, width).to(dtype).transpose(1, 2) for count in (heads, kv_heads, kv_heads, heads)
+    )
+    rows, keys = make_spans(length)
+
+    def contender(function):
+        def forward():
+            tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+            outputs = function(*tensors)
+            grads = [grad, *(torch.ones_like(output) for output in outputs[1:])]
+            return lambda: torch.autograd.grad(outputs, tensors, grads)
+
+        return forward
+
+    def sdpa(q, k, v):
+        return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
+
+    def with_pooled(engine, backend):
+        def function(q, k, v):
+            out, lse = attention_with_lse(q, k, v, engine=engine)
+            return out, span_attention(q, k, lse, rows, keys, backend=backend)
+
+        return function
+
+    return {
+        "torch SDPA": contender(sdpa),
+        "ours": contender(lambda q, k, v: attention_with_lse(q, k, v, engine="native")[:1]),
+        "ours with A": contender(with_pooled("native", "native")),
+        "aten with A": contender(with_pooled("cpu", "torch")),
+    }
+
+
+def span_contenders(shape: tuple[int, int, int], length: int, dtype: torch.dtype) -> dict:
+    heads, kv_heads, width = shape
+    q, k = (torch.randn(1, length, count, width).to(dtype).transpose(1, 2) for count in (heads, kv_heads))
+    _, lse = attention_with_lse(q, k, k, engine="native")
+    rows, keys = make_spans(length)
+
+    def contender(backend):
+        def forward():
+            tensors = [tensor.detach().requires_grad_() for tensor in (q, k, lse)]
+            pooled = span_attention(*tensors, rows, keys, backend=backend)
+            return lambda: torch.autograd.grad(pooled, tensors, torch.ones_like(pooled))
+
+        return forward
+
+    return {"torch": contender("torch"), "native": contender("native")}
+
+
+def visible_products(length: int) -> int:
+    """Pairs of a row and a key column that it sees."""
+    _, keys = make_spans(length)
+    return sum(length - column for start, end in keys[0].tolist() for column in range(start, end))
+
+
+def table_row(name: str, length: int, contender: str, times, baseline: str) -> dict:
+    forward, backward = (statistics.median(values) for values in times[contender])
+    totals = {key: [a + b for a, b in zip(*values, strict=True)] for key, values in times.items()}
+    return {
+        "shape": name,
+        "length": length,
+        "contender": contender,
+        "forward_ms": forward * 1e3,
+        "backward_ms": backward * 1e3,
+        "least_ms": min(totals[contender]) * 1e3,
+        "most_ms": max(totals[contender]) * 1e3,
+        "ratio": statistics.median(totals[contender]) / statistics.median(totals[baseline]),
+        "forward_ratio": forward / statistics.median(times[baseline][0]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--output", type=Path, help="also write the rows, the limits and the versions as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, arguments.dtype)
+    limits = measure_limits()
+    about = {**about_this_machine(), "load": os.getloadavg()[0], "dtype": arguments.dtype, **limits}
+    print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in about.items()))
+
+    rows = {"attention": [], "span_attention": []}
+    print("\nAttention, forward and backward; ratio to torch's SDPA without A")
+    print(f"{'':20} {'T':>6} {'':12} {'fwd ms':>9} {'bwd ms':>9} {'min..max ms':>17} {'ratio':>7}")
+    for length in arguments.lengths:
+        for name, shape in SHAPES.items():
+            times = alternate(attention_contenders(shape, length, dtype), arguments.rounds)
+            for contender in times:
+                row = table_row(name, length, contender, times, "torch SDPA")
+                rows["attention"].append(row)
+                spread = f"{row['least_ms']:.1f}..{row['most_ms']:.1f}"
+                print(
+                    f"{name:20} {length:6} {contender:12} {row['forward_ms']:9.2f} {row['backward_ms']:9.2f} "
+                    f"{spread:>17} {row['ratio']:7.3f}",
+                    flush=True,
+                )
+
+    print("\nPooled attention alone; shares of the limits: causal products only, q, k, lse and A read or written once")
+    print(f"{'':20} {'T':>6} {'':8} {'fwd ms':>9} {'faster':>7} {'bwd ms':>9} {'FLOP/s':>8} {'bytes/s':>8} (forward)")
+    for length in arguments.lengths:
+        for name, shape in SHAPES.items():
+            heads, _, width = shape
+            times = alternate(span_contenders(shape, length, dtype), arguments.rounds)
+            for contender in times:
+                row = table_row(name, length, contender, times, "torch")
+                flops = 2 * heads * width * visible_products(length) / (row["forward_ms"] / 1e3)
+                moved = heads * length * (width * dtype.itemsize + 4) / (row["forward_ms"] / 1e3)
+                row |= {"flop_share": flops / limits["flops"], "bandwidth_share": moved / limits["bandwidth"]}
+                rows["span_attention"].append(row)
+                print(
+                    f"{name:20} {length:6} {contender:8} {row['forward_ms']:9.2f} {1 / row['forward_ratio']:6.1f}x "
+                    f"{row['backward_ms']:9.2f} {row['flop_share']:8.0%} {row['bandwidth_share']:8.0%}",
+                    flush=True,
+                )
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"about": about, **rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "span_plan.hpp"
+#include "view.hpp"
+
+// What every instruction set has. Shapes and formulas are those of the Python file of the same name; `threads` is the
+// most that a kernel may use.
+namespace mold {
+
+struct Kernels {
+    // q and out [B, Hq, T, D], k and v [B, Hkv, T, D], lse [B, Hq, T]; mask bool [B, T], null without padding.
+    void (*attention_forward)(
+        const View& q, const View& k, const View& v, const View* mask, double scale, const View& out, const View& lse,
+        int threads);
+
+    // dk and dv are contiguous, of lse's dtype.
+    void (*attention_backward)(
+        const View& grad_out, const View& grad_lse, const View& q, const View& k, const View& v, const View* mask,
+        double scale, const View& out, const View& lse, const View& dq, const View& dk, const View& dv, int threads);
+
+    // q [B, Hq, T, D], k [B, Hkv, T, D], lse [B, Hq, T], pooled [B, S, M] contiguous.
+    void (*span_attention_forward)(
+        const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale, const View& pooled,
+        int threads);
+
+    // Adds nothing: writes the rows of dq and dlse that a step holds and the rows of dk (in lse's dtype) that a key
+    // word holds. The caller has set the others to zero.
+    void (*span_attention_backward)(
+        const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale,
+        const View& dq, const View& dk, const View& dlse, int threads);
+
+    // teacher [L1, B, S, M], student [L2, B, S, M], weights [B, L2] and the loss [B] of one dtype, float32 or float64;
+    // num_steps and num_keys int64 [B]; l1_epsilon > 0 divides rows by their sums, 0 takes their softmax. mixture_grad,
+    // contiguous [B, S, M], is the gradient of an example's loss by its mixed student attention, for the backward.
+    void (*layer_mixture_forward)(
+        const View& teacher, const View& student, const View& weights, const View& num_steps, const View& num_keys,
+        double tau, double l1_epsilon, const View& loss, const View& mixture_grad, int threads);
+    void (*layer_mixture_backward)(
+        const View& grad, const View& student, const View& weights, const View& mixture_grad, const View& dstudent,
+        const View& dweights, int threads);
+
+    // v and dv [B, H, T, D], mask bool [B, T]; pooled and u [B, H * D] contiguous, float32 or float64 as v's sums are.
+    void (*value_pool_forward)(const View& v, const View& mask, double eps, const View& pooled, int threads);
+    void (*value_pool_backward)(
+        const View& u, const View& v, const View& mask, double eps, const View& dv, int threads);
+};
+
+// A block of attention rows stacks the heads that share a key head: at most this many rows, at least one token.
+constexpr std::int64_t block_rows = 192;
+
+struct Level {
+    std::string name;
+    bool supported;  // by this CPU
+    const Kernels* kernels;
+};
+
+// From the portable one upwards.
+const std::vector<Level>& levels();
+
+// The one in use: the best that this CPU supports unless set_level named another.
+const Level& level();
+
+// Throws std::invalid_argument unless `name` is a supported level.
+void set_level(const std::string& name);
+
+}  // namespace mold

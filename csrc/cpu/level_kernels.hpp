@@ -1,0 +1,32 @@
+#pragma once
+
+#include "kernels.hpp"
+
+// The kernels of one level; kernels.hpp says what they do.
+namespace mold::MOLD_LEVEL {
+
+void attention_forward(
+    const View& q, const View& k, const View& v, const View* mask, double scale, const View& out, const View& lse,
+    int threads);
+void attention_backward(
+    const View& grad_out, const View& grad_lse, const View& q, const View& k, const View& v, const View* mask,
+    double scale, const View& out, const View& lse, const View& dq, const View& dk, const View& dv, int threads);
+void span_attention_forward(
+    const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale, const View& pooled,
+    int threads);
+void span_attention_backward(
+    const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale,
+    const View& dq, const View& dk, const View& dlse, int threads);
+void layer_mixture_forward(
+    const View& teacher, const View& student, const View& weights, const View& num_steps, const View& num_keys,
+    double tau, double l1_epsilon, const View& loss, const View& mixture_grad, int threads);
+void layer_mixture_backward(
+    const View& grad, const View& student, const View& weights, const View& mixture_grad, const View& dstudent,
+    const View& dweights, int threads);
+void value_pool_forward(const View& v, const View& mask, double eps, const View& pooled, int threads);
+void value_pool_backward(
+    const View& u, const View& v, const View& mask, double eps, const View& dv, int threads);
+
+extern const Kernels kernels;
+
+}  // namespace mold::MOLD_LEVEL

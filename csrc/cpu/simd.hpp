@@ -1,0 +1,280 @@
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "threads.hpp"
+#include "view.hpp"
+
+// The pieces that kernels are made of. Kernel sources are compiled once for every instruction set, each time with
+// MOLD_LEVEL naming a namespace of its own. What has inline linkage must live in that namespace, std:: functions
+// included: the linker keeps one copy of a shared inline function, which might be the one compiled for AVX-512.
+namespace mold::MOLD_LEVEL {
+
+using std::int64_t;
+
+// ---- elements and vectors
+
+enum class bfloat16 : std::uint16_t {};  // an enum, not a struct: GCC vectorises loops over it
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(bfloat16 value) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+template <typename Element, typename T>
+inline Element narrow(T value) {
+    if constexpr (std::is_same_v<Element, bfloat16>) {
+        std::uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        const std::uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        return bfloat16(value == value ? nearest_even : 0x7fc0);  // NaN: rounding could carry it into infinity
+    } else {
+        return static_cast<Element>(value);
+    }
+}
+
+// Calls function(Element{}, T{}) for the types that `dtype` names; T is what sums are kept in.
+template <typename Function>
+inline void dispatch(Dtype dtype, Function function) {
+    switch (dtype) {
+        case Dtype::float32: return function(float{}, float{});
+        case Dtype::bfloat16: return function(bfloat16{}, float{});
+        default: return function(double{}, double{});
+    }
+}
+
+template <typename T>
+struct VectorOf {
+    typedef T type __attribute__((vector_size(MOLD_VECTOR_BYTES)));
+    using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+    typedef Integer integers __attribute__((vector_size(MOLD_VECTOR_BYTES)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+template <typename T>
+constexpr int64_t lanes = MOLD_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+inline Vector<T> load(const T* source) {
+    Vector<T> vector;
+    std::memcpy(&vector, source, sizeof vector);
+    return vector;
+}
+
+template <typename T>
+inline void store(Vector<T> vector, T* target) {
+    std::memcpy(target, &vector, sizeof vector);
+}
+
+template <typename T>
+inline Vector<T> splat(T value) {
+    return Vector<T>{} + value;
+}
+
+template <typename T>
+inline T sum(Vector<T> vector) {
+    T total = 0;
+    for (int64_t lane = 0; lane < lanes<T>; ++lane) total += vector[lane];
+    return total;
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// ---- exp
+
+template <typename T>
+struct Exponential;
+template <>
+struct Exponential<float> {
+    static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f, shift = 0x1.8p23f;
+    static constexpr float least = -87.33f, most = 88.37f;
+    static constexpr int degree = 7, mantissa = 23, bias = 127;
+};
+template <>
+struct Exponential<double> {
+    static constexpr double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33, shift = 0x1.8p52;
+    static constexpr double least = -708.3, most = 709.4;
+    static constexpr int degree = 13, mantissa = 52, bias = 1023;
+};
+
+// e^x = 2^n e^r with |r| <= ln(2) / 2, where the Taylor polynomial errs by less than half a spacing. 0 below the
+// smallest normal number, infinity above the largest, NaN of NaN.
+template <typename T>
+inline Vector<T> exponential(Vector<T> x) {
+    using E = Exponential<T>;
+    using Integers = typename VectorOf<T>::integers;
+    const Vector<T> shifted = x * static_cast<T>(1.4426950408889634) + E::shift;  // the low bits now hold n
+    const Vector<T> n = shifted - E::shift;
+    const Vector<T> r = (x - n * E::ln2_high) - n * E::ln2_low;
+    double factorial = 1;
+    for (int i = 2; i <= E::degree; ++i) factorial *= i;
+    Vector<T> polynomial = splat<T>(static_cast<T>(1 / factorial));
+#pragma GCC unroll 16
+    for (int i = E::degree; i > 0; --i) {
+        factorial /= i;
+        polynomial = polynomial * r + static_cast<T>(1 / factorial);
+    }
+    Integers exponent;
+    std::memcpy(&exponent, &shifted, sizeof exponent);
+    exponent = (exponent + E::bias) << E::mantissa;
+    Vector<T> power;
+    std::memcpy(&power, &exponent, sizeof power);
+    Vector<T> result = polynomial * power;
+    result = x < E::least ? Vector<T>{} : result;
+    return x > E::most ? splat<T>(static_cast<T>(HUGE_VAL)) : result;
+}
+
+// ---- matrix product
+
+// Element (i, j) is at data[i * row + j * column].
+template <typename T>
+struct Matrix {
+    const T* data;
+    int64_t row, column;
+};
+
+// As many sums as the registers hold beside a row of b and an entry of a: 24 of 32, or 12 of 16.
+constexpr int tile_rows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int tile_vectors = 4;
+#else
+constexpr int tile_vectors = 2;
+#endif
+
+template <typename T>
+constexpr int64_t tile_width = tile_vectors * lanes<T>;
+
+template <typename T, int Rows, int Vectors>
+inline void multiply_tile(int64_t depth, Matrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool add) {
+    Vector<T> sums[Rows][Vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < Vectors; ++j) sums[i][j] = add ? load(c + i * c_row + j * lanes<T>) : Vector<T>{};
+    }
+    for (int64_t p = 0; p < depth; ++p) {
+        Vector<T> row[Vectors];
+#pragma GCC unroll 8
+        for (int j = 0; j < Vectors; ++j) row[j] = load(b + p * b_row + j * lanes<T>);
+#pragma GCC unroll 8
+        for (int i = 0; i < Rows; ++i) {
+            const T factor = a.data[i * a.row + p * a.column];
+#pragma GCC unroll 8
+            for (int j = 0; j < Vectors; ++j) sums[i][j] += row[j] * factor;
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < Vectors; ++j) store(sums[i][j], c + i * c_row + j * lanes<T>);
+    }
+}
+
+template <typename T, int Vectors, int Rows = tile_rows>
+inline void multiply_rows(
+    int64_t rows, int64_t depth, Matrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool add) {
+    for (; rows >= Rows; rows -= Rows, a.data += Rows * a.row, c += Rows * c_row) {
+        multiply_tile<T, Rows, Vectors>(depth, a, b, b_row, c, c_row, add);
+    }
+    if constexpr (Rows > 1) {
+        if (rows) multiply_rows<T, Vectors, Rows - 1>(rows, depth, a, b, b_row, c, c_row, add);
+    }
+}
+
+// c[i, j] = sum_p a[i, p] b[p, j], added to what c holds if `add`: i < rows, j < width (a multiple of the lanes),
+// p < depth.
+template <typename T, int Vectors = tile_vectors>
+inline void multiply(
+    int64_t rows, int64_t width, int64_t depth, Matrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool add) {
+    constexpr int64_t step = Vectors * lanes<T>;
+    for (; width >= step; width -= step, b += step, c += step) {
+        multiply_rows<T, Vectors>(rows, depth, a, b, b_row, c, c_row, add);
+    }
+    if constexpr (Vectors > 1) {
+        if (width) multiply<T, Vectors - 1>(rows, width, depth, a, b, b_row, c, c_row, add);
+    }
+}
+
+// ---- memory and tasks
+
+// Uninitialised memory, aligned for vectors.
+struct Memory {
+    char* data;
+    explicit Memory(int64_t bytes) : data(static_cast<char*>(::operator new(bytes, std::align_val_t{64}))) {}
+    ~Memory() { ::operator delete(data, std::align_val_t{64}); }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+};
+
+// Hands out parts of a memory. Without one (null) it only counts the bytes.
+struct Scratch {
+    char* memory = nullptr;
+    int64_t used = 0;
+
+    template <typename T>
+    T* take(int64_t count) {
+        T* part = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
+        used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+        return part;
+    }
+};
+
+// Calls task(index, buffers) for every index below count on up to `threads` threads; tasks start in ascending order.
+// Each thread has buffers of its own, which make(scratch) takes from uninitialised memory.
+template <typename Make, typename Task>
+inline void parallel(int threads, int64_t count, const Make& make, const Task& task) {
+    if (count == 0) return;
+    threads = static_cast<int>(smaller(threads, count));
+    Scratch counted;
+    make(counted);
+    const Memory memory(threads * counted.used);
+    struct Shared {
+        const Make& make;
+        const Task& task;
+        char* memory;
+        int64_t bytes, count;
+        std::atomic<int64_t> next_thread{0}, next_task{0};
+    } shared{make, task, memory.data, counted.used, count};
+    run_threads(
+        threads,
+        [](void* context) {
+            Shared& shared = *static_cast<Shared*>(context);
+            Scratch scratch{shared.memory + shared.bytes * shared.next_thread.fetch_add(1)};
+            auto buffers = shared.make(scratch);
+            for (int64_t i; (i = shared.next_task.fetch_add(1)) < shared.count;) shared.task(i, buffers);
+        },
+        &shared);
+}
+
+// Lets tasks that add to the same memory take turns chunk by chunk, always in the order of their indices, so that
+// sums do not depend on the threads. The task that goes first must have at least as many chunks.
+class Turns {
+public:
+    explicit Turns(int64_t tasks) : memory(tasks * static_cast<int64_t>(sizeof(std::atomic<int64_t>))) {
+        finished = reinterpret_cast<std::atomic<int64_t>*>(memory.data);
+        for (int64_t i = 0; i < tasks; ++i) new (finished + i) std::atomic<int64_t>(0);
+    }
+    void wait(int64_t before, int64_t chunk) const {
+        while (finished[before].load(std::memory_order_acquire) <= chunk) sched_yield();
+    }
+    void finish(int64_t task, int64_t chunk) { finished[task].store(chunk + 1, std::memory_order_release); }
+
+private:
+    Memory memory;
+    std::atomic<int64_t>* finished;
+};
+
+}  // namespace mold::MOLD_LEVEL

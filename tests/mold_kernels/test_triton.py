@@ -1,0 +1,167 @@
+"""The Triton kernels without a GPU: run in Triton's interpreter, and compiled ahead of time for three architectures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mold_kernels import _triton, attention_with_lse
+from mold_kernels.backends import available_backends
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+INTERPRETED_TESTS = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
+ARCHITECTURES = (80, 90, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", INTERPRETED_TESTS, ids=lambda file: file.stem)
+def test_in_the_interpreter(file):
+    """A process of its own: the interpreter's switch is read when Triton is imported, and is for all kernels."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def check(kernels):
+    from benchmarks.triton_resources import CONSUMER_SHARED_MEMORY, MATRIX_UNITS, SHARED_MEMORY
+
+    # float32 products are exact, which no matrix unit is; sums over pieces are float32 whatever the tensors are.
+    missing = [
+        kernel
+        for kernel in kernels
+        if kernel.has_product
+        and kernel.case.dtype.itemsize == 2
+        and kernel.name != "pool_spans"
+        and kernel.unit != MATRIX_UNITS[kernel.arch]
+    ]
+    assert not missing, f"no matrix units in {missing}"
+    limit = {**SHARED_MEMORY, 80: CONSUMER_SHARED_MEMORY}
+    assert not [kernel for kernel in kernels if kernel.shared > limit[kernel.arch]]
+    unexplained = [kernel for kernel in kernels if kernel.spilled and not (kernel.tile and kernel.tile.spills)]
+    assert not unexplained, f"spills without a reason in {unexplained}"
+    assert len({kernel.name for kernel in kernels}) == 15
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_ahead_of_time(arch):
+    from benchmarks.triton_resources import QUICK, compile_kernels
+
+    for case in QUICK:
+        check(compile_kernels(arch, case))
+
+
+def test_no_length_compiles_a_kernel_again():
+    from benchmarks.triton_resources import QUICK, ahead_of_time, launch_all
+
+    variants = []
+    for length, steps, keys in ((4096, 90, 300), (4112, 96, 272), (3333, 65, 511)):
+        with ahead_of_time(90) as compiled:
+            launch_all(QUICK[0], length, steps, keys)
+        variants.append({(name, kernel.hash) for name, kernel in compiled})
+    assert variants[0] == variants[1] == variants[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_ahead_of_time_every_variant(arch):
+    from benchmarks.triton_resources import CASES, compile_kernels
+
+    for case in CASES:
+        check(compile_kernels(arch, case))
+
+
+def test_a_spill_without_a_reason_fails_the_check():
+    from benchmarks.triton_resources import QUICK, Kernel
+
+    kernel = Kernel("attention_forward", 90, QUICK[0], None, 4, 2, 255, 8, 0, "wgmma.mma_async", True)
+    with pytest.raises(AssertionError, match="spills without a reason"):
+        check([kernel])
+    with pytest.raises(AssertionError, match="no matrix units"):
+        check([Kernel("attention_forward", 90, QUICK[0], None, 4, 2, 255, 0, 0, "mma.sync", True)])
+
+
+def test_tuned_tiles_are_used_and_kept(monkeypatch, tmp_path):
+    from mold_kernels._triton import tiles
+
+    monkeypatch.setattr(tiles, "CACHE", tmp_path / "cache" / "tiles.json")
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    tiles._tuned.cache_clear()
+    q = torch.empty(1, 1, 1, 64, device="meta", dtype=torch.bfloat16)
+    table = tiles.choose_tile("attention_forward", q)
+    tried = []
+
+    def measure(run):
+        tried.append(tiles.choose_tile("attention_forward", q))
+        if tried[-1].m > table.m:
+            raise RuntimeError("out of shared memory")
+        return 1.0 + abs(tried[-1].n - 2 * table.n)
+
+    best = tiles.tune("attention_forward", q, lambda: None, measure)
+    assert tried[0] == table
+    assert len(set(tried)) == len(tried) > 5
+    assert (best.m, best.n) == (table.m, 2 * table.n)
+    tiles._tuned.cache_clear()  # as a new process would
+    assert tiles.choose_tile("attention_forward", q) == best
+    assert tiles.choose_tile("attention_backward_dq", q) == tiles.table_tile("attention_backward_dq", 90, 2, 64)
+    tiles._tuned.cache_clear()
+
+
+@pytest.mark.skipif(_triton.INTERPRETED or torch.cuda.is_available(), reason="here the kernels can run")
+def test_why_the_kernels_cannot_run_here():
+    assert available_backends()["triton"] == "torch finds no CUDA device"
+    with pytest.raises(ValueError, match="triton runs on cuda"):
+        attention_with_lse(*torch.rand(3, 1, 1, 4, 16), engine="triton")
+
+
+def test_import_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+import mold_kernels
+from mold_kernels.backends import available_backends
+print(available_backends()["triton"])
+print(mold_kernels.attention_with_lse(*torch.rand(3, 1, 1, 4, 16))[0].shape)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["the package triton is not installed", "torch.Size([1, 1, 4, 16])"]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_in_the_interpreter(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--output", str(tmp_path / "gpu.json")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == {"check", "flash", "op", "step", "longest"}
+    assert all(row["median"] for row in rows if row["section"] != "check")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
+def test_the_gpu_benchmark_says_why_it_cannot_run():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "benchmarks.gpu: the Triton kernels cannot run here: torch finds no CUDA device"
+    )
+
+
+def test_the_roofline(tmp_path):
+    from benchmarks.roofline import Shape, attention, report, span_attention
+
+    shape = Shape(4096)
+    for work in attention(shape) + span_attention(shape):
+        assert work.does_flops >= work.must_flops, work
+        assert work.predicted > work.floor, work
+    assert "attention_backward_dk" in report(shape)

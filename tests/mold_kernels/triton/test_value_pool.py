@@ -1,0 +1,47 @@
+"""The Triton backend of value_pool against the float64 reference, values and gradients."""
+
+import pytest
+import torch
+
+from mold_kernels._triton import value_pool as kernels
+from mold_kernels.value_pool import value_pool
+from tests.mold_kernels.test_value_pool import check_against_reference, make_case, value_and_gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("length", "width", "padding"), [(1, 16, "no"), (37, 80, "left"), (130, 5, "no"), (700, 64, "right")]
+)
+def test_values_and_gradients(generator, dtype, length, width, padding):
+    check_against_reference(generator, "triton", *make_case(generator, 2, 3, length, width, dtype, padding))
+
+
+def test_several_tiles_a_share(generator, monkeypatch):
+    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", 256)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 6)
+    check_against_reference(generator, "triton", *make_case(generator, 2, 3, 130, 16))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda v: v.contiguous(),
+        lambda v: v.repeat(1, 1, 1, 2)[..., ::2],
+        lambda v: v.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda v: v[:1].expand(2, -1, -1, -1),
+    ],
+    ids=["contiguous", "every second column", "tokens innermost", "expanded"],
+)
+def test_layouts(generator, view):
+    v, weight, mask = make_case(generator)
+    check_against_reference(generator, "triton", view(v), weight, mask.T.contiguous().T)
+
+
+def test_padding_is_ignored_even_if_it_is_nan(generator):
+    v, weight, mask = make_case(generator, batch=3)
+    mask[1] = False
+    v.masked_fill_(~mask[:, None, :, None], float("nan"))
+    result = value_and_gradients(value_pool, v, weight, mask, torch.ones(3, 48), backend="triton")
+    assert (result["h"][1] == 0).all()
+    assert (result["dv"].transpose(1, 2)[~mask] == 0).all()
+    assert all(tensor.isfinite().all() for tensor in result.values())
