@@ -6,8 +6,8 @@
 Each case trains two steps of MoldTrainer in a fresh process (the optimizer's state is there from the second on), on a
 model of random weights and one text of exactly T tokens. Measured are the process's highest resident memory and the
 second step's time. glibc is told to give every large block back to the system (MALLOC_MMAP_THRESHOLD_): left alone it
-keeps freed ones, and a process on the CPU holds up to a third more than its live tensors. With eager attention there
-is no MoldTrainer: the loop there pools the T x T maps itself.
+keeps freed ones, and a process on the CPU holds up to a third more than its live tensors. With eager attention there is
+no MoldTrainer: the loop there pools the T x T maps itself.
 """
 
 from __future__ import annotations

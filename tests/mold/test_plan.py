@@ -91,7 +91,8 @@ def test_eager_attention_grows_with_the_square_of_the_length():
 def test_accumulated_gradients_are_there_in_the_next_forward():
     one, four = (plan_step(config(), Setup(512, gradient_accumulation_steps=n)) for n in (1, 4))
     assert four.step == pytest.approx(one.step + one.gradients, rel=0.1)
-    assert four.seconds(MACHINE) == pytest.approx(4 * one.seconds(MACHINE), rel=0.01)
+    # Adding to the gradients that are there takes a little more.
+    assert four.seconds(MACHINE) == pytest.approx(4 * one.seconds(MACHINE), rel=0.05)
 
 
 @pytest.mark.parametrize("attention", ["mold", "eager"])
