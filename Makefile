@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEACHER := $(VENV)/.teacher
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(INSTALLED) $(TEACHER)
 	$(BIN)/mold demo
@@ -24,6 +24,16 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.training_step
+
+# The native kernels' tests under the address and undefined-behaviour sanitizers. This build replaces the ordinary one,
+# which the next target installs again.
+sanitize: $(INSTALLED)
+	rm $(INSTALLED)
+	$(BIN)/pip install --quiet --editable . --config-settings=build-dir=build/sanitize \
+		--config-settings=cmake.define.MOLD_SANITIZE="address,undefined" --config-settings=cmake.define.MOLD_CUDA=OFF
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/mold_kernels \
+		--ignore tests/mold_kernels/triton -k "not triton and not cuda"
 
 clean:
 	rm -rf $(VENV) build

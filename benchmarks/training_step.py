@@ -2,10 +2,12 @@
 
     python -m benchmarks.training_step                  # the table: T = 512, 1024, 2048
     python -m benchmarks.training_step --lengths 256    # quicker
+    python -m benchmarks.training_step --checkpointing --lengths 16384 --peak-of ours    # a long rationale
 
 A step is forward and backward of cross-entropy (with the attention loss where there is one), batch 1, float32, random
 weights; no optimizer, which would only make the ratios smaller. The contenders take turns in one process and their
-medians are compared; peak memory is that of a fresh process that runs two steps of one contender.
+medians are compared; peak memory is that of a fresh process that runs two steps of one contender. --checkpointing
+makes activations again in the backward pass and takes cross-entropy a chunk of tokens at a time (for none and ours).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -25,6 +26,8 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.machine import about_this_machine
+from mold.chunked_cross_entropy import chunked_cross_entropy
 from mold.loss import RATIONALE, MoldLoss, region_cross_entropy
 from mold_kernels import reference
 from mold_kernels.spans import span_membership
@@ -56,9 +59,12 @@ TOKENS_A_STEP, TOKENS_A_KEY_WORD = 45, 13  # of GSM8K's human rationales: 4.6 st
 class TrainingStep:
     """Forward and backward of one example of T tokens."""
 
-    def __init__(self, shape: str, length: int):
+    def __init__(self, shape: str, length: int, checkpointing: bool = False):
         torch.manual_seed(0)
         self.model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=length, **SHAPES[shape])).train()
+        self.checkpointing = checkpointing
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.loss = MoldLoss.for_config(self.model.config)
         self.ids = torch.randint(self.model.config.vocab_size, (1, length))
         self.regions = torch.full((1, length), RATIONALE)
@@ -73,9 +79,10 @@ class TrainingStep:
     def run(self, contender: str) -> None:
         self.model.set_attn_implementation({"none": "sdpa", "ours": "mold", "eager": "eager"}[contender])
         inputs = {"input_ids": self.ids, "use_cache": False}
+        model = self.model.model if self.checkpointing else self.model  # without or with the head
         if contender == "ours":
             spans = {"row_spans": self.rows, "key_spans": self.keys, "value_features": True}
-            out = self.model(**inputs, **spans, output_attentions=True)
+            out = model(**inputs, **spans, output_attentions=True)
             attention = self.loss(out.attentions, self.teacher, *self.counts).loss
         elif contender == "eager":
             values = []
@@ -92,8 +99,12 @@ class TrainingStep:
             weights = self.loss.router([v.sum(1) for v in normalised])
             attention = reference.layer_mixture_kl(self.teacher.transpose(0, 1), pooled, weights, *self.counts)
         else:
-            out = self.model(**inputs)
-        loss = region_cross_entropy(out.logits, self.ids, self.regions)[0] / (len(self.ids[0]) - 1)
+            out = model(**inputs)
+        if self.checkpointing:
+            hidden, targets = out.last_hidden_state[0, :-1], self.ids[0, 1:]
+            loss = chunked_cross_entropy(hidden, self.model.lm_head.weight, targets).mean()
+        else:
+            loss = region_cross_entropy(out.logits, self.ids, self.regions)[0] / (len(self.ids[0]) - 1)
         if contender != "none":
             loss = loss + attention.mean()
         loss.backward()
@@ -126,13 +137,17 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peak-of", choices=CONTENDERS, help="run two steps and print this process's peak memory")
+    parser.add_argument("--steps", type=int, default=2, help="of --peak-of")
+    parser.add_argument("--checkpointing", action="store_true", help="with --peak-of none or ours")
+    parser.add_argument("--peak-of", choices=CONTENDERS, help="run steps, print seconds of each and peak memory in GiB")
     parser.add_argument("--output", type=Path, help="also write the rows and the versions as JSON")
     arguments = parser.parse_args()
     if arguments.peak_of:
-        step = TrainingStep(arguments.shape, arguments.lengths[0])
-        for _ in range(2):
+        step = TrainingStep(arguments.shape, arguments.lengths[0], arguments.checkpointing)
+        for _ in range(arguments.steps):
+            start = time.perf_counter()
             step.run(arguments.peak_of)
+            print(f"{time.perf_counter() - start:.2f} s", flush=True)
         # Not getrusage: its maximum is inherited from the process that started this one.
         status = Path("/proc/self/status").read_text()
         print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20)
@@ -158,12 +173,7 @@ def main() -> None:
             memory = f"{peak:9.2f} {row['memory_ratio']:13.3f}" if peak else f"{'OOM':>9} {'':13}"
             print(f"{length:6} {contender:6} {median:9.3f} {spread:>14} {row['time_ratio']:11.3f} {memory}", flush=True)
     if arguments.output:
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": sys.version.split()[0],
-        }
-        about = {"machine": platform.machine(), "threads": torch.get_num_threads(), **versions}
+        about = {**about_this_machine(), "transformers": transformers.__version__}
         arguments.output.write_text(json.dumps({"about": about, "shape": arguments.shape, "rows": rows}, indent=1))
 
 
