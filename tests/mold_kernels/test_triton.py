@@ -68,15 +68,6 @@ def test_no_length_compiles_a_kernel_again():
     assert variants[0] == variants[1] == variants[2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_ahead_of_time_every_variant(arch):
-    from benchmarks.triton_resources import CASES, compile_kernels
-
-    for case in CASES:
-        check(compile_kernels(arch, case))
-
-
 def test_a_spill_without_a_reason_fails_the_check():
     from benchmarks.triton_resources import QUICK, Kernel
 
