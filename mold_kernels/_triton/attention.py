@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mold_kernels._triton.scores import LN_2, LOG2_E, load_tile, product, score_slope, scores_base_2, store_rows
+from mold_kernels._triton.scores import LN_2, LOG2_E, capped_scores, load_tile, product, score_slope, store_rows
 from mold_kernels._triton.tiles import choose_tile
 
 
@@ -66,7 +66,7 @@ def _forward_keys(
     acc, total, peak = state
     for start in range(low, high, BLOCK_N):
         k = load_tile(k_base, start, k_strides, T, D, BLOCK_N, BLOCK_D)
-        scores = scores_base_2(product(q, k.T, None), scale, softcap, HAS_SOFTCAP)
+        scores = capped_scores(product(q, k.T, None), scale * LOG2_E, softcap * LOG2_E, HAS_SOFTCAP)
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)
             scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_base, HAS_RANGES, HAS_VALID)
@@ -181,8 +181,8 @@ def _dq_keys(
     """dq / scale of the keys [low, high), added; `lse` is in base 2."""
     for start in range(low, high, BLOCK_N):
         k = load_tile(k_base, start, k_strides, T, D, BLOCK_N, BLOCK_D)
-        scores = scores_base_2(product(q, k.T, None), scale, softcap, HAS_SOFTCAP)
-        slope = score_slope(scores, softcap, HAS_SOFTCAP)
+        scores = capped_scores(product(q, k.T, None), scale * LOG2_E, softcap * LOG2_E, HAS_SOFTCAP)
+        slope = score_slope(scores, softcap * LOG2_E, HAS_SOFTCAP)
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)
             scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_base, HAS_RANGES, HAS_VALID)
@@ -311,8 +311,8 @@ def _dk_rows(
         # Rows from T on have lse = +inf: their probabilities are 0.
         lse = tl.load(lse_base + row, mask=row < T, other=float("inf")) * LOG2_E
         delta = tl.load(delta_base + row, mask=row < T, other=0.0)
-        scores = scores_base_2(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
-        slope = score_slope(scores, softcap, HAS_SOFTCAP)
+        scores = capped_scores(product(k, q.T, None), scale * LOG2_E, softcap * LOG2_E, HAS_SOFTCAP)
+        slope = score_slope(scores, softcap * LOG2_E, HAS_SOFTCAP)
         if MASKED:
             scores = _hide(scores, row[None, :], key[:, None], T, range_ptr, valid_base, HAS_RANGES, HAS_VALID)
         p = tl.exp2(scores - lse[None, :])

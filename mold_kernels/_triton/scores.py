@@ -1,4 +1,4 @@
-"""Pieces that every attention kernel shares: tiles, scores in base 2, soft-capping and its derivative."""
+"""Pieces that every attention kernel shares: tiles, scores, soft-capping and its derivative."""
 
 import triton
 import triton.language as tl
@@ -64,19 +64,19 @@ def _tanh(x):
 
 
 @triton.jit
-def scores_base_2(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """log2(e) times the scores of the products q . k, so that exp2 of them is the exponential of the scores."""
+def capped_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores of the products q . k; in base 2 where scale and softcap are given times log2(e)."""
     if HAS_SOFTCAP:
-        return _tanh(products * (scale / softcap)) * (softcap * LOG2_E)
+        return _tanh(products * (scale / softcap)) * softcap
     else:
-        return products * (scale * LOG2_E)
+        return products * scale
 
 
 @triton.jit
 def score_slope(scores, softcap, HAS_SOFTCAP: tl.constexpr):
-    """d score / d (scale q . k), from what `scores_base_2` gave: 1 without soft-capping."""
+    """d score / d (scale q . k), from what `capped_scores` gave: 1 without soft-capping."""
     if HAS_SOFTCAP:
-        ratio = scores / (softcap * LOG2_E)
+        ratio = scores / softcap
         return 1.0 - ratio * ratio
     else:
         return 1.0

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mold_kernels._triton.scores import LOG2_E, load_rows, product, score_slope, scores_base_2, store_rows
+from mold_kernels._triton.scores import capped_scores, load_rows, product, score_slope, store_rows
 from mold_kernels._triton.span_pieces import make_pieces, pool_spans
 from mold_kernels._triton.tiles import choose_tile
 
@@ -43,11 +43,14 @@ def _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row, HAS_RANG
 
 @triton.jit
 def _probabilities(scores, lse, row, column, range_ptr, T, HAS_RANGES: tl.constexpr):
-    """exp(score - lse) where the row sees the column; all broadcast, lse in base 2."""
+    """exp(score - lse) where the row sees the column; all broadcast.
+
+    Not in base 2 as in the flash kernels: lse rounded in base 2 would shift whole rows.
+    """
     visible = column <= row
     if HAS_RANGES:
         visible = visible & (column >= tl.load(range_ptr + row, mask=row < T, other=0))
-    return tl.where(visible, tl.exp2(scores - lse), 0.0)
+    return tl.where(visible, tl.exp(scores - lse), 0.0)
 
 
 @triton.jit
@@ -127,10 +130,8 @@ def _span_attention_forward_kernel(
             )
             q_base = q_ptr + batch * q_strides[0] + (head * q_strides[1])[:, None]
             q = load_rows(q_base, row, inside, q_strides[2:], D, BLOCK_D)
-            scores = scores_base_2(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
-            acc += _probabilities(
-                scores, lse[None, :] * LOG2_E, row[None, :], column[:, None], range_ptr, T, HAS_RANGES
-            )
+            scores = capped_scores(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
+            acc += _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T, HAS_RANGES)
         column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=-1)
         column_sums = tl.sum(acc, 1)
         lower += _sum_columns(column_sums, column_piece, key_piece)
@@ -196,7 +197,7 @@ def _span_attention_backward_dq_kernel(
         row = first_row + pair % length
         q_base = q_ptr + batch * q_strides[0] + (head * q_strides[1])[:, None]
         q = load_rows(q_base, row, inside, q_strides[2:], D, BLOCK_D)
-        lse = LOG2_E * tl.load(
+        lse = tl.load(
             lse_ptr + (batch * kv_heads * group + head) * T + row,
             mask=inside,
             other=float("inf"),
@@ -209,7 +210,7 @@ def _span_attention_backward_dq_kernel(
             column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=0)
             g = tl.load(pairs_ptr + column_piece)
             k = load_rows(k_base, column, column < T, k_strides[2:], D, BLOCK_D)
-            scores = scores_base_2(product(q, k.T, None), scale, softcap, HAS_SOFTCAP)
+            scores = capped_scores(product(q, k.T, None), scale, softcap, HAS_SOFTCAP)
             slope = score_slope(scores, softcap, HAS_SOFTCAP)
             weights = g[None, :] * _probabilities(
                 scores, lse[:, None], row[:, None], column[None, :], range_ptr, T, HAS_RANGES
@@ -290,12 +291,12 @@ def _span_attention_backward_dk_kernel(
             inside = row < end_row
             g = tl.load(pairs_ptr + row_piece * key_count + column_piece)
             q = load_rows(q_ptr + batch * q_strides[0] + head * q_strides[1], row, inside, q_strides[2:], D, BLOCK_D)
-            lse = LOG2_E * tl.load(
+            lse = tl.load(
                 lse_ptr + (batch * kv_heads * group + head) * T + row,
                 mask=inside,
                 other=float("inf"),
             )
-            scores = scores_base_2(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
+            scores = capped_scores(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
             weights = g[:, None] * score_slope(scores, softcap, HAS_SOFTCAP)
             weights *= _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T, HAS_RANGES)
             dk = product(weights.to(q.dtype), q, dk)
