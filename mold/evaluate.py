@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +12,6 @@ from mold.answers import answer_kind, answers_match, extract_answer
 from mold.chat import render_for
 from mold.data import DEFAULT_TEMPLATE, Example
 from mold.generation import Completion, Journal, batches_by_length, generate_batch
-from mold.signals import write_atomically
 
 
 def generate_predictions(
@@ -127,9 +124,3 @@ def score(predictions: Sequence[dict]) -> dict:
         "no_answer": sum(row["prediction"] is None for row in predictions),
         "truncated": sum(row["truncated"] for row in predictions),
     }
-
-
-def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
-    """Write one JSON object a line, whole or not at all."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(Path(path), text.encode())

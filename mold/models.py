@@ -83,13 +83,7 @@ def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     Raises:
         ValueError: an index is out of range or out of order, or the model's layers are not found.
     """
-    total = model.config.num_hidden_layers
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= total:
-        raise ValueError(f"student_layers: is {list(layers)}, must be ascending indices from 0 to {total - 1}")
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in layers]
+    total, config = model.config.num_hidden_layers, config_of_layers(model.config, layers)
     place = {layer: index for index, layer in enumerate(layers)}
     state, found = {}, set()
     for name, tensor in model.state_dict().items():
@@ -106,6 +100,22 @@ def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     student.load_state_dict(state)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student
+
+
+def config_of_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The configuration of a model with only these layers, ascending indices, of another.
+
+    Raises:
+        ValueError: an index is out of range or out of order.
+    """
+    total = config.num_hidden_layers
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= total:
+        raise ValueError(f"student_layers: is {list(layers)}, must be ascending indices from 0 to {total - 1}")
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in layers]
+    return config
 
 
 def spread_layers(total: int, count: int) -> list[int]:

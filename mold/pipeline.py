@@ -17,7 +17,8 @@ from transformers.utils import logging
 from mold import plots
 from mold.analysis import key_word_mass
 from mold.data import Example, question_key
-from mold.evaluate import generate_predictions, score, write_jsonl
+from mold.evaluate import generate_predictions, score
+from mold.files import write_atomically, write_jsonl
 from mold.generation import Journal
 from mold.keywords import name_keywords
 from mold.models import load_model
@@ -26,7 +27,7 @@ from mold.prompting import load_prompt, prompt_for, use_chat
 from mold.rationales import Sampling, read_given, write_rationales
 from mold.readers import read_examples
 from mold.run import Options, load_teacher, read_data
-from mold.signals import weights_fingerprint, write_atomically
+from mold.signals import weights_fingerprint
 
 logger = logging.get_logger(__name__)
 

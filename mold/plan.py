@@ -240,6 +240,28 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
     )
 
 
+def inference_peak(config: PretrainedConfig, dtype: str, batch: int, length: int, *, cache: bool) -> float:
+    """Bytes of weights and the most that a forward without gradients over [batch, length] tokens holds beside them.
+
+    Args:
+        config: of a causal language model.
+        dtype: of the weights, "float32" or "bfloat16".
+        batch, length: tokens.
+        cache: whether keys and values are kept, as in generation; without, the output layer is left out, as in an
+            extraction of signals.
+    """
+    tracker = _Tracker()
+    model = _model(config, Setup(length, batch, dtype=dtype)).eval()
+    with FakeTensorMode(), tracker, torch.no_grad():
+        _on_fake_cpu(model)
+        ids = torch.zeros(batch, length, dtype=torch.int64)
+        if cache:
+            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        else:
+            model.base_model(input_ids=ids, use_cache=False)
+    return tracker.peak
+
+
 def _model(config, setup):
     """The model on the meta device: shapes alone."""
     config = copy.deepcopy(config)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.table import Table
 from rich.text import Text
 from transformers import PretrainedConfig
 
-from mold.models import load_config, spread_layers
+from mold.models import config_of_layers, load_config, spread_layers
 from mold.plan import GIB, GPUS, SAVERS, Machine, Plan, Setup, largest_length, plan_step, this_machine
 from mold.run import Options
 
@@ -87,22 +87,26 @@ def setup_of(options: Options, lora_rank: int = 0) -> Setup:
     )
 
 
-def student_config(options: Options) -> PretrainedConfig:
-    """The student's configuration, with the layers it keeps; no weights are loaded."""
+def student_config(options: Options, load: Callable[..., PretrainedConfig] = load_config) -> PretrainedConfig:
+    """The student's configuration, with the layers it keeps; no weights are loaded.
+
+    Args:
+        options: of `mold train`.
+        load: makes a configuration from a model's name and revision.
+
+    Raises:
+        ValueError: no model is named, its configuration is not there, or it has not these layers.
+    """
     student = options.student
     name = student.model_name_or_path or options.teacher.teacher_model_name_or_path
     if name is None:
         raise ValueError("model_name_or_path: is not given, must name the student (or the teacher it is made from)")
     revision = student.model_revision if student.model_name_or_path else options.teacher.teacher_model_revision
-    config = load_config(name, revision=revision)
+    config = load(name, revision=revision)
     layers = student.student_layers
     if layers is None and student.student_num_layers is not None:
         layers = spread_layers(config.num_hidden_layers, student.student_num_layers)
-    if layers is not None:
-        config.num_hidden_layers = len(layers)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[layer] for layer in layers]
-    return config
+    return config if layers is None else config_of_layers(config, layers)
 
 
 def _parts(planned: Plan, machine: Machine) -> Table:

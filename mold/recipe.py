@@ -24,13 +24,14 @@ from transformers.utils import logging
 
 from mold import pipeline, plots, run
 from mold.data import Example, question_key, without_questions_of
-from mold.evaluate import wilson_interval, write_jsonl
-from mold.memory import inference_memory, training_memory
+from mold.evaluate import wilson_interval
+from mold.files import write_atomically, write_jsonl
 from mold.models import load_config
 from mold.options import make_options, read_yaml
+from mold.plan import GIB, inference_peak, plan_step
+from mold.plan_table import setup_of, student_config
 from mold.readers import is_hub_name, read_examples
 from mold.report import write_report
-from mold.signals import write_atomically
 
 logger = logging.get_logger(__name__)
 
@@ -80,24 +81,18 @@ class Recipe:
                     swept[f"{key}={value}"] = {key: value}
         return {name: dict(values or {}) for name, values in self.variants.items()} | swept
 
-    def config(self, options: Mapping, student: bool) -> PretrainedConfig:
-        """The configuration of the teacher or the student that options name.
+    def config(self, name: str, *, revision: str | None = None) -> PretrainedConfig:
+        """A model's configuration: of its shape here, or its own.
 
         Raises:
             ValueError: it is not at hand and not in shapes.
         """
-        name = options.get("teacher_model_name_or_path")
-        name = options.get("model_name_or_path", name) if student else name
-        config = AutoConfig.for_model(**self.shapes[name]) if name in self.shapes else load_config(name)
-        if student:
-            layers = options.get("student_layers")
-            layers = len(layers) if layers else options.get("student_num_layers")
-            config.num_hidden_layers = layers or config.num_hidden_layers
-        return config
+        return AutoConfig.for_model(**self.shapes[name]) if name in self.shapes else load_config(name, revision=revision)
 
     def _every_pair(self) -> Iterator[tuple[int, int]]:
-        layers = [self.config(self.options, student).num_hidden_layers for student in (False, True)]
-        return itertools.product(*map(range, layers))
+        options = make_options({**self.options, "output_dir": self.output_dir}, [], "run", "recipe: options")
+        configs = self.config(options.teacher.teacher_model_name_or_path), student_config(options, self.config)
+        return itertools.product(*(range(config.num_hidden_layers) for config in configs))
 
 
 def load_recipe(name: str, data_dir: str = "data", changes: Sequence[str] = ()) -> Recipe:
@@ -443,35 +438,31 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
             options = make_options(values, [], "run", f"recipe: {stage}")
             pipeline.check_prompting(options)
             yield f"{stage}: by {options.teacher.teacher_model_name_or_path}"
-            yield from _check_memory(recipe, values, options, stage, options.student.generate_batch_size)
+            yield from _check_memory(recipe, options, stage, options.student.generate_batch_size)
     values = {**common, **recipe.train}
     options = make_options(values, [], "run", "recipe: train")
-    yield from _check_memory(recipe, values, options, "extract", options.teacher.extract_batch_size)
-    yield from _check_memory(recipe, values, options, "train", options.training.per_device_train_batch_size)
+    yield from _check_memory(recipe, options, "extract", options.teacher.extract_batch_size)
+    yield from _check_memory(recipe, options, "train", options.training.per_device_train_batch_size)
     for name, change in recipe.trainings().items():
         options = make_options({**values, **change}, [], "run", f"recipe: {name}")
         yield f"train {name}: {len(recipe.seeds)} seeds, {options.training.num_train_epochs:g} epochs"
 
 
-def _check_memory(recipe: Recipe, values: Mapping, options: run.Options, stage: str, batch: int) -> Iterator[str]:
+def _check_memory(recipe: Recipe, options: run.Options, stage: str, batch: int) -> Iterator[str]:
     length, training = options.training.max_length, stage == "train"
     try:
-        config = recipe.config(values, training)
+        if training:
+            planned = plan_step(student_config(options, recipe.config), setup_of(options))
+            needed = planned.weights + planned.optimizer + planned.step
+        else:
+            config = recipe.config(options.teacher.teacher_model_name_or_path)
+            needed = inference_peak(config, options.teacher.teacher_dtype, batch, length, cache=stage != "extract")
     except ValueError as error:
         yield f"{stage}: memory not checked ({error})"
         return
-    if training:
-        checkpointing = getattr(options.training, "activation_checkpointing", False)
-        dtype = getattr(torch, options.student.model_dtype)
-        mixed = options.training.bf16 or options.training.fp16
-        memory = training_memory(config, dtype, batch, length, mixed=mixed, checkpointing=checkpointing)
-    else:
-        dtype = getattr(torch, options.teacher.teacher_dtype)
-        memory = inference_memory(config, dtype, batch, length, cache=stage != "extract")
-    yield f"{stage}: {memory} at most, {batch} x {length} tokens"
-    needed = (memory.state + memory.activations) / 2**30
-    if recipe.memory_gib is not None and needed > recipe.memory_gib:
-        raise ValueError(f"{stage}: needs {needed:.1f} GiB of memory, memory_gib is {recipe.memory_gib}")
+    yield f"{stage}: {needed / GIB:.1f} GiB at most, {batch} x {length} tokens"
+    if recipe.memory_gib is not None and needed > recipe.memory_gib * GIB:
+        raise ValueError(f"{stage}: needs {needed / GIB:.1f} GiB of memory, memory_gib is {recipe.memory_gib}")
 
 
 def _row(example: Example) -> dict:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from mold.card import add_method_section
-from mold.signals import write_atomically
+from mold.files import write_atomically
 
 ROUTER_FILE = "mold_router.safetensors"
 

@@ -25,12 +25,13 @@ from mold.adapters import lora_config
 from mold.config import DataOptions, EvalOptions, MoldConfig, PromptOptions, StudentOptions, TeacherOptions
 from mold.data import Example, split_examples
 from mold.encoding import has_signal
-from mold.evaluate import accuracy, generate_predictions, write_jsonl
+from mold.evaluate import accuracy, generate_predictions
+from mold.files import write_atomically, write_jsonl
 from mold.models import load_model, spread_layers, take_layers
 from mold.problems import generate_problems
 from mold.readers import read_examples
 from mold.router_training import ROUTER_FILE
-from mold.signals import SignalCache, SignalSettings, extract_signals, write_atomically
+from mold.signals import SignalCache, SignalSettings, extract_signals
 from mold.trainer import MoldTrainer
 
 logger = logging.get_logger(__name__)

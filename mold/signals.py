@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mold.attention_interface import stack_attention, use_mold_attention
 from mold.data import Example, text_hash
 from mold.encoding import Collator, EncodedExample, check_tokenizer, encode_example
+from mold.files import write_atomically
 from mold.processes import check_processes
 from mold.text import SEGMENTATION_VERSION
 
@@ -312,16 +313,6 @@ def _signals(model, collate, encoded, row_reduction) -> dict[str, torch.Tensor]:
         example.id: attention[:, index, : len(example.row_spans), : len(example.key_spans)].contiguous()
         for index, example in enumerate(encoded)
     }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is either there, whole and on disk, or not there at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _read_manifests(folder: Path) -> dict[str, dict]:

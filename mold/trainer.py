@@ -28,11 +28,12 @@ from mold.chunked_cross_entropy import ChunkedHead
 from mold.config import MoldConfig
 from mold.data import Example
 from mold.encoding import Collator, encode_example, has_signal
+from mold.files import write_atomically
 from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
 from mold.models import load_model
 from mold.processes import check_processes
 from mold.router_training import RouterTraining
-from mold.signals import OnlineTeacher, SignalCache, write_atomically
+from mold.signals import OnlineTeacher, SignalCache
 
 logger = logging.get_logger(__name__)
 

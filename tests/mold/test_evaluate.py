@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 from mold.data import render
-from mold.evaluate import accuracy, generate_predictions, score, wilson_interval, write_jsonl
+from mold.evaluate import accuracy, generate_predictions, score, wilson_interval
+from mold.files import write_jsonl
 from mold.generation import Journal
 from mold.problems import generate_problems
 from tests.mold.scripted_model import ScriptedModel

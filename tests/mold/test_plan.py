@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from mold.cli import app, main
-from mold.plan import GIB, GPUS, SAVERS, Machine, Setup, largest_length, plan_step
+from mold.plan import GIB, GPUS, SAVERS, Machine, Setup, inference_peak, largest_length, plan_step
 from tests.tiny_models import make_model
 
 MACHINE = Machine("a machine", {"float32": 1e12, "bfloat16": 2e12}, 1e11, 8 * GIB, 0.5 * GIB)
@@ -38,6 +38,19 @@ def test_weights_gradients_and_optimizer_are_those_of_the_model():
     assert plan_step(student.config, Setup(32, optim="sgd")).optimizer == 0
     assert plan_step(student.config, Setup(32, optim="adamw_bnb_8bit")).optimizer == size // 2
     assert plan_step(student.config, Setup(32, dtype="bfloat16")).gradients == size // 2
+
+
+def test_inference_holds_weights_and_cached_keys_and_values():
+    def peaks(layers, cache):
+        model = make_model("llama", vocab=64, layers=layers)
+        return inference_peak(model.config, "float32", 2, 256, cache=cache), sum(p.nbytes for p in model.parameters())
+
+    (few, few_weights), (many, many_weights) = peaks(6, False), peaks(9, False)
+    assert few > few_weights
+    assert many - few == many_weights - few_weights
+    config = make_model("llama").config
+    key_and_value = 2 * (2 * config.num_key_value_heads * 256 * config.head_dim) * 4
+    assert (peaks(9, True)[0] - peaks(6, True)[0]) - (many - few) == 3 * key_and_value
 
 
 def test_what_the_forward_keeps_is_what_autograd_saves():

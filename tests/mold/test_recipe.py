@@ -4,20 +4,17 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 import yaml
 
 from mold import pipeline, run
 from mold import recipe as recipes
 from mold.data import question_key
 from mold.evaluate import wilson_interval
-from mold.memory import inference_memory, training_memory
 from mold.problems import generate_problems
 from mold.readers import read_examples
 from mold.recipe import Recipe, collect, load_recipe, markdown, run_recipe, summarise, table
 from tests.mold.conftest import write_rows
 from tests.mold.test_cli import refusal
-from tests.tiny_models import make_model
 
 PACKAGED = [
     "small",
@@ -218,7 +215,7 @@ def test_a_dry_run_finds_what_is_wrong(mold, tiny, change, message):
 def test_a_dry_run_says_what_there_is(mold, tiny):
     status, out, _ = mold("run", tiny, "--data_dir", tiny.parent, "--dry_run")
     assert status in (0, None)
-    for text in ("data near, test: 6 of 6 rows", "extract: ", "train: ", "train a pair: 2 seeds", "M parameters"):
+    for text in ("data near, test: 6 of 6 rows", "extract: ", "train: ", "train a pair: 2 seeds", "GiB at most, "):
         assert text in out
     assert not (tiny.parent / "out").exists()
 
@@ -288,20 +285,6 @@ def test_results_are_means_over_seeds():
         "| variant | seeds | a | mean | attention KL |",
         "|---|---|---|---|---|",
     ]
-
-
-def test_memory_is_that_of_the_real_parameters():
-    model = make_model("llama", vocab=64, attention="eager")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    memory = training_memory(model.config, torch.float32, 2, 8, mixed=False, checkpointing=False)
-    assert (memory.parameters, memory.state) == (parameters, 16 * parameters)
-    less = training_memory(model.config, torch.float32, 2, 8, mixed=False, checkpointing=True)
-    assert less.activations < memory.activations
-    forward = inference_memory(model.config, torch.bfloat16, 2, 8, cache=False)
-    assert forward.state == 2 * parameters
-    cached = inference_memory(model.config, torch.bfloat16, 2, 8, cache=True)
-    heads, dim = model.config.num_key_value_heads, model.config.head_dim
-    assert cached.activations - forward.activations == 2 * 8 * 2 * model.config.num_hidden_layers * heads * dim * 2
 
 
 def test_a_sweep_over_every_pair_of_layers(tiny):
