@@ -17,7 +17,7 @@ from transformers.utils import logging
 from mold import plots
 from mold.analysis import key_word_mass
 from mold.data import Example, question_key
-from mold.evaluate import generate_predictions, score
+from mold.evaluate import score
 from mold.files import write_atomically, write_jsonl
 from mold.generation import Journal
 from mold.keywords import name_keywords
@@ -26,7 +26,7 @@ from mold.problems import generate_problems
 from mold.prompting import load_prompt, prompt_for, use_chat
 from mold.rationales import Sampling, read_given, write_rationales
 from mold.readers import read_examples
-from mold.run import Options, load_teacher, read_data
+from mold.run import Options, load_teacher, predict, read_data
 from mold.signals import weights_fingerprint
 
 logger = logging.get_logger(__name__)
@@ -141,18 +141,7 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
                 "batch_size": options.student.generate_batch_size,
                 "max_new_tokens": options.student.max_new_tokens,
             }
-            predictions = generate_predictions(
-                model,
-                tokenizer,
-                examples,
-                options.training.template,
-                task=options.training.tasks[-1],
-                batch_size=options.student.generate_batch_size,
-                max_new_tokens=options.student.max_new_tokens,
-                static_cache=options.student.static_cache,
-                journal=Journal(f"{stem}.journal", settings),
-                progress=not options.training.disable_tqdm,
-            )
+            predictions = predict(options, model, tokenizer, examples, Journal(f"{stem}.journal", settings))
             write_jsonl(f"{stem}.jsonl", predictions)
             repeated = sum(question_key(example.question) in seen for example in examples)
             results.append({"model": label, "set": set_name, "seen": repeated, **score(predictions)})

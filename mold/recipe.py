@@ -87,7 +87,9 @@ class Recipe:
         Raises:
             ValueError: it is not at hand and not in shapes.
         """
-        return AutoConfig.for_model(**self.shapes[name]) if name in self.shapes else load_config(name, revision=revision)
+        if name in self.shapes:
+            return AutoConfig.for_model(**self.shapes[name])
+        return load_config(name, revision=revision)
 
     def _every_pair(self) -> Iterator[tuple[int, int]]:
         options = make_options({**self.options, "output_dir": self.output_dir}, [], "run", "recipe: options")

@@ -27,6 +27,7 @@ from mold.data import Example, split_examples
 from mold.encoding import has_signal
 from mold.evaluate import accuracy, generate_predictions
 from mold.files import write_atomically, write_jsonl
+from mold.generation import Journal
 from mold.models import load_model, spread_layers, take_layers
 from mold.problems import generate_problems
 from mold.readers import read_examples
@@ -274,14 +275,17 @@ def _said(chosen: dict, key: str) -> str:
 def _evaluate(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:
     """Losses, predictions (written) and maps of the held-out examples."""
     metrics = trainer.evaluate()
-    predictions = _predict(options, trainer.model, trainer.processing_class, examples, when)
+    predictions = predict(options, trainer.model, trainer.processing_class, examples)
+    if PartialState().is_main_process:
+        write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
     with_signal = [item for item in trainer.eval_dataset if has_signal(item)]
     maps = trainer.attention_maps(with_signal[: options.student.num_maps])
     return {"metrics": metrics, "accuracy": accuracy(predictions), "maps": maps}
 
 
-def _predict(options: Options, model, tokenizer, examples: list[Example], when: str) -> list[dict]:
-    predictions = generate_predictions(
+def predict(options: Options, model, tokenizer, examples: list[Example], journal: Journal | None = None) -> list[dict]:
+    """The model's answers, generated as the options say; see `mold.evaluate.generate_predictions`."""
+    return generate_predictions(
         model,
         tokenizer,
         examples,
@@ -290,11 +294,9 @@ def _predict(options: Options, model, tokenizer, examples: list[Example], when: 
         batch_size=options.student.generate_batch_size,
         max_new_tokens=options.student.max_new_tokens,
         static_cache=options.student.static_cache,
+        journal=journal,
         progress=not options.training.disable_tqdm,
     )
-    if PartialState().is_main_process:
-        write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
-    return predictions
 
 
 def _write_maps(folder: Path, before: list[dict], after: list[dict], examples: dict[str, Example]) -> None:

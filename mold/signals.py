@@ -3,8 +3,9 @@
 A cache is a folder of safetensors shards and a manifest.json. A shard is written whole, then the manifest that names
 it, each by an atomic rename: whatever moment a run is killed, the manifest names only whole shards and the next run
 goes on behind them. The manifest holds what decides a signal (teacher, weights, template, segmentation, ...), a hash of
-every example's text and of every shard's bytes; all are checked before a signal is used. Of several processes that
-extract together each writes shards and a manifest of its own (manifest-1.json, ...).
+every example's text and of every shard's bytes; all are checked before a signal is used. A hash of the teacher's tokens
+and spans keeps an extraction from going on with another tokenizer or chat template. Of several processes that extract
+together each writes shards and a manifest of its own (manifest-1.json, ...).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mold.processes import check_processes
 from mold.text import SEGMENTATION_VERSION
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +191,16 @@ def extract_signals(
     remaining = []
     for example in examples:
         known = extracted.get(example.id)
-        if known is None:
-            encoded = encode_example(example, tokenizer, settings.template, append_eos=False, max_length=max_length)
-            remaining.append((example, encoded))
-        elif known["text"] != text_hash(example, settings.template):
+        if known is not None and known["text"] != text_hash(example, settings.template):
             raise ValueError(f"example {example.id}: its text is not the one that {folder} was extracted from")
+        encoded = encode_example(example, tokenizer, settings.template, append_eos=False, max_length=max_length)
+        if known is None:
+            remaining.append((example, encoded))
+        elif known["tokens"] != _tokens_hash(encoded):
+            raise ValueError(
+                f"example {example.id}: its tokens are not those that {folder} was extracted from: the teacher's "
+                "tokenizer or chat template is another; extract into another folder"
+            )
     # Nobody writes before everybody has seen the same examples remain.
     state.wait_for_everyone()
     done = len(examples) - len(remaining)
@@ -218,6 +224,7 @@ def extract_signals(
             for example, encoded in shard:
                 manifest["examples"][example.id] = {
                     "text": text_hash(example, settings.template),
+                    "tokens": _tokens_hash(encoded),
                     "steps": len(encoded.row_spans),
                     "key_words": len(encoded.key_spans),
                 }
@@ -226,6 +233,11 @@ def extract_signals(
             )
     state.wait_for_everyone()
     return SignalCache(folder)
+
+
+def _tokens_hash(encoded: EncodedExample) -> str:
+    values = [encoded.input_ids, encoded.row_spans, encoded.key_spans]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 class OnlineTeacher:

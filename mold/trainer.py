@@ -191,7 +191,7 @@ class MoldTrainer(RouterTraining, Trainer):
                 item["predict"] = encoded[1]
             items.append(item)
         without = len(items) - sum(map(has_signal, items))
-        if taught and without == len(items):
+        if taught and without == len(items) and options.beta > 0:
             raise ValueError(
                 f"{name}: none of its {len(items)} examples has key words, so there is no attention to learn"
             )
@@ -235,7 +235,8 @@ class MoldTrainer(RouterTraining, Trainer):
                 "look for weights or signals that are not finite"
             )
         self._window["sums"] += sums.detach()
-        self._window["counts"] += counts
+        # What was not measured (beta = 0) is not counted.
+        self._window["counts"] += counts if weights is not None else counts * counts.new_tensor([1, 1, 0])
         self._window["examples"] += len(inputs["num_keys"]) // len(self.args.tasks)
         if weights is not None:
             valid = weights.detach()[inputs["num_keys"] > 0]
@@ -327,7 +328,8 @@ class MoldTrainer(RouterTraining, Trainer):
         if window and window["examples"]:
             logs.update(self._term_metrics(window["sums"], window["counts"], "loss"))
             signals = window["counts"][2].item()
-            logs["signal_share"] = signals / window["examples"].item()
+            if self.args.beta > 0:
+                logs["signal_share"] = signals / window["examples"].item()
             if signals:
                 logs["router_entropy"] = window["entropy"].item() / signals
                 extra["router_weights"] = self.layer_weights = (window["weights"] / signals).tolist()

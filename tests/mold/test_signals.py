@@ -22,11 +22,11 @@ def make_teacher(**options):
     return make_model("qwen3", vocab=len(TOKENIZER), layers=4, heads=4, kv_heads=2, **options).eval()
 
 
-def extract(folder, examples=EXAMPLES, teacher=None, **options):
+def extract(folder, examples=EXAMPLES, teacher=None, tokenizer=TOKENIZER, **options):
     teacher = teacher or make_teacher()
     settings = SignalSettings.of(teacher, "tiny", DEFAULT_TEMPLATE, options.pop("row_reduction", "sum"))
     options = {"batch_size": 3, "shard_size": 4, "progress": False} | options
-    return extract_signals(teacher, TOKENIZER, examples, folder, settings, **options)
+    return extract_signals(teacher, tokenizer, examples, folder, settings, **options)
 
 
 def encode(example):
@@ -127,6 +127,12 @@ def test_another_text_is_refused(tmp_path):
         extract(tmp_path, [*EXAMPLES[:3], changed])
     with pytest.raises(ValueError, match="example bare: has no teacher signal"):
         cache.signal(BARE, encode(BARE))
+
+
+def test_another_tokenization_is_refused(tmp_path):
+    extract(tmp_path)
+    with pytest.raises(ValueError, match=f"example {EXAMPLES[0].id}: its tokens are not those that"):
+        extract(tmp_path, tokenizer=make_tokenizer("llama3"))
 
 
 def test_a_signal_of_other_steps_is_refused(tmp_path):
