@@ -11,7 +11,7 @@ def test_training_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["training_step", *arguments])
     training_step.main()
     result = json.loads(output.read_text())
-    assert [row["contender"] for row in result["rows"]] == ["none", "ours", "eager"]
+    assert [row["contender"] for row in result["rows"]] == ["none", "plain", "ours", "eager"]
     for row in result["rows"]:
         assert row["peak_gib"] > 0
         assert row["time_ratio"] > 0
