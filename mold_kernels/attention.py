@@ -17,6 +17,8 @@ rounding error of everything it meets.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from mold_kernels import _triton, engines, native, reference
@@ -205,7 +207,14 @@ def _choose_engine(op, requested, candidates, q, options, argument="engine"):
     takes = [name for name in candidates if given <= _HAS.get(name, given) and _ENGINE_TAKES.get(name, _any)(q)]
     if requested == "auto":  # FlexAttention and flash-attn-4 are for whoever names them
         takes = [name for name in takes if name not in ("flex", "fa4")]
-    return choose_backend(op, requested, takes, q.device, argument)
+    chosen = choose_backend(op, requested, takes, q.device, argument)
+    if (requested, chosen) == ("auto", "reference"):
+        what = ", ".join([str(q.dtype).removeprefix("torch."), *sorted(given)])
+        warnings.warn(
+            f"{op}: no fast {argument} here takes {what} on {q.device.type}; the reference stores T x T scores",
+            stacklevel=3,
+        )
+    return chosen
 
 
 def _any(q):

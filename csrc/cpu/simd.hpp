@@ -8,6 +8,7 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "threads.hpp"
 #include "view.hpp"
@@ -87,6 +88,33 @@ inline T sum(Vector<T> vector) {
     T total = 0;
     for (int64_t lane = 0; lane < lanes<T>; ++lane) total += vector[lane];
     return total;
+}
+
+// Lane i of the result is lane I[i] of a, behind which stand the lanes of b.
+template <typename T, std::size_t... I>
+inline Vector<T> shuffle(Vector<T> a, Vector<T> b, std::index_sequence<I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, I...);
+#else
+    return __builtin_shuffle(a, b, typename VectorOf<T>::integers{I...});
+#endif
+}
+
+template <typename T, std::size_t Half, std::size_t... I>
+inline void exchange(Vector<T>& a, Vector<T>& b, std::index_sequence<I...>) {
+    const Vector<T> first = shuffle<T>(a, b, std::index_sequence<((I & Half) ? lanes<T> + I - Half : I)...>{});
+    b = shuffle<T>(a, b, std::index_sequence<((I & Half) ? lanes<T> + I : I + Half)...>{});
+    a = first;
+}
+
+// Transposes a square of as many vectors as they have lanes: quarters change places, then those of the quarters.
+template <typename T, std::size_t Half = lanes<T> / 2>
+inline void transpose_square(Vector<T>* rows) {
+#pragma GCC unroll 16
+    for (std::size_t i = 0; i < lanes<T>; ++i) {
+        if (!(i & Half)) exchange<T, Half>(rows[i], rows[i + Half], std::make_index_sequence<lanes<T>>{});
+    }
+    if constexpr (Half > 1) transpose_square<T, Half / 2>(rows);
 }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,6 +1,7 @@
 """attention_with_lse and attention_lse against the float64 reference, values and gradients."""
 
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -251,3 +252,13 @@ def test_wrong_input_names_the_argument(change, message):
     q, k, v, options = change(*random_qkv(torch.Generator().manual_seed(0), 2, 4, 2, 6, 8))
     with pytest.raises(ValueError, match=message):
         attention_with_lse(q, k, v, **options)
+
+
+def test_the_reference_is_not_chosen_in_silence():
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 2, 9, 8)
+    with pytest.warns(UserWarning, match="takes float32, sliding_window on cpu; the reference stores"):
+        attention_with_lse(q, k, v, sliding_window=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention_with_lse(q, k, v)
+        attention_with_lse(q, k, v, sliding_window=3, engine="reference")
