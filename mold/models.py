@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,6 +41,8 @@ def load_model(
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: is {dtype!r}, must be a torch dtype such as float32 or bfloat16")
     source, kwargs_of_source = _source(name, revision)
+    if "gguf_file" in kwargs_of_source:  # plain weights, which can be trained and saved
+        kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
     tokenizer = load_tokenizer(name, revision=revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **kwargs_of_source, **kwargs)

