@@ -15,8 +15,8 @@ size H, vocabulary V, with N = B T tokens and an element of e bytes, it has thre
 
 Activation checkpointing turns L N (c H + 2 F) e into L N H e + one layer's; chunked cross-entropy removes V N;
 an adapter removes most of the gradients and of the optimizer's state; attention maps, if they are made, add
-L Hq B T^2 twice. What c is depends on the family, the dtype, autocast and the version of transformers. So it is not
-written down here: the step is run on fake tensors, which have shapes and no values (torch's FakeTensorMode), with the
+L Hq B T^2 three times. What c is depends on the family, the dtype, autocast and the version of transformers. So it is
+not written down here: the step is run on fake tensors, which have shapes and no values (torch's FakeTensorMode), with the
 model's own code, and every storage is counted from the operator that makes it until it dies. live(t) is exact but for
 what happens inside a single operator. It holds for every family and every saver alike.
 
@@ -305,7 +305,7 @@ def _on_fake_cpu(model):
 
 
 def _loss(model, setup):
-    """The cross-entropy of a forward, as the trainer computes it."""
+    """The loss of a forward, as the trainer computes it; pooled attention is in `_PlannedAttention`."""
     batch, length = setup.per_device_train_batch_size, setup.length
     ids = torch.zeros(batch, length, dtype=torch.int64)
     count = max(1, int(batch * (length - 1) * setup.learned))
@@ -326,7 +326,10 @@ def _loss(model, setup):
             logits = outputs.logits[:, :-1][rows // length, rows % length]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    return region_sums(losses, targets).sum()
+    loss = region_sums(losses, targets).sum()
+    if setup.attention == "eager":  # pooling the maps: the backward begins with a gradient of every layer's
+        loss = loss + sum(maps.mean(1).sum() for maps in outputs.attentions)
+    return loss
 
 
 class _Tracker(TorchDispatchMode):
