@@ -13,10 +13,10 @@ size H, vocabulary V, with N = B T tokens and an element of e bytes, it has thre
     end of the backward   gradients + one layer's N (c H + 2 F) e
     the optimizer's step  gradients
 
-Activation checkpointing turns L N (c H + 2 F) e into L N H e + one layer's; chunked cross-entropy removes V N;
-an adapter removes most of the gradients and of the optimizer's state; attention maps, if they are made, add
-L Hq B T^2 three times. What c is depends on the family, the dtype, autocast and the version of transformers. So it is
-not written down here: the step is run on fake tensors, which have shapes and no values (torch's FakeTensorMode), with the
+Activation checkpointing turns L N (c H + 2 F) e into L N H e + one layer's; chunked cross-entropy removes V N; an
+adapter removes most of the gradients and of the optimizer's state; attention maps, if they are made, add L Hq B T^2
+three times. What c is depends on the family, the dtype, autocast and the version of transformers. So it is not
+written down here: the step is run on fake tensors, which have shapes and no values (torch's FakeTensorMode), with the
 model's own code, and every storage is counted from the operator that makes it until it dies. live(t) is exact but for
 what happens inside a single operator. It holds for every family and every saver alike.
 
