@@ -47,7 +47,7 @@ def _exact(m: int, n: int, warps: int, stages: int = 2) -> Tile:
 # which has no matrix units at full precision, likewise.
 TABLE = {
     ("attention_forward", 80): (
-        (Tile(128, 64, 8, 3), Tile(128, 32, 4, 2), Tile(64, 32, 8, 1)),
+        (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
         (_exact(64, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("attention_forward", 90): (
@@ -67,11 +67,11 @@ TABLE = {
         (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dq", 100): (
-        (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
+        (Tile(128, 64, 8, 3), Tile(128, 64, 8, 1), Tile(64, 32, 8, 1)),
         (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 80): (
-        (Tile(32, 128, 8, 2, "8 bytes, and only without values"), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
+        (Tile(32, 128, 8, 2, "8 bytes, and only without values"), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1)),
         (_exact(32, 32, 8), _exact(16, 16, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 90): (
@@ -79,12 +79,12 @@ TABLE = {
         (_exact(32, 32, 8), _exact(16, 16, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("attention_backward_dk", 100): (
-        (Tile(32, 128, 8, 2), Tile(32, 128, 8, 1), Tile(16, 32, 8, 1)),
+        (Tile(32, 128, 8, 2), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
         (_exact(32, 32, 8), _exact(16, 16, 8, 1), _exact(16, 16, 8, 1)),
     ),
     # n columns and half the key pieces of a block, m pairs of a row and a head.
     ("span_attention_forward", 80): (
-        (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
+        (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)),
         (_exact(32, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("span_attention_forward", 90): (
@@ -96,7 +96,7 @@ TABLE = {
         (_exact(32, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("span_attention_backward_dq", 80): (
-        (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
+        (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 1)),
         (_exact(32, 32, 8), _exact(16, 32, 8, 1), _exact(16, 16, 8, 1)),
     ),
     ("span_attention_backward_dq", 90): (

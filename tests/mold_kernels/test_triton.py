@@ -51,9 +51,9 @@ def check(kernels):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_ahead_of_time(arch):
-    from benchmarks.triton_resources import QUICK, compile_kernels
+    from benchmarks.triton_resources import QUICK, Case, compile_kernels
 
-    for case in QUICK:
+    for case in (*QUICK, Case(torch.bfloat16, 128, options=True)):
         check(compile_kernels(arch, case))
 
 
