@@ -21,12 +21,10 @@ class RouterTraining:
     """
 
     mol_router_learning_rate: float | None = None
+    method_options: dict[str, object]
+    """What the model card says of the method; set by the trainer."""
     layer_weights: list[float] | None = None
     """The router's mean weights over the last logged steps."""
-
-    def _method_options(self) -> dict[str, object]:
-        """What the model card says of the method."""
-        raise NotImplementedError
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's, with the router's gradient averaged over the processes as DDP averages the model's."""
@@ -89,5 +87,5 @@ class RouterTraining:
         if self.is_world_process_zero():
             card.parent.mkdir(parents=True, exist_ok=True)
             super().create_model_card(*args, **kwargs)
-            add_method_section(card, self._method_options(), self.signals, self.layer_weights)
+            add_method_section(card, self.method_options, self.signals, self.layer_weights)
         return card

@@ -63,7 +63,7 @@ class StepwiseAttentionMixin(RouterTraining):
         self.signals, self.beta, self.mol_router_learning_rate = signals, beta, mol_router_learning_rate
         self._items: list[dict] = []
         super().__init__(*args, data_collator=self._collate, **kwargs)
-        self._options = {"beta": beta, "tau_1": tau_1, "tau_2": tau_2, "row_norm": row_norm}
+        self.method_options = {"beta": beta, "tau_1": tau_1, "tau_2": tau_2, "row_norm": row_norm}
         student = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         use_mold_attention(student)
         check_attention_dropout(student.config)
@@ -71,9 +71,6 @@ class StepwiseAttentionMixin(RouterTraining):
         self._captured: list[Sequence] = []
         # SFTTrainer's own forward leaves the attentions inside: they are taken where the decoder returns them.
         student.base_model.register_forward_hook(lambda _, __, output: self._captured.append(output.attentions))
-
-    def _method_options(self):
-        return self._options
 
     # Data
 

@@ -124,6 +124,8 @@ class MoldTrainer(RouterTraining, Trainer):
         self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm, **layers)
         pad_token_id = processing_class.pad_token_id
         self._tokenizer, self._options = processing_class, args
+        names = ("method", "alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
+        self.method_options = {name: getattr(args, name) for name in names}
         super().__init__(
             model=model,
             args=args,
@@ -337,10 +339,6 @@ class MoldTrainer(RouterTraining, Trainer):
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
             _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
-
-    def _method_options(self):
-        names = ("method", "alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
-        return {name: getattr(self.args, name) for name in names}
 
     def _term_metrics(self, sums, counts, prefix):
         values = (sums / counts.clamp(min=1)).tolist()

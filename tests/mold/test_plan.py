@@ -101,6 +101,13 @@ def test_eager_attention_grows_with_the_square_of_the_length():
     assert maps(1024) / maps(512) == pytest.approx(4, rel=0.1)
 
 
+def test_the_backward_of_eager_attention_begins_with_a_gradient_of_every_layers_maps():
+    setup = Setup(1024, attention="eager", per_device_train_batch_size=2)
+    planned = plan_step(config(), setup)
+    maps = config().num_hidden_layers * config().num_attention_heads * 2 * 1024**2 * 4
+    assert planned.step >= planned.activations + 0.95 * maps
+
+
 def test_accumulated_gradients_are_there_in_the_next_forward():
     one, four = (plan_step(config(), Setup(512, gradient_accumulation_steps=n)) for n in (1, 4))
     assert four.step == pytest.approx(one.step + one.gradients, rel=0.1)

@@ -190,6 +190,17 @@ def test_without_the_attention_loss(tmp_path, signals):
         torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12, msg=name)
     assert with_signals.evaluate()["eval_loss_attention"] > 0
     assert "eval_loss_attention" not in without.evaluate()
+    logged = [row for row in metrics(tmp_path / "with") if "loss" in row]
+    assert logged
+    # What training did not measure it does not log, not even as 0.
+    assert not any(row.keys() & {"loss_attention", "signal_share", "router_entropy"} for row in logged)
+
+
+def test_without_the_attention_loss_no_example_needs_key_words(tmp_path, signals):
+    trainer = make_trainer(tmp_path, signals, examples=[BARE], beta=0.0, max_steps=1)
+    assert trainer.train().training_loss > 0
+    with pytest.raises(ValueError, match="none of its 1 examples has key words"):
+        make_trainer(tmp_path, signals, examples=[BARE])
 
 
 def test_gradient_norms_and_maps(tmp_path, signals):
