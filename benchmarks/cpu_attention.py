@@ -5,8 +5,9 @@
 
 First table, forward and backward of a layer's attention, batch 1: torch's scaled_dot_product_attention, ours, ours with
 the pooled attention A, and aten's flash attention (engine "cpu") with A. Second table, the pooled attention alone,
-native against vectorised torch, and as shares of what the machine can do: its products at the rate of torch's matrix
-product followed by its exponentials at the rate of torch's exp, and its bytes at the rate of a copy.
+native against vectorised torch, and as shares of its time what it cannot do without: its products at the rate of
+torch's matrix product followed by its exponentials at the rate of torch's exp; its bytes at the rate of a copy; the
+call itself (Python, the operator, autograd), which is what 32 tokens take.
 Contenders take turns in one process; medians are compared. On one thread the clock is that of the process, which other
 programs disturb less.
 """
@@ -185,11 +186,12 @@ def main() -> None:
     # Once more: whatever else ran on the machine must not make the limits too low.
     limits = {name: max(value, limits[name]) for name, value in measure_limits().items()}
     about |= limits
-    print("\nPooled attention alone; its forward in shares of the limits (visible pairs alone; q and lse)")
-    print(f"{'':20} {'T':>6} {'':8} {'fwd ms':>9} {'faster':>7} {'bwd ms':>9} {'compute':>8} {'bytes/s':>8}")
+    print("\nPooled attention alone; shares of its forward: visible pairs, q and lse once, a call of 32 tokens")
+    print(f"{'':20} {'T':>6} {'':8} {'fwd ms':>9} {'faster':>7} {'bwd ms':>9}  compute  bytes   call    sum")
     for length in arguments.lengths:
         for name, shape in SHAPES.items():
             heads, _, width = shape
+            calls = alternate(span_contenders(shape, 32, dtype), 5 * arguments.rounds)
             times = alternate(span_contenders(shape, length, dtype), arguments.rounds)
             for contender in times:
                 row = table_row(name, length, contender, times, "torch")
@@ -197,11 +199,13 @@ def main() -> None:
                 computing = pairs * (2 * width / limits["flops"] + 1 / limits["exponentials"])
                 moving = heads * length * (width * dtype.itemsize + 4) / limits["bandwidth"]
                 forward = row["forward_ms"] / 1e3
-                row |= {"compute_share": computing / forward, "bandwidth_share": moving / forward}
+                needs = computing, moving, statistics.median(calls[contender][0])
+                shares = [seconds / forward for seconds in (*needs, sum(needs))]
+                row |= dict(zip(("compute_share", "bytes_share", "call_share", "sum_share"), shares, strict=True))
                 rows["span_attention"].append(row)
                 print(
                     f"{name:20} {length:6} {contender:8} {row['forward_ms']:9.2f} {1 / row['forward_ratio']:6.1f}x "
-                    f"{row['backward_ms']:9.2f} {row['compute_share']:8.0%} {row['bandwidth_share']:8.0%}",
+                    f"{row['backward_ms']:9.2f} {shares[0]:8.0%} {shares[1]:6.0%} {shares[2]:6.0%} {shares[3]:6.0%}",
                     flush=True,
                 )
     if arguments.output:

@@ -100,10 +100,14 @@ def train(context: typer.Context, config: ConfigFile = None):
 
 @app.command("eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context, config: ConfigFile = None):
-    """Evaluate a student on the held-out examples with its losses, or compare models on whole data sets (eval_sets)."""
+    """Evaluate a student on held-out examples with its losses, or compare models (eval_sets, lm_eval_tasks)."""
     from mold import pipeline, run
 
     options = parse_options(context.args, config, {}, "eval")
+    if options.evaluation.lm_eval_tasks:
+        show_tasks(pipeline.ask_tasks(options))
+        if not options.evaluation.eval_sets:
+            return
     if options.evaluation.eval_sets:
         trained_on = run.read_data(options.data, require_rationale=False) if "dataset" in options.chosen else ()
         show_comparison(pipeline.compare(options, trained_on))
@@ -278,6 +282,17 @@ def show_comparison(results: list[dict]) -> None:
         for result in results:
             if result[name]:
                 console.print(f"{result['model']} on {result['set']}: {result[name]} {label}")
+
+
+def show_tasks(results: list[dict]) -> None:
+    """A row a task and metric, a column a model: the value with its standard error."""
+    models = list(dict.fromkeys(result["model"] for result in results))
+    table = Table("task", "metric", *models, title="lm-evaluation-harness (+- standard error)")
+    for task, metric in dict.fromkeys((result["task"], result["metric"]) for result in results):
+        cells = {r["model"]: r for r in results if (r["task"], r["metric"]) == (task, metric)}
+        errors = {m: "" if cells[m]["stderr"] is None else f" +- {cells[m]['stderr']:.3f}" for m in models}
+        table.add_row(task, metric, *(f"{cells[m]['value']:.3f}{errors[m]}" for m in models))
+    console.print(table)
 
 
 def show_report(folder: Path) -> None:

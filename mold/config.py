@@ -270,3 +270,14 @@ class EvalOptions:
         default=None, metadata={"help": "Models or run folders to compare; model_name_or_path where not given."}
     )
     eval_limit: int | None = field(default=None, metadata={"help": "Examples of each set; all where not given."})
+    lm_eval_tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks of lm-evaluation-harness to ask the models as well (pip install 'mold-distill[lm-eval]')."
+        },
+    )
+    lm_eval_include_path: str | None = field(default=None, metadata={"help": "A folder of more tasks, as YAML."})
+    lm_eval_shots: int | None = field(
+        default=None,
+        metadata={"help": "Solved examples before each question of a task; as the task says where not given."},
+    )

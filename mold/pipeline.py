@@ -20,6 +20,7 @@ from mold.data import Example, question_key
 from mold.evaluate import score
 from mold.files import write_atomically, write_jsonl
 from mold.generation import Journal
+from mold.harness import Tasks, evaluate_tasks
 from mold.keywords import name_keywords
 from mold.models import load_model
 from mold.problems import generate_problems
@@ -120,16 +121,10 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
         An entry a model and set: model, set, seen, and `mold.evaluate.score`.
     """
     evaluation = options.evaluation
-    names = evaluation.models or [options.student.model_name_or_path]
-    if None in names:
-        raise ValueError("models: is not given, must name the models to compare (or model_name_or_path one)")
     sets = dict(_read_sets(evaluation.eval_sets, evaluation.eval_limit))
     seen = {question_key(example.question) for example in trained_on}
-    labels = _labels(names)
     results = []
-    for name, label in zip(names, labels, strict=True):
-        model, tokenizer = load_model(name, dtype=options.student.model_dtype)
-        model.to(options.training.device)
+    for label, model, tokenizer in _load_models(options):
         for set_name, examples in sets.items():
             stem = options.folder / "predictions" / f"{label}--{set_name}"
             settings = {
@@ -146,6 +141,31 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
             repeated = sum(question_key(example.question) in seen for example in examples)
             results.append({"model": label, "set": set_name, "seen": repeated, **score(predictions)})
     write_atomically(options.folder / "comparison.json", json.dumps(results, indent=1).encode())
+    return results
+
+
+def ask_tasks(options: Options) -> list[dict]:
+    """What every model reaches in tasks of lm-evaluation-harness; writes lm_eval.json.
+
+    Args:
+        options: models, lm_eval_tasks, lm_eval_include_path, lm_eval_shots, eval_limit and generate_batch_size.
+
+    Returns:
+        An entry a model, task and metric: model, and `mold.harness.evaluate_tasks`.
+    """
+    evaluation = options.evaluation
+    tasks = Tasks(
+        evaluation.lm_eval_tasks,
+        evaluation.lm_eval_include_path,
+        shots=evaluation.lm_eval_shots,
+        limit=evaluation.eval_limit,
+    )
+    results = []
+    for label, model, tokenizer in _load_models(options):
+        found = evaluate_tasks(model, tokenizer, tasks, batch_size=options.student.generate_batch_size)
+        results += [{"model": label, **entry} for entry in found]
+    options.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.folder / "lm_eval.json", json.dumps(results, indent=1).encode())
     return results
 
 
@@ -234,6 +254,16 @@ def _read_sets(specifications: Sequence[str], limit: int | None) -> Iterator[tup
         if report.left_out:
             logger.warning(f"{name}: {report}")
         yield name, examples[:limit]
+
+
+def _load_models(options: Options) -> Iterator[tuple]:
+    """Label, model and tokenizer of each model to compare."""
+    names = options.evaluation.models or [options.student.model_name_or_path]
+    if None in names:
+        raise ValueError("models: is not given, must name the models to compare (or model_name_or_path one)")
+    for name, label in zip(names, _labels(names), strict=True):
+        model, tokenizer = load_model(name, dtype=options.student.model_dtype)
+        yield label, model.to(options.training.device), tokenizer
 
 
 def _labels(names: Sequence[str]) -> list[str]:

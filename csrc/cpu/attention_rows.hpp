@@ -63,11 +63,9 @@ inline void load_entries(const View& source, const RowBlock& block, T padding, T
     for (int64_t r = rows; r < round_up(rows, lanes<T>); ++r) target[r] = padding;
 }
 
-// Transposes [rows, width] into panels of tile_width rows, each [depth, tile_width]. rows and width are multiples of the
-// lanes.
-template <typename T>
+// Transposes [rows, width] into panels of `panel` rows, each [depth, panel]. rows and width are multiples of the lanes.
+template <typename T, int64_t panel = tile_width<T>>
 inline void transpose(const T* source, int64_t rows, int64_t depth, int64_t width, T* panels) {
-    constexpr int64_t panel = tile_width<T>;
     for (int64_t r = 0; r < rows; r += lanes<T>) {
         T* target = panels + r / panel * panel * depth + r % panel;
         for (int64_t d = 0; d < depth; d += lanes<T>) {

@@ -3,12 +3,13 @@
 #include "level_kernels.hpp"
 
 // Formulas in mold_kernels/span_attention.py. A task is a piece of the rows: forward with all heads, backward with the
-// heads that share a key head. The key words' columns are gathered once; only those that a piece sees are multiplied.
+// heads that share a key head. The key words' columns are gathered and transposed once, so products are [rows, columns]
+// with vectors over columns: rows are read entry by entry as they lie. A row sees a prefix of the columns.
 namespace mold::MOLD_LEVEL {
 namespace {
 
 struct Sizes {
-    int64_t batch, kv_heads, group, depth, width, most_rows, most_columns, key_words;
+    int64_t batch, kv_heads, group, depth, width, most_tokens, most_columns, key_words;  // most_columns: whole blocks
 };
 
 template <typename T>
@@ -16,15 +17,17 @@ Sizes sizes_of(const View& q, const View& k, const SpanPlan* plans, int64_t key_
     Sizes sizes{q.sizes[0], k.sizes[1], q.sizes[1] / k.sizes[1], q.sizes[3], round_up(q.sizes[3], lanes<T>), 0, 0,
                 key_words};
     for (int64_t b = 0; b < sizes.batch; ++b) {
-        sizes.most_columns = larger(sizes.most_columns, static_cast<int64_t>(plans[b].columns.size()));
+        const int64_t columns = static_cast<int64_t>(plans[b].columns.size());
+        sizes.most_columns = larger(sizes.most_columns, round_up(columns, block_columns));
         for (const Range& piece : plans[b].pieces) {
-            sizes.most_rows = larger(sizes.most_rows, round_up((piece.end - piece.begin) * sizes.group, lanes<T>));
+            sizes.most_tokens = larger(sizes.most_tokens, piece.end - piece.begin);
         }
     }
     return sizes;
 }
 
-// The key vectors of the columns, [B, Hkv, N, width].
+// The key vectors of the columns: rows [B, Hkv, N, width] and panels [B, Hkv, N / block_columns][depth, block_columns].
+// What a block has beyond an example's columns is zero up to whole vectors and unset from there on.
 template <typename Element, typename T>
 struct Keys {
     Sizes sizes;
@@ -33,74 +36,94 @@ struct Keys {
 
     Keys(const View& k, const SpanPlan* plans, const Sizes& sizes, int threads)
         : sizes(sizes),
-          memory(sizes.batch * sizes.kv_heads * sizes.most_columns * sizes.width * static_cast<int64_t>(sizeof(T))),
+          memory(sizes.batch * sizes.kv_heads * size() * static_cast<int64_t>(sizeof(T))),
           data(reinterpret_cast<T*>(memory.data)) {
         const auto gather = [&](int64_t i, int) {
             const int64_t b = i / sizes.kv_heads, head = i % sizes.kv_heads;
             const std::vector<int64_t>& columns = plans[b].columns;
-            T* target = at(b, head);
-            for (std::size_t n = 0; n < columns.size(); ++n, target += sizes.width) {
+            const int64_t count = static_cast<int64_t>(columns.size()), padded = round_up(count, lanes<T>);
+            T* target = rows(b, head);
+            for (int64_t n = 0; n < count; ++n) {
                 const Element* key = k.at<const Element>(b, head, columns[n]);
-                load_row(key, k.strides[3], sizes.depth, target, sizes.width);
+                load_row(key, k.strides[3], sizes.depth, target + n * sizes.width, sizes.width);
             }
+            for (int64_t j = count * sizes.width; j < padded * sizes.width; ++j) target[j] = 0;
+            transpose<T, block_columns>(target, padded, sizes.depth, sizes.width, panels(b, head));
         };
         parallel(threads, sizes.batch * sizes.kv_heads, [](Scratch&) { return 0; }, gather);
     }
 
-    T* at(int64_t example, int64_t kv_head) const {
-        return data + (example * sizes.kv_heads + kv_head) * sizes.most_columns * sizes.width;
+    int64_t size() const { return sizes.most_columns * (sizes.width + sizes.depth); }
+    T* rows(int64_t example, int64_t kv_head) const { return data + (example * sizes.kv_heads + kv_head) * size(); }
+    T* panels(int64_t example, int64_t kv_head) const {
+        return rows(example, kv_head) + sizes.most_columns * sizes.width;
     }
 };
 
+// What the rows of a piece see: its first `columns` columns.
 template <typename T>
-struct Rows {
-    T *q, *panels, *lse, *products;
+struct Sight {
+    using Integer = typename VectorOf<T>::Integer;
+    Integer* tokens;  // of the columns, counted from the piece's first row; the largest integer up to whole vectors
+    T* scores;        // [rows, block_columns]
+    int64_t columns, rows;
 
-    Rows(Scratch& scratch, const Sizes& sizes)
-        : q(scratch.take<T>(sizes.most_rows * sizes.width)),
-          panels(scratch.take<T>(round_up(sizes.most_rows, tile_width<T>) * sizes.depth)),
-          lse(scratch.take<T>(sizes.most_rows)),
-          products(scratch.take<T>(block_columns * sizes.most_rows)) {}
+    Sight(Scratch& scratch, const Sizes& sizes)
+        : tokens(scratch.take<Integer>(sizes.most_columns)),
+          scores(scratch.take<T>(sizes.most_tokens * block_columns)),
+          columns(0),
+          rows(0) {}
 
-    template <typename Element>
-    void load(const View& q_view, const View& lse_view, const RowBlock& block, const Sizes& sizes) {
-        load_rows<Element>(q_view, block, q, sizes.width);
-        transpose(q, round_up(block.rows(), lanes<T>), sizes.depth, sizes.width, panels);
-        // exp(score - infinity) = 0: padded rows add nothing.
-        load_entries(lse_view, block, static_cast<T>(HUGE_VAL), lse);
+    void look(const SpanPlan& plan, const Range& piece) {
+        const int64_t count = static_cast<int64_t>(plan.columns.size());
+        for (columns = 0; columns < count && plan.columns[columns] < piece.end; ++columns) {
+            tokens[columns] = static_cast<Integer>(plan.columns[columns] - piece.begin);
+        }
+        for (int64_t n = columns; n < round_up(columns, lanes<T>); ++n) tokens[n] = INT32_MAX;
+        rows = piece.end - piece.begin;
     }
 
-    // Products of the columns with the rows, -infinity where hidden, to visit(column, products, first row, rows).
-    // Rows before the first, which is returned, see none of the columns.
+    // The first row that sees any column of the block at n.
+    int64_t first_row(int64_t n) const { return larger(0, tokens[n]); }
+
+    // Products of the rows of q from the first on with the block's columns; then visit(c, probability) for each of its
+    // vectors, where probability(r) is that of row r and the columns from n + c on, 0 where hidden.
     template <typename Visit>
-    int64_t visit_columns(
-        const RowBlock& block, const SpanPlan& plan, const T* keys, Range columns, const Sizes& sizes, Visit visit) {
-        const int64_t rows = round_up(block.rows(), lanes<T>);
-        const int64_t first = block.hidden_from(plan.columns[columns.begin]) / tile_width<T> * tile_width<T>;
-        multiply_panels(
-            columns.end - columns.begin, sizes.depth, keys + columns.begin * sizes.width, sizes.width, panels, first,
-            rows, products, rows);
-        for (int64_t n = columns.begin; n < columns.end; ++n) {
-            T* scores = products + (n - columns.begin) * rows;
-            hide(scores, first, block.hidden_from(plan.columns[n]));
-            visit(n, scores, first, rows);
+    void visit_vectors(int64_t n, Matrix<T> q, int64_t depth, const T* panel, T scale, const T* lse, Visit visit) {
+        using Integers = typename VectorOf<T>::integers;
+        const int64_t first = first_row(n), width = smaller(block_columns, round_up(columns - n, lanes<T>));
+        multiply<T>(
+            rows - first, width, depth, {q.data + first * q.row, q.row, q.column}, panel, block_columns,
+            scores + first * block_columns, block_columns, false);
+        for (int64_t c = 0; c < width; c += lanes<T>) {
+            Integers token;
+            std::memcpy(&token, tokens + n + c, sizeof token);
+            visit(c, [&](int64_t r) {
+                const Vector<T> score = load(scores + r * block_columns + c) * scale - lse[r];
+                const Vector<T> probability = exponential<T>(score);
+                return token > static_cast<Integer>(r) ? Vector<T>{} : probability;
+            });
         }
-        return first;
     }
 };
 
-// The columns that a piece's last row sees.
-int64_t visible_columns(const SpanPlan& plan, const Range& piece) {
-    int64_t low = 0, high = static_cast<int64_t>(plan.columns.size());
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (plan.columns[middle] < piece.end) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
+// A piece's rows of one head of source [B, Hq, T, D]: as they lie where vectors can be read from them, else copied.
+template <typename Element, typename T>
+Matrix<T> rows_of(const View& source, int64_t example, int64_t head, const Range& piece, const Sizes& sizes, T* copy) {
+    const Element* first = source.at<const Element>(example, head, piece.begin);
+    if constexpr (std::is_same_v<Element, T>) {
+        if (source.strides[3] == 1 && sizes.depth == sizes.width) return {first, source.strides[2], 1};
     }
-    return low;
+    for (int64_t r = 0; r < piece.end - piece.begin; ++r) {
+        load_row(first + r * source.strides[2], source.strides[3], sizes.depth, copy + r * sizes.width, sizes.width);
+    }
+    return {copy, sizes.width, 1};
+}
+
+// A piece's entries of one head of source [B, Hq, T].
+template <typename T>
+void load_entries(const View& source, int64_t example, int64_t head, const Range& piece, T* target) {
+    for (int64_t t = piece.begin; t < piece.end; ++t) target[t - piece.begin] = *source.at<const T>(example, head, t);
 }
 
 struct Piece {
@@ -130,31 +153,33 @@ void forward(
     double* of_pieces = reinterpret_cast<double*>(memory.data);  // in the order of the tasks
 
     struct Buffers {
-        Rows<T> rows;
+        Sight<T> sight;
+        T *q, *lse;
         double* columns;
     };
     const auto make = [&](Scratch& scratch) {
-        return Buffers{Rows<T>(scratch, sizes), scratch.take<double>(sizes.most_columns)};
+        return Buffers{
+            Sight<T>(scratch, sizes), scratch.take<T>(sizes.most_tokens * sizes.width),
+            scratch.take<T>(sizes.most_tokens), scratch.take<double>(sizes.most_columns)};
     };
     parallel(threads, pieces, make, [&](int64_t task, Buffers& buffers) {
         const Piece at = piece_of_task(plans, task);
         const SpanPlan& plan = plans[at.example];
         const Range piece = plan.pieces[at.index];
-        const int64_t visible = visible_columns(plan, piece);
-        for (std::size_t n = 0; n < plan.columns.size(); ++n) buffers.columns[n] = 0;
-        for (int64_t head = 0; head < sizes.kv_heads; ++head) {
-            const RowBlock block{at.example, head, sizes.group, piece.begin, piece.end - piece.begin};
-            buffers.rows.template load<Element>(q, lse, block, sizes);
-            for (int64_t n = 0; n < visible; n += block_columns) {
-                const auto add = [&](int64_t column, const T* scores, int64_t first, int64_t rows) {
+        Sight<T>& sight = buffers.sight;
+        sight.look(plan, piece);
+        for (int64_t n = 0; n < sizes.most_columns; ++n) buffers.columns[n] = 0;
+        for (int64_t head = 0; head < q.sizes[1]; ++head) {
+            const T* panels = keys.panels(at.example, head / sizes.group);
+            const Matrix<T> rows = rows_of<Element>(q, at.example, head, piece, sizes, buffers.q);
+            load_entries(lse, at.example, head, piece, buffers.lse);
+            for (int64_t n = 0; n < sight.columns; n += block_columns) {
+                const auto add = [&](int64_t c, auto probability) {
                     Vector<T> total{};
-                    for (int64_t r = first; r < rows; r += lanes<T>) {
-                        total += exponential<T>(load(scores + r) * scale - load(buffers.rows.lse + r));
-                    }
-                    buffers.columns[column] += sum<T>(total);
+                    for (int64_t r = sight.first_row(n); r < sight.rows; ++r) total += probability(r);
+                    for (int64_t lane = 0; lane < lanes<T>; ++lane) buffers.columns[n + c + lane] += total[lane];
                 };
-                buffers.rows.visit_columns(
-                    block, plan, keys.at(at.example, head), {n, smaller(n + block_columns, visible)}, sizes, add);
+                sight.visit_vectors(n, rows, sizes.depth, panels + n * sizes.depth, scale, buffers.lse, add);
             }
         }
         for (int64_t m = 0; m < sizes.key_words; ++m) {
@@ -181,7 +206,7 @@ void forward(
     }
 }
 
-// g[n], the gradient of the piece's probabilities at column n.
+// Adds g[n], the gradient of the piece's probabilities at column n.
 template <typename T>
 void column_gradient(
     const View& grad, const SpanPlan& plan, const Piece& at, int64_t heads, double* of_words, T* of_columns) {
@@ -193,7 +218,6 @@ void column_gradient(
             of_words[m] += plan.weights[s] / heads * row[m * grad.strides[2]];
         }
     }
-    for (std::size_t n = 0; n < plan.columns.size(); ++n) of_columns[n] = 0;
     for (std::size_t m = 0; m < plan.key_words.size(); ++m) {
         for (int64_t n = plan.key_words[m].begin; n < plan.key_words[m].end; ++n) {
             of_columns[n] += static_cast<T>(of_words[m]);
@@ -211,66 +235,81 @@ void backward(
     Turns turns(tasks);
 
     struct Buffers {
-        Rows<T> rows;
+        Sight<T> sight;
         double* word_gradient;
-        T *gradient, *dq, *dk, *dlse;
+        Matrix<T>* rows;  // of each head of the group
+        T *gradient, *q, *lse, *dq, *dk, *dlse;  // dlse [rows, lanes], to be summed
     };
     const auto make = [&](Scratch& scratch) {
+        const int64_t of_rows = sizes.group * sizes.most_tokens;
         return Buffers{
-            Rows<T>(scratch, sizes),
+            Sight<T>(scratch, sizes),
             scratch.take<double>(sizes.key_words),
+            scratch.take<Matrix<T>>(sizes.group),
             scratch.take<T>(sizes.most_columns),
-            scratch.take<T>(sizes.most_rows * sizes.width),
+            scratch.take<T>(of_rows * sizes.width),
+            scratch.take<T>(of_rows),
+            scratch.take<T>(of_rows * sizes.width),
             scratch.take<T>(block_columns * sizes.width),
-            scratch.take<T>(sizes.most_rows)};
+            scratch.take<T>(of_rows * lanes<T>)};
     };
     parallel(threads, tasks, make, [&](int64_t task, Buffers& buffers) {
         const Piece at = piece_of_task(plans, task / sizes.kv_heads);
         const SpanPlan& plan = plans[at.example];
         const Range piece = plan.pieces[at.index];
-        const int64_t head = task % sizes.kv_heads, visible = visible_columns(plan, piece);
+        const int64_t kv_head = task % sizes.kv_heads, tokens = piece.end - piece.begin;
         const bool last_piece = at.index + 1 == static_cast<int64_t>(plan.pieces.size());
-        const RowBlock block{at.example, head, sizes.group, piece.begin, piece.end - piece.begin};
-        const int64_t rows = round_up(block.rows(), lanes<T>);
-        const T* head_keys = keys.at(at.example, head);
-        buffers.rows.template load<Element>(q, lse, block, sizes);
+        const T *key_rows = keys.rows(at.example, kv_head), *panels = keys.panels(at.example, kv_head);
+        Sight<T>& sight = buffers.sight;
+        sight.look(plan, piece);
+        for (int64_t n = 0; n < sizes.most_columns; ++n) buffers.gradient[n] = 0;
         column_gradient(grad, plan, at, q.sizes[1], buffers.word_gradient, buffers.gradient);
-        for (int64_t i = 0; i < rows * sizes.width; ++i) buffers.dq[i] = 0;
-        for (int64_t r = 0; r < rows; ++r) buffers.dlse[r] = 0;
+        for (int64_t i = 0; i < sizes.group * tokens * sizes.width; ++i) buffers.dq[i] = 0;
+        for (int64_t i = 0; i < sizes.group * tokens * lanes<T>; ++i) buffers.dlse[i] = 0;
+        for (int64_t g = 0; g < sizes.group; ++g) {
+            const int64_t head = kv_head * sizes.group + g;
+            buffers.rows[g] =
+                rows_of<Element>(q, at.example, head, piece, sizes, buffers.q + g * tokens * sizes.width);
+            load_entries(lse, at.example, head, piece, buffers.lse + g * tokens);
+        }
 
-        for (int64_t n = 0, chunk = 0; n < visible; n += block_columns, ++chunk) {
-            const int64_t columns = smaller(block_columns, visible - n);
-            const auto weigh = [&](int64_t column, T* scores, int64_t first, int64_t rows) {
-                const T g = buffers.gradient[column];
-                for (int64_t r = first; r < rows; r += lanes<T>) {
-                    const Vector<T> lse = load(buffers.rows.lse + r);
-                    const Vector<T> weight = exponential<T>(load(scores + r) * scale - lse) * g;
-                    store<T>(load(buffers.dlse + r) - weight, buffers.dlse + r);
-                    store<T>(weight, scores + r);
-                }
-            };
-            const int64_t first =
-                buffers.rows.visit_columns(block, plan, head_keys, {n, n + columns}, sizes, weigh);
-            const T* weights = buffers.rows.products + first;
-            multiply<T>(
-                rows - first, sizes.width, columns, {weights, 1, rows}, head_keys + n * sizes.width, sizes.width,
-                buffers.dq + first * sizes.width, sizes.width, true);
-            multiply<T>(
-                columns, sizes.width, rows - first, {weights, rows, 1}, buffers.rows.q + first * sizes.width,
-                sizes.width, buffers.dk, sizes.width, false);
+        for (int64_t n = 0, chunk = 0; n < sight.columns; n += block_columns, ++chunk) {
+            const int64_t columns = smaller(block_columns, sight.columns - n), first = sight.first_row(n);
+            for (int64_t g = 0; g < sizes.group; ++g) {
+                const Matrix<T> rows = buffers.rows[g];
+                T *dq = buffers.dq + g * tokens * sizes.width, *dlse = buffers.dlse + g * tokens * lanes<T>;
+                T* weights = sight.scores + first * block_columns;
+                const auto weigh = [&](int64_t c, auto probability) {
+                    const Vector<T> gradient = load(buffers.gradient + n + c);
+                    for (int64_t r = first; r < tokens; ++r) {
+                        const Vector<T> weight = probability(r) * gradient;
+                        store<T>(load(dlse + r * lanes<T>) - weight, dlse + r * lanes<T>);
+                        store<T>(weight, sight.scores + r * block_columns + c);
+                    }
+                };
+                sight.visit_vectors(
+                    n, rows, sizes.depth, panels + n * sizes.depth, scale, buffers.lse + g * tokens, weigh);
+                multiply<T>(
+                    tokens - first, sizes.width, columns, {weights, block_columns, 1}, key_rows + n * sizes.width,
+                    sizes.width, dq + first * sizes.width, sizes.width, true);
+                multiply<T>(
+                    columns, sizes.width, tokens - first, {weights, 1, block_columns}, rows.data + first * rows.row,
+                    rows.row, buffers.dk, sizes.width, g > 0);
+            }
             if (!last_piece) turns.wait(task - sizes.kv_heads, chunk);
             for (int64_t i = 0; i < columns; ++i) {
-                T* target = dk.at<T>(at.example, head, plan.columns[n + i]);
+                T* target = dk.at<T>(at.example, kv_head, plan.columns[n + i]);
                 const T* source = buffers.dk + i * sizes.width;
                 for (int64_t d = 0; d < sizes.depth; ++d) target[d * dk.strides[3]] += scale * source[d];
             }
             turns.finish(task, chunk);
         }
 
-        for (int64_t r = 0; r < block.rows(); ++r) {
-            Element* target = dq.at<Element>(at.example, block.head(r), block.token(r));
+        for (int64_t r = 0; r < sizes.group * tokens; ++r) {
+            const int64_t head = kv_head * sizes.group + r / tokens, token = piece.begin + r % tokens;
+            Element* target = dq.at<Element>(at.example, head, token);
             store_row(buffers.dq + r * sizes.width, dq.strides[3], sizes.depth, scale, target);
-            *dlse.at<T>(at.example, block.head(r), block.token(r)) = buffers.dlse[r];
+            *dlse.at<T>(at.example, head, token) = sum<T>(load(buffers.dlse + r * lanes<T>));
         }
     });
 }
