@@ -3,11 +3,13 @@
     python -m benchmarks.plan             # every case; exits with 1 if a peak is off by more than 15 %
     python -m benchmarks.plan --cases 0 3
 
-Each case trains two steps of MoldTrainer in fresh processes (the optimizer's state is there from the second on), on a
-model of random weights and one text of exactly T tokens. One process is for its highest resident memory: glibc is told
-to give every large block back to the system (MALLOC_MMAP_THRESHOLD_), for left alone it keeps freed ones, and holds up
-to a third more than the live tensors. Fetching them again takes time, so another process, left alone, is for the second
-step's. With eager attention there is no MoldTrainer: the loop there pools the T x T maps itself.
+Each case trains some steps of MoldTrainer in fresh processes (the optimizer's state is there from the second on), on a
+model of random weights and one text of exactly T tokens. One process of two steps is for its highest resident memory:
+glibc is told to give every large block back to the system (MALLOC_MMAP_THRESHOLD_), for left alone it keeps freed ones,
+and holds up to a third more than the live tensors. Fetching them again takes time, so another process, left alone, is
+for the time: the median of its third to sixth step, for in a virtual machine memory that is touched for the first time
+takes five times as long to be had as later. With eager attention there is no MoldTrainer: the loop there pools the
+T x T maps itself.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import dataclasses
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -72,11 +75,12 @@ def config_of(shape: str):
     return AutoConfig.for_model(options.pop("model_type"), **options)
 
 
-def measure(shape: str, setup: Setup) -> None:
-    """Train two steps and print the second one's seconds and this process's peak memory in GiB."""
+def measure(shape: str, setup: Setup, steps: int) -> None:
+    """Train, and print the median of the seconds of all steps but the first two, and this process's peak memory."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of(shape), dtype=getattr(torch, setup.dtype))
-    seconds = _train_eager(model, setup) if setup.attention == "eager" else _train(model, setup)
+    seconds = (_train_eager if setup.attention == "eager" else _train)(model, setup, steps)
+    seconds = statistics.median(seconds[2:] or seconds)
     # Not getrusage: its maximum is inherited from the process that started this one.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     print(json.dumps({"seconds": seconds, "peak": peak}))
@@ -87,7 +91,7 @@ def _spans(length: int) -> tuple[list, list]:
     return [(i, min(i + 20, length)) for i in range(0, length, 20)], [(i, i + 1) for i in range(3, length, 16)]
 
 
-def _train(model, setup: Setup) -> float:
+def _train(model, setup: Setup, steps: int) -> list[float]:
     rows, keys = _spans(setup.length)
     ids = torch.randint(3, 1000, (setup.length,)).tolist()
     example = EncodedExample("long", ids, [RATIONALE] * setup.length, rows, keys, [], [])
@@ -107,7 +111,7 @@ def _train(model, setup: Setup) -> float:
     with tempfile.TemporaryDirectory() as folder:
         args = MoldConfig(
             output_dir=folder,
-            max_steps=2,
+            max_steps=steps,
             per_device_train_batch_size=setup.per_device_train_batch_size,
             gradient_accumulation_steps=setup.gradient_accumulation_steps,
             bf16=setup.bf16,
@@ -123,10 +127,12 @@ def _train(model, setup: Setup) -> float:
             from peft import LoraConfig
 
             peft_config = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        trainer = _TrainerOfItems(model, args, processing_class=tokenizer, items=[item], peft_config=peft_config)
+        trainer = _TrainerOfItems(
+            model, args, processing_class=tokenizer, items=[item] * steps, peft_config=peft_config
+        )
         trainer.add_callback(Clock())
         trainer.train()
-    return times[-1]
+    return times
 
 
 class _Teacher:
@@ -140,14 +146,15 @@ class _TrainerOfItems(MoldTrainer):
     def __init__(self, *args, items, **kwargs):
         super().__init__(*args, signals=_Teacher(), **kwargs)
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        self.train_dataset = items * (2 * batch)
+        self.train_dataset = items * batch
 
 
-def _train_eager(model, setup: Setup) -> float:
+def _train_eager(model, setup: Setup, steps: int) -> list[float]:
     model.set_attn_implementation("eager")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(3, 1000, (setup.per_device_train_batch_size, setup.length))
-    for _ in range(2):
+    times = []
+    for _ in range(steps):
         start = time.perf_counter()
         out = model(input_ids=ids, use_cache=False, output_attentions=True)
         pooled = sum(maps.mean(1)[:, :, 3::16].sum() for maps in out.attentions)
@@ -156,17 +163,19 @@ def _train_eager(model, setup: Setup) -> float:
         del out, loss, pooled
         optimizer.step()
         optimizer.zero_grad()
-    return time.perf_counter() - start
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="places in the table, from 0")
-    parser.add_argument("--measure", type=int, help="train this case here and print what it took")
+    parser.add_argument("--measure", type=int, nargs=2, help="train this case here for so many steps")
     parser.add_argument("--output", type=Path, help="also write the rows and the versions as JSON")
     arguments = parser.parse_args()
     if arguments.measure is not None:
-        measure(*CASES[arguments.measure])
+        case, steps = arguments.measure
+        measure(*CASES[case], steps)
         return 0
     machine, rows = this_machine(), []
     print(f"{torch.get_num_threads()} threads, {machine.flops['float32'] / 1e9:.0f} GFLOP/s, torch {torch.__version__}")
@@ -178,8 +187,10 @@ def main() -> int:
         plan = plan_step(config_of(shape), setup)
         command = [sys.executable, "-m", "benchmarks.plan", "--measure", str(number)]
         found = {}
-        for key, extra in (("peak", {"MALLOC_MMAP_THRESHOLD_": "131072"}), ("seconds", {})):
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | extra)
+        for key, steps, extra in (("peak", 2, {"MALLOC_MMAP_THRESHOLD_": "131072"}), ("seconds", 6, {})):
+            done = subprocess.run(
+                [*command, str(steps)], capture_output=True, text=True, check=True, env=os.environ | extra
+            )
             found[key] = json.loads(done.stdout.splitlines()[-1])[key]
         peak, seconds = plan.peak(machine), plan.seconds(machine)
         changed = {f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)}

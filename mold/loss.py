@@ -128,24 +128,34 @@ class MoldLoss(nn.Module):
         return AttentionLoss(loss, weights)
 
 
-def region_cross_entropy(logits: torch.Tensor, input_ids: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+def predicting_positions(regions: torch.Tensor) -> torch.Tensor:
+    """Positions [K], ascending, whose next token is in some example's rationale or answer; of regions [B, T]."""
+    return (regions[:, 1:] > PROMPT).any(0).nonzero()[:, 0]
+
+
+def region_cross_entropy(
+    logits: torch.Tensor, input_ids: torch.Tensor, regions: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Summed next-token cross-entropy of the rationale's and of the answer's tokens.
 
     Args:
-        logits: [B, T, vocabulary], of the tokens; logits at t predict token t + 1.
+        logits: [B, T, vocabulary], of the tokens; logits at t predict token t + 1. [B, K, vocabulary] with positions.
         input_ids: int [B, T].
         regions: int [B, T], PROMPT, RATIONALE or ANSWER.
+        positions: int [K], where the logits are (see `predicting_positions`); None: everywhere.
 
     Returns:
         [2]: sums over the batch for RATIONALE and ANSWER, float32.
     """
-    regions = regions[:, 1:]
-    predicted = regions > PROMPT
-    # Only the predicted tokens' logits are copied and widened: prompts and padding cost nothing.
-    logits = logits[:, :-1][predicted]
+    regions, targets = regions[:, 1:], input_ids[:, 1:]
+    if positions is None:
+        logits = logits[:, :-1]
+    else:
+        regions, targets = regions[:, positions], targets[:, positions]
+    targets = targets.masked_fill(regions <= PROMPT, -100)  # which cross_entropy ignores
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits, input_ids[:, 1:][predicted], reduction="none")
-    return region_sums(losses, regions[predicted])
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return region_sums(losses, regions.flatten())
 
 
 def region_sums(losses: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ base is what the process takes before it has a model. The optimizer's state is t
 are gradients and everything that autograd and the running operator hold at moment t. For a decoder of L layers, hidden
 size H, vocabulary V, with N = B T tokens and an element of e bytes, it has three summits, and the peak is the highest:
 
-    end of the forward    L N (c H + 2 F) e + V N (e + 4 + 4)     what c operators of width H and an MLP of width F
-                                                                  keep, logits and their two float32 copies
+    end of the forward    L N (c H + 2 F) e + V N (e + 4)         what c operators of width H and an MLP of width F
+                                                                  keep, logits and their float32 softmax
     end of the backward   gradients + one layer's N (c H + 2 F) e
     the optimizer's step  gradients
 
@@ -21,8 +21,11 @@ model's own code, and every storage is counted from the operator that makes it u
 what happens inside a single operator. It holds for every family and every saver alike.
 
 **Time.** Operator by operator the roofline max(FLOPs / rate, bytes / bandwidth), with matrix products and attention
-counted by torch's FLOP counter and causal attention at half of T^2. Rate and bandwidth are measured on this machine, or
-those of a named GPU times an assumed efficiency (`EFFICIENCY`).
+counted by torch's FLOP counter and causal attention at half of T^2. To that come the bytes of clipping and of the
+optimizer's update, and on a CPU the memory that the system hands over anew in every step: glibc gives back every block
+of 32 MiB or more that is freed, and the end of its heap where 64 MiB of it are free. Rates, bandwidth and the time that
+new memory takes are measured on this machine; for a named GPU, rate and bandwidth are its peaks times an assumed
+efficiency (`EFFICIENCY`), and its allocator keeps what it has.
 
 On the CPU the prediction is of live memory: glibc keeps freed blocks, and a process may hold a third more unless it is
 started with MALLOC_MMAP_THRESHOLD_=131072.
@@ -49,6 +52,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from mold.attention_interface import mold_mask
 from mold.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy
 from mold.loss import region_sums
+from mold_kernels import attention_with_lse
 
 GIB = 2**30
 EFFICIENCY = 0.5
@@ -59,14 +63,17 @@ _STATE_BYTES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0, "lion_32bit": 1.0,
 """Optimizer state, in parameters of the same dtype."""
 _STATE_BYTES_8BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "adamw_torch_8bit": 2, "lion_8bit": 1}
 """Optimizer state, in bytes a parameter."""
+_MMAPPED, _TRIMMED = 32 * 2**20, 64 * 2**20
+"""glibc's limits once a program has freed large blocks: see M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in mallopt(3)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """Where a step runs.
 
-    flops: FLOP/s reached in float32 and in bfloat16 matrix products; bandwidth: bytes/s reached; memory: bytes;
-    base: bytes taken before there is a model.
+    flops: FLOP/s reached in matrix products ("float32", "bfloat16") and in attention ("attention float32", ...);
+    bandwidth: bytes/s reached; memory: bytes; base: bytes taken before there is a model; paging: seconds that a byte
+    of new memory takes to be handed over.
     """
 
     name: str
@@ -74,11 +81,13 @@ class Machine:
     bandwidth: float
     memory: float
     base: float
+    paging: float = 0.0
 
 
 def _gpu(name: str, tf32: float, bf16: float, bandwidth: float, memory: float) -> Machine:
     """From the vendor's dense TFLOP/s, TB/s and GB; the base is a context with its libraries."""
     rates = {"float32": tf32 * 1e12 * EFFICIENCY, "bfloat16": bf16 * 1e12 * EFFICIENCY}
+    rates |= {f"attention {dtype}": rate for dtype, rate in rates.items()}
     return Machine(name, rates, bandwidth * 1e12 * EFFICIENCY, memory * 1e9, 0.8 * GIB)
 
 
@@ -104,10 +113,15 @@ def this_machine() -> Machine:
     for name in ("float32", "bfloat16"):
         a, b = (torch.ones(1024, 1024, dtype=getattr(torch, name)) for _ in range(2))
         rates[name] = 2 * 1024**3 / _seconds(lambda a=a, b=b: a @ b)
+        q, k = (torch.ones(1, 1024, heads, 64, dtype=a.dtype).transpose(1, 2).requires_grad_() for heads in (8, 4))
+        forward_and_backward = _seconds(lambda q=q, k=k: attention_with_lse(q, k, k)[0].sum().backward())
+        rates[f"attention {name}"] = _attention_flops(q, 4 + 10) / forward_and_backward
     source = torch.ones(1 << 25)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
-    return Machine("this machine", rates, bandwidth, total, base)
+    anew = _seconds(lambda: torch.empty(1 << 25).fill_(1.0))
+    paging = max(0.0, anew - _seconds(lambda: target.fill_(1.0))) / target.nbytes
+    return Machine("this machine", rates, bandwidth, total, base, paging)
 
 
 def _seconds(call: Callable) -> float:
@@ -166,7 +180,8 @@ class Plan:
     """A step's predicted memory (bytes) and cost.
 
     parameters, trainable: how many; activations: what the forward keeps for the backward, logits included;
-    step: the highest sum of gradients, activations and buffers of a moment; operators: (FLOPs, bytes moved, dtype).
+    step: the highest sum of gradients, activations and buffers of a moment; operators: of a batch (FLOPs, bytes moved,
+    kind: a key of Machine.flops); fresh: bytes that a batch takes from the system anew, on a CPU.
     """
 
     setup: Setup
@@ -178,6 +193,7 @@ class Plan:
     activations: float
     step: float
     operators: list[tuple[float, float, str]] = dataclasses.field(repr=False)
+    fresh: float
 
     @property
     def flops(self) -> float:
@@ -189,8 +205,11 @@ class Plan:
 
     def seconds(self, machine: Machine) -> float:
         """Of one optimizer step of all its accumulated batches."""
-        total = sum(max(f / machine.flops[dtype], b / machine.bandwidth) for f, b, dtype in self.operators)
-        return total * self.setup.gradient_accumulation_steps
+        batch = sum(max(f / machine.flops[kind], b / machine.bandwidth) for f, b, kind in self.operators)
+        batch += self.fresh * machine.paging
+        # Clipping reads gradients twice and writes them; the update reads them, reads and writes weights and state.
+        update = (3 * self.gradients + self.gradients + 2 * self.gradients + 2 * self.optimizer) / machine.bandwidth
+        return batch * self.setup.gradient_accumulation_steps + update
 
 
 def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
@@ -237,6 +256,7 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
         activations=activations,
         step=tracker.peak - weights,
         operators=tracker.operators,
+        fresh=tracker.fresh,
     )
 
 
@@ -308,24 +328,25 @@ def _loss(model, setup):
     """The loss of a forward, as the trainer computes it; pooled attention is in `_PlannedAttention`."""
     batch, length = setup.per_device_train_batch_size, setup.length
     ids = torch.zeros(batch, length, dtype=torch.int64)
-    count = max(1, int(batch * (length - 1) * setup.learned))
-    rows, targets = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    count = max(1, int((length - 1) * setup.learned))
+    positions, targets = torch.zeros(count, dtype=torch.int64), torch.zeros(batch * count, dtype=torch.int64)
     kwargs = {"use_cache": False, "output_attentions": setup.attention == "eager"}
     inner = model.get_base_model() if setup.lora_rank else model
     hidden = []
     if setup.cross_entropy == "chunked":
         kwargs |= ChunkedHead.arguments
         inner.base_model.register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
+    else:
+        kwargs["logits_to_keep"] = positions
     with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16):
         outputs = model(input_ids=ids, **kwargs)
         if setup.cross_entropy == "chunked":
             head = inner.get_output_embeddings()
-            learned = hidden.pop()[:, :-1][rows // length, rows % length]
+            learned = hidden.pop()[:, positions].flatten(0, 1)
             losses = chunked_cross_entropy(learned, head.weight, targets, bias=head.bias)
         else:
-            logits = outputs.logits[:, :-1][rows // length, rows % length]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
     loss = region_sums(losses, targets).sum()
     if setup.attention == "eager":  # pooling the maps: the backward begins with a gradient of every layer's
         loss = loss + sum(maps.mean(1).sum() for maps in outputs.attentions)
@@ -333,16 +354,18 @@ def _loss(model, setup):
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts the bytes of all live storages, and each operator's FLOPs and bytes moved."""
+    """Counts the bytes of all live storages, each operator's FLOPs and bytes moved, and what glibc takes anew."""
 
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
+        self.fresh = self._heap = self._mapped = 0
         self.operators: list[tuple[float, float, str]] = []
         self._alive: dict[int, weakref.ref] = {}
 
     def restart(self):
         self.peak, self.operators = self.live, []
+        self.fresh, self._mapped = 0, self._heap
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -358,8 +381,8 @@ class _Tracker(TorchDispatchMode):
         self.add(flops, moved, outputs[0].dtype if outputs else torch.float32)
         return result
 
-    def add(self, flops: float, moved: float, dtype: torch.dtype):
-        self.operators.append((flops, moved, "bfloat16" if dtype.itemsize == 2 else "float32"))
+    def add(self, flops: float, moved: float, dtype: torch.dtype, prefix: str = ""):
+        self.operators.append((flops, moved, prefix + ("bfloat16" if dtype.itemsize == 2 else "float32")))
 
     def _watch(self, storage):
         key = id(storage)
@@ -370,10 +393,20 @@ class _Tracker(TorchDispatchMode):
         def gone(_):
             self.live -= size
             del self._alive[key]
+            if size < _MMAPPED:
+                self._heap -= size
+                if self._mapped - self._heap > _TRIMMED:
+                    self._mapped = self._heap
 
         self._alive[key] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
+        if size < _MMAPPED:
+            self._heap += size
+            self.fresh += max(0, self._heap - self._mapped)
+            self._mapped = max(self._mapped, self._heap)
+        else:
+            self.fresh += size
 
 
 class _PlannedAttention(torch.autograd.Function):
@@ -396,13 +429,17 @@ class _PlannedAttention(torch.autograd.Function):
         return pooled[0] + flash[0], pooled[1] + flash[1], torch.empty_like(v)
 
 
+def _attention_flops(q, products):
+    """Of causal attention: 2 products of 2 T^2 D in the forward, 5 in the backward, over half of T x T."""
+    batch, heads, length, head_dim = q.shape
+    return products * batch * heads * length**2 * head_dim / 2
+
+
 def _count_attention(q, k, products):
-    """FLOPs of causal attention: 2 products of 2 T^2 D in the forward, 5 in the backward, over half of T x T."""
     tracker = next(
         mode for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack() if isinstance(mode, _Tracker)
     )
-    batch, heads, length, head_dim = q.shape
-    tracker.add(products * batch * heads * length**2 * head_dim / 2, q.nbytes + k.nbytes, q.dtype)
+    tracker.add(_attention_flops(q, products), q.nbytes + k.nbytes, q.dtype, "attention ")
 
 
 def _planned_attention(module, query, key, value, attention_mask, **kwargs):

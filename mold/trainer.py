@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from mold.config import MoldConfig
 from mold.data import Example
 from mold.encoding import Collator, encode_example, has_signal
 from mold.files import write_atomically
-from mold.loss import ANSWER, RATIONALE, MoldLoss, region_cross_entropy
+from mold.loss import ANSWER, RATIONALE, MoldLoss, predicting_positions, region_cross_entropy
 from mold.models import load_model
 from mold.processes import check_processes
 from mold.router_training import RouterTraining
@@ -144,6 +145,7 @@ class MoldTrainer(RouterTraining, Trainer):
         )
         self._refuse_unsupported_parallelism()
         self.mold_loss.to(self.args.device)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(without_adapter(self.model).forward).parameters
         self._chunked_head = ChunkedHead(without_adapter(self.model)) if args.cross_entropy == "chunked" else None
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.
@@ -252,14 +254,18 @@ class MoldTrainer(RouterTraining, Trainer):
     def _term_sums(self, model, inputs):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
         with_attention = "teacher_attention" in inputs and self._wants_attention()
-        outputs = self._forward(
-            model, inputs, with_attention, **(self._chunked_head.arguments if self._chunked_head else {})
-        )
+        arguments, positions = {}, None
+        if self._chunked_head:
+            arguments = self._chunked_head.arguments
+        elif model.training and self._keeps_logits:  # prompts and padding need none
+            positions = predicting_positions(inputs["regions"])
+            arguments = {"logits_to_keep": positions}
+        outputs = self._forward(model, inputs, with_attention, **arguments)
         targets = inputs["input_ids"], inputs["regions"]
         if self._chunked_head:
             cross_entropy = self._chunked_head.cross_entropy(*targets)
         else:
-            cross_entropy = region_cross_entropy(outputs.logits, *targets)
+            cross_entropy = region_cross_entropy(outputs.logits, *targets, positions)
         if not with_attention:
             return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
         self.mold_loss.train(model.training)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from mold.loss import MoldLoss, region_cross_entropy
+from mold.loss import ANSWER, RATIONALE, MoldLoss, predicting_positions, region_cross_entropy
 from mold_kernels import reference
 from tests.tiny_models import FAMILIES, make_model
 
@@ -161,6 +161,30 @@ def run(kind, family, teacher_family, dtype, padding, row_norm, checkpointing=Fa
 
 def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_logits_of_the_predicting_positions_alone_give_the_same_loss():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(50, (3, 12), generator=generator)
+    regions = torch.zeros(3, 12, dtype=torch.int64)
+    regions[0, 5:9], regions[0, 9:], regions[1, 7:10], regions[1, 10] = RATIONALE, ANSWER, RATIONALE, ANSWER
+    logits = torch.randn(3, 12, 50, generator=generator, dtype=torch.float64, requires_grad=True)
+    positions = predicting_positions(regions)
+    assert positions.tolist() == list(range(4, 11))
+    whole = region_cross_entropy(logits, ids, regions)
+    kept = region_cross_entropy(logits[:, positions], ids, regions, positions)
+    expected = [0.0, 0.0]
+    for b in range(3):
+        for t in range(1, 12):
+            if regions[b, t]:
+                expected[regions[b, t] - 1] -= logits[b, t - 1].log_softmax(-1)[ids[b, t]].item()
+    torch.testing.assert_close(whole, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(kept, whole)
+    (grad_whole,), (grad_kept,) = (torch.autograd.grad(x.sum(), logits, retain_graph=True) for x in (whole, kept))
+    torch.testing.assert_close(grad_kept, grad_whole)
+    nothing = torch.zeros_like(regions)
+    none = predicting_positions(nothing)
+    assert region_cross_entropy(logits[:, none], ids, nothing, none).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

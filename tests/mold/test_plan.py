@@ -4,13 +4,15 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig
 
 from mold.cli import app, main
-from mold.plan import GIB, GPUS, SAVERS, Machine, Setup, inference_peak, largest_length, plan_step
+from mold.plan import GIB, GPUS, SAVERS, Machine, Setup, _Tracker, inference_peak, largest_length, plan_step
 from tests.tiny_models import make_model
 
-MACHINE = Machine("a machine", {"float32": 1e12, "bfloat16": 2e12}, 1e11, 8 * GIB, 0.5 * GIB)
+RATES = {"float32": 1e12, "bfloat16": 2e12, "attention float32": 1e12, "attention bfloat16": 2e12}
+MACHINE = Machine("a machine", RATES, 1e11, 8 * GIB, 0.5 * GIB)
 
 
 def config(**options):
@@ -111,8 +113,35 @@ def test_the_backward_of_eager_attention_begins_with_a_gradient_of_every_layers_
 def test_accumulated_gradients_are_there_in_the_next_forward():
     one, four = (plan_step(config(), Setup(512, gradient_accumulation_steps=n)) for n in (1, 4))
     assert four.step == pytest.approx(one.step + one.gradients, rel=0.1)
-    # Adding to the gradients that are there takes a little more.
-    assert four.seconds(MACHINE) == pytest.approx(4 * one.seconds(MACHINE), rel=0.05)
+    # Adding to the gradients that are there takes a little more; weights are updated once.
+    update = (6 * one.gradients + 2 * one.optimizer) / MACHINE.bandwidth
+    assert four.seconds(MACHINE) - update == pytest.approx(4 * (one.seconds(MACHINE) - update), rel=0.05)
+
+
+def test_attention_and_new_memory_have_rates_of_their_own():
+    planned = plan_step(config(), Setup(2048))
+    seconds = planned.seconds(MACHINE)
+    slow = dataclasses.replace(MACHINE, flops=RATES | {"attention float32": 1e11})
+    attention = 14 * 3 * 6 * 2048**2 * 16 / 2
+    assert planned.seconds(slow) - seconds == pytest.approx(attention * (1e-11 - 1e-12))
+    paging = dataclasses.replace(MACHINE, paging=1e-9)
+    assert planned.seconds(paging) - seconds == pytest.approx(planned.fresh * 1e-9)
+    assert planned.activations < planned.fresh < 3 * planned.activations
+
+
+def test_new_memory_is_what_glibc_does_not_keep():
+    with FakeTensorMode(), _Tracker() as tracker:
+        for _ in range(3):
+            torch.empty(40, 2**20, dtype=torch.int8)  # given back at once
+        assert tracker.fresh == 3 * 40 * 2**20
+        for _ in range(3):
+            torch.empty(30, 2**20, dtype=torch.int8)  # kept
+        assert tracker.fresh == (3 * 40 + 30) * 2**20
+        several = [torch.empty(30, 2**20, dtype=torch.int8) for _ in range(3)]
+        assert tracker.fresh == (3 * 40 + 90) * 2**20
+        several.clear()  # more than 64 MiB are free at the end of the heap
+        torch.empty(30, 2**20, dtype=torch.int8)
+        assert tracker.fresh == (3 * 40 + 120) * 2**20
 
 
 @pytest.mark.parametrize("attention", ["mold", "eager"])
