@@ -82,7 +82,9 @@ def test_from_files_to_the_table(mold, tiny):
         assert ("attention KL" in entry["held_out"]) is (name != "answers")
     # Another seed is another training, another weight another loss.
     assert len({path.name for path in folder.glob("train-*")}) == 8
-    assert len({entry["held_out"]["rationale loss"] for name, entry in results.items() if name != "answers"}) == 3
+    # So few steps may move one loss by a last bit or not at all: the terms are compared together.
+    terms = ("rationale loss", "answer loss")
+    assert len({tuple(results[name]["held_out"][term] for term in terms) for name in results if name != "answers"}) == 3
     # One teacher, one extraction for all that need it.
     assert len(list(folder.glob("extract-*"))) == 1
     assert "<svg" in (folder / "results.svg").read_text()
