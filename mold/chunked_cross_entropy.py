@@ -102,6 +102,11 @@ def logits_of(
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's forward can be told which logits to make (`logits_to_keep`)."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 class ChunkedHead:
     """Region-wise cross-entropy of a model's forward without its logits.
 
@@ -128,7 +133,7 @@ class ChunkedHead:
                 f"cross_entropy: is 'chunked', must be 'full' with an output layer {type(self._head).__name__}: an "
                 "adapter or quantization on it would be left out"
             )
-        if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        if not keeps_logits(model):
             raise ValueError(f"cross_entropy: is 'chunked', must be 'full' for {name}: it cannot leave out its logits")
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._hidden = None

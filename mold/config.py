@@ -269,7 +269,9 @@ class EvalOptions:
     models: list[str] | None = field(
         default=None, metadata={"help": "Models or run folders to compare; model_name_or_path where not given."}
     )
-    eval_limit: int | None = field(default=None, metadata={"help": "Examples of each set; all where not given."})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Examples of each set or task; all where not given."}
+    )
     lm_eval_tasks: list[str] | None = field(
         default=None,
         metadata={
@@ -281,3 +283,8 @@ class EvalOptions:
         default=None,
         metadata={"help": "Solved examples before each question of a task; as the task says where not given."},
     )
+
+    def __post_init__(self):
+        for name in ("lm_eval_include_path", "lm_eval_shots"):
+            if getattr(self, name) is not None and not self.lm_eval_tasks:
+                raise ValueError(f"{name}: is {getattr(self, name)!r}, must not be given without lm_eval_tasks")

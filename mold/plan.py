@@ -50,7 +50,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
 from mold.attention_interface import mold_mask
-from mold.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy
+from mold.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy, keeps_logits
 from mold.loss import region_sums
 from mold_kernels import attention_with_lse
 
@@ -208,7 +208,7 @@ class Plan:
         batch = sum(max(f / machine.flops[kind], b / machine.bandwidth) for f, b, kind in self.operators)
         batch += self.fresh * machine.paging
         # Clipping reads gradients twice and writes them; the update reads them, reads and writes weights and state.
-        update = (3 * self.gradients + self.gradients + 2 * self.gradients + 2 * self.optimizer) / machine.bandwidth
+        update = (6 * self.gradients + 2 * self.optimizer) / machine.bandwidth
         return batch * self.setup.gradient_accumulation_steps + update
 
 
@@ -336,7 +336,7 @@ def _loss(model, setup):
     if setup.cross_entropy == "chunked":
         kwargs |= ChunkedHead.arguments
         inner.base_model.register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
-    else:
+    elif keeps_logits(inner):
         kwargs["logits_to_keep"] = positions
     with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16):
         outputs = model(input_ids=ids, **kwargs)
@@ -345,7 +345,8 @@ def _loss(model, setup):
             learned = hidden.pop()[:, positions].flatten(0, 1)
             losses = chunked_cross_entropy(learned, head.weight, targets, bias=head.bias)
         else:
-            logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
+            logits = outputs.logits if keeps_logits(inner) else outputs.logits[:, positions]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
     loss = region_sums(losses, targets).sum()
     if setup.attention == "eager":  # pooling the maps: the backward begins with a gradient of every layer's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from transformers.utils import logging
 from mold.adapters import add_adapter, check_adapter, without_adapter
 from mold.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
 from mold.chat import example_from_row
-from mold.chunked_cross_entropy import ChunkedHead
+from mold.chunked_cross_entropy import ChunkedHead, keeps_logits
 from mold.config import MoldConfig
 from mold.data import Example
 from mold.encoding import Collator, encode_example, has_signal
@@ -145,7 +144,7 @@ class MoldTrainer(RouterTraining, Trainer):
         )
         self._refuse_unsupported_parallelism()
         self.mold_loss.to(self.args.device)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(without_adapter(self.model).forward).parameters
+        self._keeps_logits = keeps_logits(without_adapter(self.model))
         self._chunked_head = ChunkedHead(without_adapter(self.model)) if args.cross_entropy == "chunked" else None
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.

@@ -2,10 +2,10 @@
 
 #include "simd.hpp"
 
-// How attention kernels hold rows. The query heads of a group share a key head, so a block stacks them: row r is token
-// r / group, head r % group. Products are laid out transposed, [columns, rows]: vectors then run over rows, sums over
-// columns need no horizontal addition, and keys and values are used as they lie, each row broadcast entry by entry.
-// Causality hides a prefix of a column's rows.
+// How flash attention holds rows; span attention takes the functions that load, store and transpose some. The query
+// heads of a group share a key head, so a block stacks them: row r is token r / group, head r % group. Products are laid
+// out transposed, [columns, rows]: vectors then run over rows, sums over columns need no horizontal addition, and keys
+// and values are used as they lie, each row broadcast entry by entry. Causality hides a prefix of a column's rows.
 namespace mold::MOLD_LEVEL {
 
 // Columns that are multiplied at once: their products with a block's rows fit the L2 cache.

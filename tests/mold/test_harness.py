@@ -67,8 +67,12 @@ def test_the_command_line_asks_every_model(mold, models, questions, tmp_path):
     assert all(word in out for word in ("sums", "acc", "student", "teacher"))
 
 
-def test_what_cannot_be_asked_is_refused(questions, monkeypatch):
+def test_what_cannot_be_asked_is_refused(mold, models, questions, monkeypatch, tmp_path):
     folder, _ = questions
+    options = ["--model_name_or_path", models / "student", "--output_dir", tmp_path / "run"]
+    status, _, err = mold("eval", *options, "--lm_eval_shots", "2")
+    assert status == 1
+    assert "lm_eval_shots: is 2, must not be given without lm_eval_tasks" in err
     with pytest.raises(ValueError, match="lm_eval_tasks: the harness knows no sumz"):
         Tasks(["sums", "sumz"], folder)
     with pytest.raises(ValueError, match=r"lm_eval_include_path: .*nowhere does not exist"):

@@ -315,3 +315,30 @@ def test_data_that_cannot_be_learned_from_is_refused(tmp_path, signals):
 def test_options_are_checked(tmp_path, option, message):
     with pytest.raises(ValueError, match=message):
         MoldConfig(output_dir=str(tmp_path), **option)
+
+
+def test_training_makes_logits_where_something_is_predicted_alone(tmp_path, signals):
+    trainer = make_trainer(tmp_path / "kept", signals)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    predicting = (batch["regions"][:, 1:] > 0).any(0).sum()
+    assert outputs.logits.shape[1] == predicting < batch["input_ids"].shape[1] - 1
+
+    # A model that cannot leave any out makes all, and learns the same.
+    student = make_student()
+    forward = student.forward
+    student.forward = lambda input_ids, attention_mask=None, **kwargs: forward(
+        input_ids=input_ids, attention_mask=attention_mask, **kwargs
+    )
+    whole = make_trainer(tmp_path / "whole", signals, student)
+    whole.mold_loss.load_state_dict(trainer.mold_loss.state_dict())
+    whole.model.train()
+    whole_loss, outputs = whole.compute_loss(whole.model, batch, return_outputs=True)
+    assert outputs.logits.shape[1] == batch["input_ids"].shape[1]
+    torch.testing.assert_close(whole_loss, loss)
+    for one, other in ((trainer, loss), (whole, whole_loss)):
+        one.model.zero_grad()
+        other.backward()
+    for expected, found in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
