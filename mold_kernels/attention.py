@@ -23,6 +23,7 @@ import torch
 
 from mold_kernels import _triton, engines, native, reference
 from mold_kernels.backends import choose_backend
+from mold_kernels.operators import register_gradient, register_operator
 from mold_kernels.spans import check_sequences, visible_ranges
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -85,16 +86,6 @@ def attention_with_lse(
     }
     engines_here = ("native", "cpu", "triton", "flex", "fa4", "reference")
     match _choose_engine("attention_with_lse", engine, engines_here, q, options):
-        case "native":
-            return torch.ops.mold.native_attention(q, k, v, key_padding_mask, scale)
-        case "triton":
-            ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
-            return torch.ops.mold.triton_attention(q, k, v, key_padding_mask, ranges, scale, softcap)
-        case "cpu":
-            if q.dtype == torch.float16:  # the replaced entries of out need float32's exponent range
-                out, lse = torch.ops.mold.cpu_attention(q.float(), k.float(), v.float(), key_padding_mask, scale)
-                return out.half(), lse
-            return torch.ops.mold.cpu_attention(q, k, v, key_padding_mask, scale)
         case "flex":
             return engines.flex_attention_with_lse(q, k, v, scale, **options)
         case "fa4":
@@ -102,6 +93,12 @@ def attention_with_lse(
             return engines.fa4_attention_with_lse(q, k, v, scale, **options)
         case "reference":
             return reference.attention_with_lse(q, k, v, scale=scale, **options)
+        case "cpu" if q.dtype == torch.float16:  # the replaced entries of out need float32's exponent range
+            out, lse = _OPERATORS["cpu"](q.float(), k.float(), v.float(), key_padding_mask, None, scale, None)
+            return out.half(), lse
+        case chosen:
+            ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
+            return _OPERATORS[chosen](q, k, v, key_padding_mask, ranges, scale, softcap)
 
 
 def attention_lse(
@@ -150,7 +147,7 @@ def attention_lse(
     match _choose_engine("attention_lse", backend, candidates, q, options, argument="backend"):
         case "triton":
             ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
-            return torch.ops.mold.triton_attention_lse(q, k, key_padding_mask, ranges, scale, softcap)
+            return _lse(q, k, key_padding_mask, ranges, scale, softcap)
         case "torch":
             return _AttentionLse.apply(q, k, key_padding_mask, scale)
         case "reference":
@@ -229,7 +226,7 @@ _ENGINE_TAKES = {
 }
 
 
-def _cpu_forward(q, k, v, mask, scale):
+def _cpu_forward(q, k, v, mask, ranges, scale, softcap):
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, True, attn_mask=_bias(mask, q.dtype), scale=scale
     )
@@ -238,7 +235,7 @@ def _cpu_forward(q, k, v, mask, scale):
     return out, lse
 
 
-def _cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+def _cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, ranges, scale, softcap):
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if grad_lse is not None:
         grad_out, out = _fold_lse_gradient(grad_out, out, grad_lse)
@@ -271,178 +268,116 @@ def _fold_lse_gradient(grad_out, out, grad_lse):
     return grad_out, out
 
 
+_OPTIONS = "Tensor? mask, Tensor? ranges, float scale, float? softcap"
+
+
 def _register(name, forward, backward, fake_forward, fake_backward):
-    """The operators mold::`name` and its backward, so that torch.compile takes either as one node."""
-
-    @torch.library.custom_op(f"mold::{name}", mutates_args=())
-    def operator(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(q, k, v, mask, scale)
-
-    @torch.library.custom_op(f"mold::{name}_backward", mutates_args=())
-    def backward_operator(
-        grad_out: torch.Tensor | None,
-        grad_lse: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale)
+    operator = register_operator(
+        f"{name}(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", forward, fake_forward
+    )
+    backward_operator = register_operator(
+        f"{name}_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+        backward,
+        fake_backward,
+    )
 
     def keep(ctx, inputs, output):
-        q, k, v, mask, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, *output, mask)
+        q, k, v, mask, ranges, ctx.scale, ctx.softcap = inputs
+        ctx.save_for_backward(q, k, v, *output, mask, ranges)
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, grad_out, grad_lse):
         if grad_out is None and grad_lse is None:
-            return None, None, None, None, None
-        return *backward_operator(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale), None, None
+            return (None,) * 7
+        return *backward_operator(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.softcap), *[None] * 4
 
-    operator.register_fake(fake_forward)
-    backward_operator.register_fake(fake_backward)
-    operator.register_autograd(differentiate, setup_context=keep)
-
-
-def _fake_cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
-    return _aten_backward(torch.empty_like(out) if grad_out is None else grad_out, q, k, v, out, lse, mask, scale)
+    register_gradient(operator, keep, differentiate)
+    return operator
 
 
-def _fake_native_forward(q, k, v, mask, scale):
+def _fake_cpu_backward(grad_out, grad_lse, q, k, v, out, lse, mask, ranges, scale, softcap):
+    return _aten_backward(torch.empty_like(out), q, k, v, out, lse, mask, scale)
+
+
+def _native_forward(q, k, v, mask, ranges, scale, softcap):
+    return native.attention_forward(q, k, v, mask, scale)
+
+
+def _native_backward(grad_out, grad_lse, q, k, v, out, lse, mask, ranges, scale, softcap):
+    return native.attention_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale)
+
+
+def _fake_native_forward(q, *_):
     return native.attention_outputs(q)
 
 
-def _fake_native_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale):
+def _fake_native_backward(grad_out, grad_lse, q, k, v, *_):
     return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_register("cpu_attention", _cpu_forward, _cpu_backward, _cpu_forward, _fake_cpu_backward)
-_register(
-    "native_attention",
-    native.attention_forward,
-    native.attention_backward,
-    _fake_native_forward,
-    _fake_native_backward,
-)
-
-
-@torch.library.custom_op("mold::triton_attention", mutates_args=())
-def _triton_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    valid: torch.Tensor | None,
-    ranges: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _triton_forward(*inputs):
     from mold_kernels._triton.attention import attention_forward
 
-    return attention_forward(q, k, v, valid, ranges, scale, softcap)
+    return attention_forward(*inputs)
 
 
-@_triton_attention.register_fake
-def _(q, k, v, valid, ranges, scale, softcap):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("mold::triton_attention_backward", mutates_args=())
-def _triton_attention_backward(
-    dout: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    valid: torch.Tensor | None,
-    ranges: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _triton_backward(grad_out, grad_lse, q, k, v, *others):
     from mold_kernels._triton.attention import attention_backward
 
-    dq, dk, dv = attention_backward(dout, dlse, q, k, v, out, lse, valid, ranges, scale, softcap)
+    dq, dk, dv = attention_backward(grad_out, grad_lse, q, k, v, *others)
     return dq, dk, torch.zeros_like(v) if dv is None else dv
 
 
-@_triton_attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, valid, ranges, scale, softcap):
+def _fake_triton_forward(q, *_):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_triton_backward(grad_out, grad_lse, q, k, v, *_):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _keep_triton(ctx, inputs, output):
-    q, k, v, valid, ranges, ctx.scale, ctx.softcap = inputs
-    ctx.save_for_backward(q, k, v, *output, valid, ranges)
-    ctx.set_materialize_grads(False)
+_OPERATORS = {
+    "cpu": _register("cpu_attention", _cpu_forward, _cpu_backward, _cpu_forward, _fake_cpu_backward),
+    "native": _register(
+        "native_attention", _native_forward, _native_backward, _fake_native_forward, _fake_native_backward
+    ),
+    "triton": _register(
+        "triton_attention", _triton_forward, _triton_backward, _fake_triton_forward, _fake_triton_backward
+    ),
+}
 
 
-def _backward_triton(ctx, dout, dlse):
-    if dout is None and dlse is None:
-        return (None,) * 7
-    grads = torch.ops.mold.triton_attention_backward(dout, dlse, *ctx.saved_tensors, ctx.scale, ctx.softcap)
-    return *grads, None, None, None, None
+def _triton_lse_forward(q, k, *options):
+    return _triton_forward(q, k, None, *options)[1]
 
 
-_triton_attention.register_autograd(_backward_triton, setup_context=_keep_triton)
-
-
-@torch.library.custom_op("mold::triton_attention_lse", mutates_args=())
-def _triton_attention_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    valid: torch.Tensor | None,
-    ranges: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    from mold_kernels._triton.attention import attention_forward
-
-    return attention_forward(q, k, None, valid, ranges, scale, softcap)[1]
-
-
-@_triton_attention_lse.register_fake
-def _(q, k, valid, ranges, scale, softcap):
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("mold::triton_attention_lse_backward", mutates_args=())
-def _triton_attention_lse_backward(
-    dlse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    valid: torch.Tensor | None,
-    ranges: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _triton_lse_backward(grad, q, k, lse, *options):
     from mold_kernels._triton.attention import attention_backward
 
-    return attention_backward(None, dlse, q, k, None, None, lse, valid, ranges, scale, softcap)[:2]
+    return attention_backward(None, grad, q, k, None, None, lse, *options)[:2]
 
 
-@_triton_attention_lse_backward.register_fake
-def _(dlse, q, k, lse, valid, ranges, scale, softcap):
-    return torch.empty_like(q), torch.empty_like(k)
+def _keep_lse(ctx, inputs, output):
+    q, k, mask, ranges, ctx.scale, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, output, mask, ranges)
 
 
-def _keep_triton_lse(ctx, inputs, output):
-    q, k, valid, ranges, ctx.scale, ctx.softcap = inputs
-    ctx.save_for_backward(q, k, output, valid, ranges)
+def _differentiate_lse(ctx, grad):
+    return *_lse_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.softcap), *[None] * 4
 
 
-def _backward_triton_lse(ctx, dlse):
-    grads = torch.ops.mold.triton_attention_lse_backward(dlse, *ctx.saved_tensors, ctx.scale, ctx.softcap)
-    return *grads, None, None, None, None
-
-
-_triton_attention_lse.register_autograd(_backward_triton_lse, setup_context=_keep_triton_lse)
+_lse = register_operator(
+    f"triton_attention_lse(Tensor q, Tensor k, {_OPTIONS}) -> Tensor",
+    _triton_lse_forward,
+    lambda q, *_: q.new_empty(q.shape[:3], dtype=torch.float32),
+)
+_lse_backward = register_operator(
+    f"triton_attention_lse_backward(Tensor grad, Tensor q, Tensor k, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor)",
+    _triton_lse_backward,
+    lambda grad, q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
+)
+register_gradient(_lse, _keep_lse, _differentiate_lse)
 
 
 class _AttentionLse(torch.autograd.Function):

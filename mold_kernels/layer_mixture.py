@@ -22,6 +22,7 @@ import torch
 
 from mold_kernels import cuda, native, reference
 from mold_kernels.backends import choose_backend
+from mold_kernels.operators import register_gradient, register_operator
 
 
 def teacher_layer_weights(
@@ -111,16 +112,14 @@ def layer_mixture_kl(
     if len({tensor.dtype for tensor in tensors[:3]}) == 1:
         candidates.insert(0, "native")
     match choose_backend("layer_mixture_kl", backend, candidates, student_attention.device):
-        case "native":
-            return torch.ops.mold.native_layer_mixture_kl(*tensors, tau, row_norm == "l1")[0]
-        case "triton":
-            return torch.ops.mold.triton_layer_mixture_kl(*tensors, tau, row_norm == "l1")[0]
         case "cuda":
             return _CudaLayerMixtureKL.apply(*tensors, tau, row_norm)
         case "torch":
             return _LayerMixtureKL.apply(*tensors, tau, row_norm)
         case "reference":
             return reference.layer_mixture_kl(*tensors, tau=tau, row_norm=row_norm)
+        case chosen:
+            return _OPERATORS[chosen](*tensors, tau, row_norm == "l1")[0]
 
 
 def _check(name: str, attention: torch.Tensor, num_steps: torch.Tensor, num_keys: torch.Tensor) -> None:
@@ -189,33 +188,20 @@ class _CudaLayerMixtureKL(torch.autograd.Function):
 
 
 def _register(name, forward, backward):
-    """The operators mold::`name` and its backward, so that torch.compile takes either as one node."""
-
-    @torch.library.custom_op(f"mold::{name}", mutates_args=())
-    def operator(
-        teacher: torch.Tensor,
-        student: torch.Tensor,
-        weights: torch.Tensor,
-        num_steps: torch.Tensor,
-        num_keys: torch.Tensor,
-        tau: float,
-        l1: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(teacher, student, weights, num_steps, num_keys, tau, l1)
-
-    @torch.library.custom_op(f"mold::{name}_backward", mutates_args=())
-    def backward_operator(
-        grad: torch.Tensor, mixture_grad: torch.Tensor, student: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return backward(grad, mixture_grad, student, weights)
-
-    @operator.register_fake
-    def _(teacher, student, weights, num_steps, num_keys, tau, l1):
-        return student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])
-
-    @backward_operator.register_fake
-    def _(grad, mixture_grad, student, weights):
-        return student.new_empty(student.shape), weights.new_empty(weights.shape)
+    operator = register_operator(
+        f"{name}(Tensor teacher, Tensor student, Tensor weights, Tensor num_steps, Tensor num_keys, float tau, bool l1)"
+        " -> (Tensor, Tensor)",
+        forward,
+        lambda teacher, student, *_: (student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])),
+    )
+    backward_operator = register_operator(
+        f"{name}_backward(Tensor grad, Tensor mixture_grad, Tensor student, Tensor weights) -> (Tensor, Tensor)",
+        backward,
+        lambda grad, mixture_grad, student, weights: (
+            student.new_empty(student.shape),
+            weights.new_empty(weights.shape),
+        ),
+    )
 
     def keep(ctx, inputs, output):
         ctx.save_for_backward(output[1], inputs[1], inputs[2])
@@ -223,7 +209,8 @@ def _register(name, forward, backward):
     def differentiate(ctx, grad, _):
         return None, *backward_operator(grad, *ctx.saved_tensors), *[None] * 4
 
-    operator.register_autograd(differentiate, setup_context=keep)
+    register_gradient(operator, keep, differentiate)
+    return operator
 
 
 def _triton_forward(*arguments):
@@ -239,5 +226,7 @@ def _triton_backward(*arguments):
     return layer_mixture_kl_backward(*arguments)
 
 
-_register("native_layer_mixture_kl", native.layer_mixture_forward, native.layer_mixture_backward)
-_register("triton_layer_mixture_kl", _triton_forward, _triton_backward)
+_OPERATORS = {
+    "native": _register("native_layer_mixture_kl", native.layer_mixture_forward, native.layer_mixture_backward),
+    "triton": _register("triton_layer_mixture_kl", _triton_forward, _triton_backward),
+}

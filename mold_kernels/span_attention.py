@@ -28,6 +28,7 @@ import torch
 from mold_kernels import _triton, cuda, native, reference
 from mold_kernels.attention import check_attention_inputs, check_visibility
 from mold_kernels.backends import choose_backend
+from mold_kernels.operators import register_gradient, register_operator
 from mold_kernels.spans import check_spans, key_columns, row_weights, visible_ranges
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -105,13 +106,9 @@ def span_attention(
             )
         case "cuda":
             return _CudaSpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
-        case "native":
-            function = torch.ops.mold.native_span_attention
-        case "triton":
-            function = torch.ops.mold.triton_span_attention
-        case "torch":
-            function = torch.ops.mold.torch_span_attention
-    return function(q, k, lse, row_spans, key_spans, ranges, scale, softcap, row_reduction == "mean")
+        case chosen:
+            mean = row_reduction == "mean"
+            return _OPERATORS[chosen](q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean)
 
 
 def _torch_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
@@ -189,56 +186,34 @@ def _blocks(q, k, lse, columns, rows, ranges, scale, softcap) -> Iterator[tuple]
         yield block, queries, scores.masked_fill_(hidden[:, None, None], -torch.inf).exp_(), slope
 
 
-def _keep(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.softcap, ctx.mean = inputs
-    ctx.save_for_backward(*tensors)
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor lse, Tensor row_spans, Tensor key_spans, Tensor? ranges, float scale, float? softcap, "
+    "bool mean"
+)
 
 
 def _register(name, forward, backward):
-    """The operators mold::`name` and its backward, so that torch.compile takes either as one node."""
+    operator = register_operator(f"{name}({_INPUTS}) -> Tensor", forward, _fake_forward)
+    backward_schema = f"{name}_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)"
+    backward_operator = register_operator(backward_schema, backward, _fake_backward)
 
-    @torch.library.custom_op(f"mold::{name}", mutates_args=())
-    def operator(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        lse: torch.Tensor,
-        row_spans: torch.Tensor,
-        key_spans: torch.Tensor,
-        ranges: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-        mean: bool,
-    ) -> torch.Tensor:
-        return forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean)
-
-    @torch.library.custom_op(f"mold::{name}_backward", mutates_args=())
-    def backward_operator(
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        lse: torch.Tensor,
-        row_spans: torch.Tensor,
-        key_spans: torch.Tensor,
-        ranges: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-        mean: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean)
-
-    @operator.register_fake
-    def _(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
-        return lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
-
-    @backward_operator.register_fake
-    def _(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
-        return torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(lse.shape)
+    def keep(ctx, inputs, output):
+        *tensors, ctx.scale, ctx.softcap, ctx.mean = inputs
+        ctx.save_for_backward(*tensors)
 
     def differentiate(ctx, grad):
-        grads = backward_operator(grad, *ctx.saved_tensors, ctx.scale, ctx.softcap, ctx.mean)
-        return *grads, *[None] * 6
+        return *backward_operator(grad, *ctx.saved_tensors, ctx.scale, ctx.softcap, ctx.mean), *[None] * 6
 
-    operator.register_autograd(differentiate, setup_context=_keep)
+    register_gradient(operator, keep, differentiate)
+    return operator
+
+
+def _fake_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+    return lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
+
+
+def _fake_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+    return torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(lse.shape)
 
 
 def _triton_forward(*arguments):
@@ -261,6 +236,8 @@ def _native_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softc
     return native.span_attention_backward(grad, q, k, lse, row_spans, key_spans, scale, mean)
 
 
-_register("native_span_attention", _native_forward, _native_backward)
-_register("torch_span_attention", _torch_forward, _torch_backward)
-_register("triton_span_attention", _triton_forward, _triton_backward)
+_OPERATORS = {
+    "native": _register("native_span_attention", _native_forward, _native_backward),
+    "torch": _register("torch_span_attention", _torch_forward, _torch_backward),
+    "triton": _register("triton_span_attention", _triton_forward, _triton_backward),
+}

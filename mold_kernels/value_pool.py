@@ -18,6 +18,7 @@ import torch
 
 from mold_kernels import _triton, native, reference
 from mold_kernels.backends import choose_backend
+from mold_kernels.operators import register_gradient, register_operator
 
 
 def value_pool(
@@ -49,30 +50,8 @@ def value_pool(
     chosen = choose_backend("value_pool", backend, candidates, v.device)
     if chosen == "reference":
         return reference.value_pool(v, weight, mask, eps)
-    pooled = torch.ops.mold.value_pool(v, mask, eps, chosen)
+    pooled = _operator(v, mask, eps, chosen)
     return pooled * weight.to(pooled.dtype)
-
-
-@torch.library.custom_op("mold::value_pool", mutates_args=())
-def _value_pool(v: torch.Tensor, mask: torch.Tensor, eps: float, backend: str) -> torch.Tensor:
-    return _implementation(backend)[0](v, mask, eps)
-
-
-@_value_pool.register_fake
-def _(v, mask, eps, backend):
-    return v.new_empty(v.shape[0], v.shape[1] * v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32))
-
-
-@torch.library.custom_op("mold::value_pool_backward", mutates_args=())
-def _value_pool_backward(
-    u: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, eps: float, backend: str
-) -> torch.Tensor:
-    return _implementation(backend)[1](u, v, mask, eps)
-
-
-@_value_pool_backward.register_fake
-def _(u, v, mask, eps, backend):
-    return torch.empty_like(v)
 
 
 def _keep(ctx, inputs, output):
@@ -81,10 +60,20 @@ def _keep(ctx, inputs, output):
 
 
 def _differentiate(ctx, u):
-    return torch.ops.mold.value_pool_backward(u, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None, None
+    return _backward_operator(u, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None, None
 
 
-_value_pool.register_autograd(_differentiate, setup_context=_keep)
+_operator = register_operator(
+    "value_pool(Tensor v, Tensor mask, float eps, str backend) -> Tensor",
+    lambda *inputs: _implementation(inputs[-1])[0](*inputs[:-1]),
+    lambda v, *_: v.new_empty(v.shape[0], v.shape[1] * v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32)),
+)
+_backward_operator = register_operator(
+    "value_pool_backward(Tensor u, Tensor v, Tensor mask, float eps, str backend) -> Tensor",
+    lambda *inputs: _implementation(inputs[-1])[1](*inputs[:-1]),
+    lambda u, v, *_: torch.empty_like(v),
+)
+register_gradient(_operator, _keep, _differentiate)
 
 
 def _implementation(backend):

@@ -14,18 +14,20 @@ RANGES = torch.stack([torch.zeros(9), torch.full((9,), 9)]).int()
 SPANS = random_spans(GENERATOR, 2, 3, 9), random_spans(GENERATOR, 2, 4, 9)
 MAPS = torch.rand(3, 2, 4, 5, generator=GENERATOR)
 COUNTS = torch.tensor([4, 2]), torch.tensor([5, 3])
+MIXTURE = MAPS, MAPS.clone().requires_grad_(), torch.full((2, 3), 1 / 3, requires_grad=True), *COUNTS, 0.1, False
 
 CASES = {
-    "cpu_attention": (Q, K, V, MASK, 0.3),
+    "cpu_attention": (Q, K, V, MASK, None, 0.3, None),
+    "native_attention": (Q, K, V, MASK, None, 0.3, None),
     "triton_attention": (Q, K, V, MASK, RANGES, 0.3, 5.0),
     "triton_attention_lse": (Q, K, None, None, 0.3, None),
     "torch_span_attention": (Q, K, LSE, *SPANS, None, 0.3, None, False),
+    "native_span_attention": (Q, K, LSE, *SPANS, None, 0.3, None, True),
     "triton_span_attention": (Q, K, LSE, *SPANS, RANGES, 0.3, 5.0, True),
     "value_pool": (V, MASK, 1e-6, "triton"),
-    "triton_layer_mixture_kl": (
-        MAPS, MAPS.clone().requires_grad_(), torch.full((2, 3), 1 / 3, requires_grad=True), *COUNTS, 0.1, False
-    ),
-}  # fmt: skip
+    "native_layer_mixture_kl": MIXTURE,
+    "triton_layer_mixture_kl": MIXTURE,
+}
 
 
 @pytest.fixture(autouse=True)

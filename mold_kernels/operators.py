@@ -1,0 +1,56 @@
+"""Kernels as torch operators: `torch.compile` takes each as one node, fake tensors pass through.
+
+What `torch.library.custom_op` with `register_autograd` makes, with less Python in a call: 20 us instead of 60, which is
+what a kernel takes for a few hundred tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("mold", "FRAGMENT")
+
+
+def register_operator(schema: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """The operator mold::`schema`, without a gradient.
+
+    Args:
+        schema: "name(Tensor q, float scale) -> Tensor". No output may be an input or share its memory.
+        implementation: takes the inputs, returns the outputs; on every device.
+        fake: likewise, with tensors that have shapes and strides but no memory.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, torch.compiler.disable(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mold::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.mold, name).default
+
+
+def register_gradient(operator: torch._ops.OpOverload, keep: Callable, differentiate: Callable) -> None:
+    """Make `operator` differentiable.
+
+    Args:
+        operator: of `register_operator`.
+        keep: (ctx, inputs, output) stores what the gradient needs.
+        differentiate: (ctx, *output gradients) returns a gradient, or None, of every input.
+    """
+
+    def forward(ctx, *inputs):
+        output = below_autograd(*inputs)
+        keep(ctx, inputs, output)
+        return output
+
+    def below_autograd(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    def autograd(*inputs):
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+            return function.apply(*inputs)
+        return below_autograd(*inputs)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    function = type(operator.name(), (torch.autograd.Function,), methods)
+    _LIBRARY.impl(operator.name().removeprefix("mold::"), autograd, "Autograd")
