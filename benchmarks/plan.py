@@ -5,11 +5,9 @@
 
 Each case trains some steps of MoldTrainer in fresh processes (the optimizer's state is there from the second on), on a
 model of random weights and one text of exactly T tokens. One process of two steps is for its highest resident memory:
-glibc is told to give every large block back to the system (MALLOC_MMAP_THRESHOLD_), for left alone it keeps freed ones,
-and holds up to a third more than the live tensors. Fetching them again takes time, so another process, left alone, is
-for the time: the median of its third to sixth step, for in a virtual machine memory that is touched for the first time
-takes five times as long to be had as later. With eager attention there is no MoldTrainer: the loop there pools the
-T x T maps itself.
+it gives every block back at once (keep_freed_memory=False, MALLOC_MMAP_THRESHOLD_), for otherwise it holds more than
+the live tensors. Another one is for the time: the median of its third to sixth step, for the first ones touch memory
+that they never had. With eager attention there is no MoldTrainer: the loop there pools the T x T maps itself.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from mold.config import MoldConfig
 from mold.encoding import EncodedExample
+from mold.host_memory import freed_memory_kept
 from mold.loss import RATIONALE
 from mold.plan import GIB, Setup, plan_step, this_machine
 from mold.trainer import MoldTrainer
@@ -75,11 +75,12 @@ def config_of(shape: str):
     return AutoConfig.for_model(options.pop("model_type"), **options)
 
 
-def measure(shape: str, setup: Setup, steps: int) -> None:
+def measure(shape: str, setup: Setup, steps: int, keep: bool) -> None:
     """Train, and print the median of the seconds of all steps but the first two, and this process's peak memory."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of(shape), dtype=getattr(torch, setup.dtype))
-    seconds = (_train_eager if setup.attention == "eager" else _train)(model, setup, steps)
+    with freed_memory_kept() if keep else nullcontext():
+        seconds = (_train_eager if setup.attention == "eager" else _train)(model, setup, steps)
     seconds = statistics.median(seconds[2:] or seconds)
     # Not getrusage: its maximum is inherited from the process that started this one.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -119,6 +120,7 @@ def _train(model, setup: Setup, steps: int) -> list[float]:
             cross_entropy=setup.cross_entropy,
             optim=setup.optim,
             save_strategy="no",
+            keep_freed_memory=False,  # `measure` decides
             disable_tqdm=True,
             use_cpu=True,
         )
@@ -171,11 +173,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="places in the table, from 0")
     parser.add_argument("--measure", type=int, nargs=2, help="train this case here for so many steps")
+    parser.add_argument("--keep", action="store_true", help="with --measure: keep freed memory")
     parser.add_argument("--output", type=Path, help="also write the rows and the versions as JSON")
     arguments = parser.parse_args()
     if arguments.measure is not None:
         case, steps = arguments.measure
-        measure(*CASES[case], steps)
+        measure(*CASES[case], steps, arguments.keep)
         return 0
     machine, rows = this_machine(), []
     print(f"{torch.get_num_threads()} threads, {machine.flops['float32'] / 1e9:.0f} GFLOP/s, torch {torch.__version__}")
@@ -187,10 +190,9 @@ def main() -> int:
         plan = plan_step(config_of(shape), setup)
         command = [sys.executable, "-m", "benchmarks.plan", "--measure", str(number)]
         found = {}
-        for key, steps, extra in (("peak", 2, {"MALLOC_MMAP_THRESHOLD_": "131072"}), ("seconds", 6, {})):
-            done = subprocess.run(
-                [*command, str(steps)], capture_output=True, text=True, check=True, env=os.environ | extra
-            )
+        give_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+        for key, steps, env in (("peak", ["2"], give_back), ("seconds", ["6", "--keep"], None)):
+            done = subprocess.run([*command, *steps], capture_output=True, text=True, check=True, env=env)
             found[key] = json.loads(done.stdout.splitlines()[-1])[key]
         peak, seconds = plan.peak(machine), plan.seconds(machine)
         changed = {f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)}

@@ -77,6 +77,12 @@ class MoldConfig(TrainingArguments):
         default=False,
         metadata={"help": "A batch is one row of texts one behind another, without padding; none sees another."},
     )
+    keep_freed_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "On a CPU, keep what a step frees for the next one: faster, takes up to a sixth more memory."
+        },
+    )
     pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad batches to a multiple of this many tokens."})
     padding_side: str = field(default="right", metadata={"help": "Side of the padding.", "choices": ["right", "left"]})
     mol_router_learning_rate: float | None = field(

@@ -21,14 +21,13 @@ model's own code, and every storage is counted from the operator that makes it u
 what happens inside a single operator. It holds for every family and every saver alike.
 
 **Time.** Operator by operator the roofline max(FLOPs / rate, bytes / bandwidth), with matrix products and attention
-counted by torch's FLOP counter and causal attention at half of T^2. To that come the bytes of clipping and of the
-optimizer's update, and on a CPU the memory that the system hands over anew in every step: glibc gives back every block
-of 32 MiB or more that is freed, and the end of its heap where 64 MiB of it are free. Rates, bandwidth and the time that
-new memory takes are measured on this machine; for a named GPU, rate and bandwidth are its peaks times an assumed
-efficiency (`EFFICIENCY`), and its allocator keeps what it has.
+counted by torch's FLOP counter and causal attention at half of T^2, and the bytes of clipping and of the optimizer's
+update. Rates and bandwidth are measured on this machine; for a named GPU they are its peaks times an assumed efficiency
+(`EFFICIENCY`).
 
-On the CPU the prediction is of live memory: glibc keeps freed blocks, and a process may hold a third more unless it is
-started with MALLOC_MMAP_THRESHOLD_=131072.
+On the CPU the prediction is of live memory. The C library keeps freed blocks between those in use: a process may hold a
+third more, half more with activation checkpointing, unless it is started with MALLOC_MMAP_THRESHOLD_=131072 and
+keep_freed_memory is off.
 
 Not covered: several processes (DDP keeps another copy of the gradients), quantized weights, offloading.
 """
@@ -37,6 +36,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import statistics
 import time
 import weakref
 from collections.abc import Callable
@@ -63,8 +63,6 @@ _STATE_BYTES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0, "lion_32bit": 1.0,
 """Optimizer state, in parameters of the same dtype."""
 _STATE_BYTES_8BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "adamw_torch_8bit": 2, "lion_8bit": 1}
 """Optimizer state, in bytes a parameter."""
-_MMAPPED, _TRIMMED = 32 * 2**20, 64 * 2**20
-"""glibc's limits once a program has freed large blocks: see M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in mallopt(3)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +70,7 @@ class Machine:
     """Where a step runs.
 
     flops: FLOP/s reached in matrix products ("float32", "bfloat16") and in attention ("attention float32", ...);
-    bandwidth: bytes/s reached; memory: bytes; base: bytes taken before there is a model; paging: seconds that a byte
-    of new memory takes to be handed over.
+    bandwidth: bytes/s reached; memory: bytes; base: bytes taken before there is a model.
     """
 
     name: str
@@ -81,7 +78,6 @@ class Machine:
     bandwidth: float
     memory: float
     base: float
-    paging: float = 0.0
 
 
 def _gpu(name: str, tf32: float, bf16: float, bandwidth: float, memory: float) -> Machine:
@@ -119,20 +115,18 @@ def this_machine() -> Machine:
     source = torch.ones(1 << 25)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
-    anew = _seconds(lambda: torch.empty(1 << 25).fill_(1.0))
-    paging = max(0.0, anew - _seconds(lambda: target.fill_(1.0))) / target.nbytes
-    return Machine("this machine", rates, bandwidth, total, base, paging)
+    return Machine("this machine", rates, bandwidth, total, base)
 
 
 def _seconds(call: Callable) -> float:
-    """The fastest of a few runs, in seconds."""
+    """The median of a few runs, in seconds."""
     call()
     times = []
-    for _ in range(5):
+    for _ in range(9):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +175,7 @@ class Plan:
 
     parameters, trainable: how many; activations: what the forward keeps for the backward, logits included;
     step: the highest sum of gradients, activations and buffers of a moment; operators: of a batch (FLOPs, bytes moved,
-    kind: a key of Machine.flops); fresh: bytes that a batch takes from the system anew, on a CPU.
+    kind: a key of Machine.flops).
     """
 
     setup: Setup
@@ -193,7 +187,6 @@ class Plan:
     activations: float
     step: float
     operators: list[tuple[float, float, str]] = dataclasses.field(repr=False)
-    fresh: float
 
     @property
     def flops(self) -> float:
@@ -206,7 +199,6 @@ class Plan:
     def seconds(self, machine: Machine) -> float:
         """Of one optimizer step of all its accumulated batches."""
         batch = sum(max(f / machine.flops[kind], b / machine.bandwidth) for f, b, kind in self.operators)
-        batch += self.fresh * machine.paging
         # Clipping reads gradients twice and writes them; the update reads them, reads and writes weights and state.
         update = (6 * self.gradients + 2 * self.optimizer) / machine.bandwidth
         return batch * self.setup.gradient_accumulation_steps + update
@@ -256,7 +248,6 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
         activations=activations,
         step=tracker.peak - weights,
         operators=tracker.operators,
-        fresh=tracker.fresh,
     )
 
 
@@ -355,18 +346,16 @@ def _loss(model, setup):
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts the bytes of all live storages, each operator's FLOPs and bytes moved, and what glibc takes anew."""
+    """Counts the bytes of all live storages, and each operator's FLOPs and bytes moved."""
 
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
-        self.fresh = self._heap = self._mapped = 0
         self.operators: list[tuple[float, float, str]] = []
         self._alive: dict[int, weakref.ref] = {}
 
     def restart(self):
         self.peak, self.operators = self.live, []
-        self.fresh, self._mapped = 0, self._heap
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -394,20 +383,10 @@ class _Tracker(TorchDispatchMode):
         def gone(_):
             self.live -= size
             del self._alive[key]
-            if size < _MMAPPED:
-                self._heap -= size
-                if self._mapped - self._heap > _TRIMMED:
-                    self._mapped = self._heap
 
         self._alive[key] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
-        if size < _MMAPPED:
-            self._heap += size
-            self.fresh += max(0, self._heap - self._mapped)
-            self._mapped = max(self._mapped, self._heap)
-        else:
-            self.fresh += size
 
 
 class _PlannedAttention(torch.autograd.Function):

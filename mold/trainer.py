@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from mold.config import MoldConfig
 from mold.data import Example
 from mold.encoding import Collator, encode_example, has_signal
 from mold.files import write_atomically
+from mold.host_memory import freed_memory_kept
 from mold.loss import ANSWER, RATIONALE, MoldLoss, predicting_positions, region_cross_entropy
 from mold.models import load_model
 from mold.processes import check_processes
@@ -307,7 +309,9 @@ class MoldTrainer(RouterTraining, Trainer):
             raise ValueError(
                 f"resume_from_checkpoint: {resume_from_checkpoint} was cut short ({COMPLETE_FILE} is missing)"
             )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        keep = self.args.keep_freed_memory and self.args.device.type == "cpu"
+        with freed_memory_kept() if keep else nullcontext():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         # Old checkpoints may go only when the new one is known to be whole.
