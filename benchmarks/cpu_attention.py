@@ -4,10 +4,11 @@
     python -m benchmarks.cpu_attention --lengths 512        # quicker
 
 First table, forward and backward of a layer's attention, batch 1: torch's scaled_dot_product_attention, ours, ours with
-the pooled attention A, and aten's flash attention (engine "cpu") with A. Second table, the pooled attention alone,
-native against vectorised torch, and as shares of its time what it cannot do without: its products at the rate of
-torch's matrix product followed by its exponentials at the rate of torch's exp; its bytes at the rate of a copy; the
-call itself (Python, the operator, autograd), which is what 32 tokens take.
+the pooled attention A, and aten's flash attention (engine "cpu") with A. Second table, the pooled attention alone:
+vectorised torch, native, and the native kernel without the call around it (checks, operator, autograd: a few hundred
+microseconds of Python, with whatever the last contender left in the caches). As shares of the forward what it cannot do
+without: its products at the rate of torch's matrix product followed by its exponentials at the rate of torch's exp; its
+bytes at the rate of a copy.
 Contenders take turns in one process; medians are compared. On one thread the clock is that of the process, which other
 programs disturb less.
 """
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.machine import about_this_machine
-from mold_kernels import attention_with_lse, span_attention
+from mold_kernels import attention_with_lse, native, span_attention
 
 SHAPES = {"Hq 9, Hkv 3, D 64": (9, 3, 64), "Hq 32, Hkv 8, D 128": (32, 8, 128)}
 TOKENS_A_STEP, TOKENS_A_KEY_WORD = 45, 13  # of GSM8K's human rationales: 4.6 steps, 16 numbers in about 210 tokens
@@ -87,11 +88,11 @@ def attention_contenders(shape: tuple[int, int, int], length: int, dtype: torch.
     rows, keys = make_spans(length)
 
     def contender(function):
+        tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+
         def forward():
-            tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
             outputs = function(*tensors)
-            grads = [grad, *(torch.ones_like(output) for output in outputs[1:])]
-            return lambda: torch.autograd.grad(outputs, tensors, grads)
+            return lambda: torch.autograd.grad(outputs, tensors, [grad, *map(torch.ones_like, outputs[1:])])
 
         return forward
 
@@ -120,14 +121,20 @@ def span_contenders(shape: tuple[int, int, int], length: int, dtype: torch.dtype
     rows, keys = make_spans(length)
 
     def contender(backend):
+        tensors = [tensor.detach().requires_grad_() for tensor in (q, k, lse)]
+
         def forward():
-            tensors = [tensor.detach().requires_grad_() for tensor in (q, k, lse)]
             pooled = span_attention(*tensors, rows, keys, backend=backend)
             return lambda: torch.autograd.grad(pooled, tensors, torch.ones_like(pooled))
 
         return forward
 
-    return {"torch": contender("torch"), "native": contender("native")}
+    def kernel():
+        inputs = rows, keys, width**-0.5, False
+        pooled = native.span_attention_forward(q, k, lse, *inputs)
+        return lambda: native.span_attention_backward(torch.ones_like(pooled), q, k, lse, *inputs)
+
+    return {"torch": contender("torch"), "native": contender("native"), "its kernel": kernel}
 
 
 def visible_products(length: int) -> int:
@@ -186,26 +193,23 @@ def main() -> None:
     # Once more: whatever else ran on the machine must not make the limits too low.
     limits = {name: max(value, limits[name]) for name, value in measure_limits().items()}
     about |= limits
-    print("\nPooled attention alone; shares of its forward: visible pairs, q and lse once, a call of 32 tokens")
-    print(f"{'':20} {'T':>6} {'':8} {'fwd ms':>9} {'faster':>7} {'bwd ms':>9}  compute  bytes   call    sum")
+    print("\nPooled attention alone; shares of its forward: visible pairs, q and lse once")
+    print(f"{'':20} {'T':>6} {'':10} {'fwd ms':>9} {'faster':>7} {'bwd ms':>9}  compute  bytes    sum")
     for length in arguments.lengths:
         for name, shape in SHAPES.items():
             heads, _, width = shape
-            calls = alternate(span_contenders(shape, 32, dtype), 5 * arguments.rounds)
-            times = alternate(span_contenders(shape, length, dtype), arguments.rounds)
+            pairs = heads * visible_products(length)
+            computing = pairs * (2 * width / limits["flops"] + 1 / limits["exponentials"])
+            moving = heads * length * (width * dtype.itemsize + 4) / limits["bandwidth"]
+            times = alternate(span_contenders(shape, length, dtype), 3 * arguments.rounds)
             for contender in times:
                 row = table_row(name, length, contender, times, "torch")
-                pairs = heads * visible_products(length)
-                computing = pairs * (2 * width / limits["flops"] + 1 / limits["exponentials"])
-                moving = heads * length * (width * dtype.itemsize + 4) / limits["bandwidth"]
-                forward = row["forward_ms"] / 1e3
-                needs = computing, moving, statistics.median(calls[contender][0])
-                shares = [seconds / forward for seconds in (*needs, sum(needs))]
-                row |= dict(zip(("compute_share", "bytes_share", "call_share", "sum_share"), shares, strict=True))
+                shares = [seconds / row["forward_ms"] * 1e3 for seconds in (computing, moving, computing + moving)]
+                row |= dict(zip(("compute_share", "bytes_share", "sum_share"), shares, strict=True))
                 rows["span_attention"].append(row)
                 print(
-                    f"{name:20} {length:6} {contender:8} {row['forward_ms']:9.2f} {1 / row['forward_ratio']:6.1f}x "
-                    f"{row['backward_ms']:9.2f} {shares[0]:8.0%} {shares[1]:6.0%} {shares[2]:6.0%} {shares[3]:6.0%}",
+                    f"{name:20} {length:6} {contender:10} {row['forward_ms']:9.2f} {1 / row['forward_ratio']:6.1f}x "
+                    f"{row['backward_ms']:9.2f} {shares[0]:8.0%} {shares[1]:6.0%} {shares[2]:6.0%}",
                     flush=True,
                 )
     if arguments.output:

@@ -69,8 +69,9 @@ class MoldConfig(TrainingArguments):
     cross_entropy: str = field(
         default="full",
         metadata={
-            "help": '"full", or "chunked": tokens x vocabulary logits are never stored.',
-            "choices": ["full", "chunked"],
+            "help": '"full", or "chunked": tokens x vocabulary logits are never stored; "liger": likewise, by '
+            "liger-kernel (GPUs).",
+            "choices": ["full", "chunked", "liger"],
         },
     )
     padding_free: bool = field(
@@ -135,7 +136,7 @@ class MoldConfig(TrainingArguments):
             ("row_reduction", ("sum", "mean")),
             ("row_norm", ("softmax", "l1")),
             ("padding_side", ("right", "left")),
-            ("cross_entropy", ("full", "chunked")),
+            ("cross_entropy", ("full", "chunked", "liger")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")

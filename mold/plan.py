@@ -162,7 +162,7 @@ class Setup:
             raise ValueError(f"optim: is {self.optim!r}, must be one whose memory is known: {known}")
         for name, choices in (
             ("dtype", ("float32", "bfloat16")),
-            ("cross_entropy", ("full", "chunked")),
+            ("cross_entropy", ("full", "chunked", "liger")),
             ("attention", ("mold", "eager")),
         ):
             if getattr(self, name) not in choices:
@@ -324,14 +324,14 @@ def _loss(model, setup):
     kwargs = {"use_cache": False, "output_attentions": setup.attention == "eager"}
     inner = model.get_base_model() if setup.lora_rank else model
     hidden = []
-    if setup.cross_entropy == "chunked":
+    if setup.cross_entropy != "full":
         kwargs |= ChunkedHead.arguments
         inner.base_model.register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
     elif keeps_logits(inner):
         kwargs["logits_to_keep"] = positions
     with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16):
         outputs = model(input_ids=ids, **kwargs)
-        if setup.cross_entropy == "chunked":
+        if setup.cross_entropy != "full":
             head = inner.get_output_embeddings()
             learned = hidden.pop()[:, positions].flatten(0, 1)
             losses = chunked_cross_entropy(learned, head.weight, targets, bias=head.bias)

@@ -147,7 +147,9 @@ class MoldTrainer(RouterTraining, Trainer):
         self._refuse_unsupported_parallelism()
         self.mold_loss.to(self.args.device)
         self._keeps_logits = keeps_logits(without_adapter(self.model))
-        self._chunked_head = ChunkedHead(without_adapter(self.model)) if args.cross_entropy == "chunked" else None
+        self._chunked_head = None
+        if args.cross_entropy != "full":
+            self._chunked_head = ChunkedHead(without_adapter(self.model), args.cross_entropy)
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
