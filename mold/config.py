@@ -142,6 +142,11 @@ class MoldConfig(TrainingArguments):
                 raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
         if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
             raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel: is True, must be False: untested with the attention here; liger-kernel's loss alone "
+                'is cross_entropy="liger"'
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: is True, must be False")
         check_template(self.template)

@@ -308,6 +308,8 @@ def test_data_that_cannot_be_learned_from_is_refused(tmp_path, signals):
         ({"row_norm": "l2"}, "row_norm: is 'l2', must be one of softmax, l1"),
         ({"row_reduction": "max"}, "row_reduction: is 'max'"),
         ({"padding_side": "both"}, "padding_side: is 'both'"),
+        ({"cross_entropy": "fused"}, "cross_entropy: is 'fused', must be one of full, chunked, liger"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: is True, must be False"),
         ({"remove_unused_columns": True}, "remove_unused_columns: is True, must be False"),
         ({"template": "{question} {answer}"}, "template: is '{question} {answer}', must hold"),
     ],
