@@ -29,7 +29,7 @@ def register_operator(schema: str, implementation: Callable, fake: Callable) -> 
 
 
 def register_gradient(operator: torch._ops.OpOverload, keep: Callable, differentiate: Callable) -> None:
-    """Make `operator` differentiable.
+    """Make `operator` differentiable, once: a second derivative is an error.
 
     Args:
         operator: of `register_operator`.
@@ -51,6 +51,7 @@ def register_gradient(operator: torch._ops.OpOverload, keep: Callable, different
             return function.apply(*inputs)
         return below_autograd(*inputs)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    backward = torch.autograd.function.once_differentiable(differentiate)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(operator.name(), (torch.autograd.Function,), methods)
     _LIBRARY.impl(operator.name().removeprefix("mold::"), autograd, "Autograd")

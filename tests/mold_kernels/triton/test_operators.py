@@ -41,6 +41,16 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.mold, name).default, CASES[name])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_second_derivative_is_an_error(name):
+    output = getattr(torch.ops.mold, name)(*CASES[name])
+    output = output[0] if isinstance(output, tuple) else output
+    inputs = [x for x in CASES[name] if isinstance(x, torch.Tensor) and x.requires_grad]
+    gradient = torch.autograd.grad(output.square().sum(), inputs, create_graph=True, allow_unused=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_as_one_graph(backend):
     weight = torch.ones(32)
