@@ -136,6 +136,7 @@ class Setup:
     length: tokens of a sequence.
     dtype: of the weights, "float32" or "bfloat16".
     bf16: autocast of float32 weights.
+    cross_entropy: "full", or "chunked"; "liger" is planned as that.
     optim: the optimizer's name as transformers has it.
     attention: "mold", or "eager": T x T maps of every layer, as output_attentions=True makes them elsewhere.
     lora_rank: of an adapter on all linear layers of the decoder; 0: every weight is trained.

@@ -36,7 +36,7 @@ def test_what_is_freed_stays_until_the_end():
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_training_keeps_it_if_told(tmp_path, signals, keep):
-    trainer = make_trainer(tmp_path, signals, keep_freed_memory=keep)
+    trainer = make_trainer(tmp_path, signals, keep_freed_memory=keep, use_cpu=True)
     with mock.patch("mold.trainer.freed_memory_kept", wraps=freed_memory_kept) as kept:
         trainer.train()
     assert kept.call_count == keep

@@ -11,6 +11,7 @@ import torch
 
 from mold_kernels import _triton, attention_with_lse
 from mold_kernels.backends import available_backends
+from tests.interpreter import run_interpreted
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -22,11 +23,7 @@ ARCHITECTURES = (80, 90, 100)
 @pytest.mark.slow
 @pytest.mark.parametrize("file", INTERPRETED_TESTS, ids=lambda file: file.stem)
 def test_in_the_interpreter(file):
-    """A process of its own: the interpreter's switch is read when Triton is imported, and is for all kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_interpreted(file)
 
 
 def check(kernels):

@@ -1,5 +1,8 @@
+from unittest import mock
+
 import pytest
 import torch
+from liger_kernel.transformers import functional
 
 from mold.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy, liger_cross_entropy
 from mold_kernels.testing import assert_as_accurate_as
@@ -30,12 +33,24 @@ def test_losses_and_gradients(generator, with_bias):
         assert_as_accurate_as(actual, plain, truth, name)
 
 
-def test_training_equals_plain_training(tmp_path, signals):
+SAVERS = {
+    "alone": {},
+    "together": {"gradient_checkpointing": True, "padding_free": True, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("savers", SAVERS)
+def test_training_equals_plain_training(tmp_path, signals, savers):
     rows = {}
-    for kind in ("full", "liger"):
-        student, examples = make_student(layers=2), [BARE, *EXAMPLES[:3]]
-        options = {"cross_entropy": kind, "max_steps": 2, "per_device_train_batch_size": 4}
-        make_trainer(tmp_path / kind, signals, student, examples, None, **options).train()
+    for kind, options in (("full", {}), ("liger", SAVERS[savers])):
+        options = {"cross_entropy": kind, "max_steps": 2, "use_cpu": True} | options
+        options["per_device_train_batch_size"] = 4 // options.get("gradient_accumulation_steps", 1)
+        trainer = make_trainer(tmp_path / kind, signals, make_student(layers=2), [BARE, *EXAMPLES[:3]], None, **options)
+        with mock.patch.object(
+            functional, "liger_fused_linear_cross_entropy", wraps=functional.liger_fused_linear_cross_entropy
+        ) as fused:
+            trainer.train()
+        assert fused.called == (kind == "liger")
         rows[kind] = metrics(tmp_path / kind)
     for term in ("loss_rationale", "loss_answer", "loss_attention"):
         actual, expected = ([row[term] for row in rows[kind]] for kind in ("liger", "full"))
