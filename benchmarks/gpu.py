@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import roofline
-from mold.loss import MoldLoss
+from mold.method.loss import MoldLoss
 from mold_kernels import (
     _triton,
     attention_lse,

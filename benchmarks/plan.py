@@ -30,12 +30,12 @@ import transformers
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from mold.config import MoldConfig
-from mold.encoding import EncodedExample
-from mold.host_memory import freed_memory_kept
-from mold.loss import RATIONALE
+from mold.data.encoding import EncodedExample
+from mold.data.examples import RATIONALE
 from mold.plan import GIB, Setup, plan_step, this_machine
-from mold.trainer import MoldTrainer
+from mold.training.config import MoldConfig
+from mold.training.host_memory import freed_memory_kept
+from mold.training.trainer import MoldTrainer
 
 TOLERANCE = 0.15
 _LLAMA = {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 65536}

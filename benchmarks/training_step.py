@@ -29,8 +29,9 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import about_this_machine
-from mold.chunked_cross_entropy import chunked_cross_entropy
-from mold.loss import RATIONALE, MoldLoss, region_cross_entropy
+from mold.data.examples import RATIONALE
+from mold.method.loss import MoldLoss, region_cross_entropy
+from mold.training.chunked_cross_entropy import chunked_cross_entropy
 from mold_kernels import reference
 from mold_kernels.spans import span_membership
 

@@ -17,11 +17,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from mold import MoldConfig, MoldTrainer, SignalSettings, extract_signals
-from mold.data import DEFAULT_TEMPLATE, Example
-from mold.encoding import encode_example
+from mold.data.encoding import encode_example
+from mold.data.examples import DEFAULT_TEMPLATE, Example
+from mold.data.problems import generate_problems
 from mold.models import load_tokenizer
 from mold.plan import GIB, GPUS, Setup, largest_length, plan_step
-from mold.problems import generate_problems
 
 SAVERS = {"activation_checkpointing": True, "cross_entropy": "chunked"}
 

@@ -3,15 +3,15 @@
 Importing this package registers the "mold" attention in transformers.
 """
 
-from mold.attention_interface import LayerAttention, stack_attention, use_mold_attention
-from mold.config import MoldConfig
-from mold.data import Example
-from mold.loss import MoldLoss
-from mold.readers import read_examples
-from mold.router import LayerRouter
-from mold.sft import StepwiseAttentionMixin
-from mold.signals import SignalCache, SignalSettings, extract_signals
-from mold.trainer import MoldTrainer
+from mold.data.examples import Example
+from mold.data.readers import read_examples
+from mold.method.attention_interface import LayerAttention, stack_attention, use_mold_attention
+from mold.method.loss import MoldLoss
+from mold.method.router import LayerRouter
+from mold.method.signals import SignalCache, SignalSettings, extract_signals
+from mold.training.config import MoldConfig
+from mold.training.sft import StepwiseAttentionMixin
+from mold.training.trainer import MoldTrainer
 
 __version__ = "0.1.0"
 

@@ -49,9 +49,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
-from mold.attention_interface import mold_mask
-from mold.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy, keeps_logits
-from mold.loss import region_sums
+from mold.method.attention_interface import mold_mask
+from mold.method.loss import region_sums
+from mold.training.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy, keeps_logits
 from mold_kernels import attention_with_lse
 
 GIB = 2**30

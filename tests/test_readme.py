@@ -31,7 +31,8 @@ def test_every_command_and_target_exists():
     text = README.read_text()
     commands = set(re.findall(r"^    mold (\w+)", text, re.MULTILINE))
     assert {"extract", "train", "eval", "inspect", "info"} <= commands
-    listed = subprocess.run([sys.executable, "-m", "mold.cli", "--help"], capture_output=True, text=True, check=True)
+    options = {"capture_output": True, "text": True, "check": True}
+    listed = subprocess.run([sys.executable, "-m", "mold.commands.cli", "--help"], **options)
     assert all(re.search(rf"\b{command}\b", listed.stdout) for command in commands)
     makefile = README.with_name("Makefile").read_text()
     for target in re.findall(r"\bmake (\w+)", text):

@@ -3,8 +3,8 @@
 import json
 
 from mold import MoldConfig, MoldTrainer
-from mold.data import Example
-from mold.problems import generate_problems
+from mold.data.examples import Example
+from mold.data.problems import generate_problems
 from tests.tiny_models import make_model, plain_attention
 from tests.tiny_tokenizers import make_tokenizer
 

@@ -6,8 +6,8 @@ import string
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mold.data import render
-from mold.problems import generate_problems
+from mold.data.examples import render
+from mold.data.problems import generate_problems
 
 KINDS = ["gpt2", "smollm", "llama2", "llama3", "bert"]
 

@@ -6,10 +6,10 @@ import sys
 import pytest
 from transformers import BloomConfig, BloomForCausalLM
 
-from mold import cli
-from mold.data import DEFAULT_TEMPLATE
-from mold.problems import generate_problems
-from mold.signals import SignalSettings, extract_signals
+from mold.commands import cli
+from mold.data.examples import DEFAULT_TEMPLATE
+from mold.data.problems import generate_problems
+from mold.method.signals import SignalSettings, extract_signals
 from tests.tiny_models import make_model
 from tests.tiny_runs import BARE, EXAMPLES, TEACHER_TOKENIZER, make_teacher
 from tests.tiny_tokenizers import make_tokenizer

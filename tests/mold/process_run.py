@@ -10,8 +10,8 @@ from accelerate import PartialState
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from mold.data import DEFAULT_TEMPLATE
-from mold.signals import SignalSettings, extract_signals
+from mold.data.examples import DEFAULT_TEMPLATE
+from mold.method.signals import SignalSettings, extract_signals
 from tests.tiny_runs import BARE, EXAMPLES, TEACHER_TOKENIZER, make_student, make_teacher, make_trainer, weights
 
 RUNS = {

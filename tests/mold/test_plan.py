@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from mold.cli import app, main
+from mold.commands.cli import app, main
 from mold.plan import GIB, GPUS, SAVERS, Machine, Setup, inference_peak, largest_length, plan_step
 from tests.tiny_models import make_model
 

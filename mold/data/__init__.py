@@ -1,0 +1,1 @@
+"""Examples: read, split into steps and key words, rendered, tokenised; and answers judged."""

@@ -1,0 +1,202 @@
+"""From examples to token ids, regions and spans, and to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mold.data.chat import render_for
+from mold.data.examples import ANSWER, PROMPT, RATIONALE, Example
+from mold.data.segmentation import Segments, Span, segment, token_spans
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One example in a model's tokens.
+
+    input_ids, regions: one entry a token (regions: PROMPT, RATIONALE or ANSWER).
+    row_spans, key_spans: half-open token ranges of the steps and key words; key_spans is empty without key words, both
+        are in a task without rationale.
+    step_texts, key_word_texts: what they say, for pictures and messages.
+    """
+
+    id: str
+    input_ids: list[int]
+    regions: list[int]
+    row_spans: list[Span]
+    key_spans: list[Span]
+    step_texts: list[str]
+    key_word_texts: list[str]
+
+
+def encode_example(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    *,
+    task: str = "joint",
+    append_eos: bool = True,
+    max_length: int | None = None,
+) -> EncodedExample:
+    """Render, segment and tokenize one example.
+
+    Args:
+        example: question, rationale and answer.
+        tokenizer: a fast tokenizer (its offsets map characters to tokens).
+        template, task: see `mold.data.chat.render_for`.
+        append_eos: whether the text ends with the tokenizer's end-of-sequence token (training wants it).
+        max_length: most tokens an example may have; nothing is ever cut. None: no limit.
+
+    Raises:
+        ValueError: the tokenizer is slow, the example is longer than max_length, or a step or key word has no token;
+            names the example.
+    """
+    check_tokenizer(tokenizer)
+    try:
+        rendered = render_for(example, template, tokenizer, task)
+        segments = Segments((), ())
+        if task in ("joint", "explain"):
+            segments = segment(rendered.text, rendered.question, rendered.rationale, example.keywords)
+        encoding = tokenizer(
+            rendered.text,
+            add_special_tokens=rendered.special_tokens,
+            return_offsets_mapping=True,
+            truncation=False,
+            verbose=False,
+        )
+        input_ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+        row_spans = token_spans(segments.steps, offsets, rendered.text)
+        key_spans = token_spans(segments.key_words, offsets, rendered.text)
+    except ValueError as error:
+        raise ValueError(f"example {example.id}: {error}") from error
+    # The space before the first word of the rationale may be a token of its own, and generation has to produce it.
+    regions = [
+        PROMPT if start == end or start < len(rendered.prompt) else ANSWER if start >= rendered.answer[0] else RATIONALE
+        for start, end in offsets
+    ]
+    if append_eos and input_ids[-1] != tokenizer.eos_token_id:
+        input_ids.append(tokenizer.eos_token_id)
+        regions.append(RATIONALE if task == "explain" else ANSWER)
+    if max_length is not None and len(input_ids) > max_length:
+        raise ValueError(
+            f"example {example.id}: has {len(input_ids)} tokens, more than max_length={max_length}, which would cut a "
+            "step; raise max_length or leave the example out"
+        )
+    return EncodedExample(
+        example.id,
+        input_ids,
+        regions,
+        row_spans,
+        key_spans,
+        [rendered.text[slice(*span)] for span in segments.steps],
+        [rendered.text[slice(*span)] for span in segments.key_words],
+    )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a ValueError unless the tokenizer can map characters to tokens and end a sequence."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer: {type(tokenizer).__name__} is a slow tokenizer without character offsets, must be a fast one "
+            "(backed by the tokenizers library)"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: has no end-of-sequence token (eos_token), which ends every answer")
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads encoded examples, with their teacher signals where they have one, to a batch of tensors.
+
+    input_ids, attention_mask, regions: int64 [B, T]; row_spans [B, S, 2], key_spans [B, M, 2]: int32, empty spans as
+    padding; num_steps, num_keys: int64 [B], both 0 for an example without a signal; teacher_attention: float32
+    [B, L1, S, M], absent if no example has a signal. With a `teacher`, its input_ids, attention_mask, row_spans and
+    key_spans of the same examples under "teacher_" + name instead of teacher_attention.
+
+    With `padding_free`, input_ids, attention_mask and regions are [1, tokens of all examples], position_ids [1, tokens]
+    start again and cu_seqlens int64 [B + 1] says where each example begins; spans count from there.
+
+    Args:
+        pad_token_id: what to pad input_ids with.
+        padding_side: "right" or "left".
+        pad_to_multiple_of: T becomes a multiple of it.
+        padding_free: whether examples stand one behind another in one row.
+        teacher: of a teacher that runs beside the student.
+    """
+
+    pad_token_id: int
+    padding_side: str = "right"
+    pad_to_multiple_of: int = 1
+    padding_free: bool = False
+    teacher: Collator | None = None
+
+    def __call__(self, items: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        """A batch from items with "example" (EncodedExample) and any of "signal" (float32 [L1, S, M] or None),
+        "teacher" (EncodedExample in the teacher's tokens, or None) and "predict" (EncodedExample of the second task,
+        which becomes an example of its own without a signal)."""
+        items = [row for item in items for row in (item, {"example": item.get("predict")}) if row["example"]]
+        examples = [item["example"] for item in items]
+        signals = [item.get("signal") for item in items]
+        longest = max(len(example.input_ids) for example in examples)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shifts = [length - len(e.input_ids) if self.padding_side == "left" else 0 for e in examples]
+        batch = {
+            "input_ids": torch.full((len(items), length), self.pad_token_id),
+            "attention_mask": torch.zeros(len(items), length, dtype=torch.int64),
+            "regions": torch.full((len(items), length), PROMPT),
+            "row_spans": _pad_spans([e.row_spans for e in examples], shifts),
+            "key_spans": _pad_spans([e.key_spans for e in examples], shifts),
+        }
+        taught = [has_signal(item) for item in items]
+        for name, spans in (("num_steps", "row_spans"), ("num_keys", "key_spans")):
+            batch[name] = torch.tensor([len(getattr(e, spans)) * t for e, t in zip(examples, taught, strict=True)])
+        for index, (example, shift) in enumerate(zip(examples, shifts, strict=True)):
+            tokens = slice(shift, shift + len(example.input_ids))
+            batch["input_ids"][index, tokens] = torch.tensor(example.input_ids)
+            batch["attention_mask"][index, tokens] = 1
+            batch["regions"][index, tokens] = torch.tensor(example.regions)
+        if self.padding_free:
+            _remove_padding(batch)
+        layers = {signal.shape[0] for signal in signals if signal is not None}
+        if layers:
+            (num_layers,) = layers
+            steps, keys = batch["row_spans"].shape[1], batch["key_spans"].shape[1]
+            batch["teacher_attention"] = torch.zeros(len(items), num_layers, steps, keys)
+            for index, signal in enumerate(signals):
+                if signal is not None:
+                    batch["teacher_attention"][index, :, : signal.shape[1], : signal.shape[2]] = signal
+        if self.teacher is not None and any(taught):
+            # An example without signal keeps its place, as a text of one token.
+            placeholder = EncodedExample("", [self.teacher.pad_token_id], [PROMPT], [], [], [], [])
+            encoded = self.teacher([{"example": item.get("teacher") or placeholder} for item in items])
+            names = ("input_ids", "attention_mask", "row_spans", "key_spans")
+            batch |= {f"teacher_{name}": encoded[name] for name in names}
+        return batch
+
+
+def _remove_padding(batch: dict[str, torch.Tensor]) -> None:
+    lengths = batch["attention_mask"].sum(1)
+    real = batch["attention_mask"].bool()
+    positions = torch.arange(real.shape[1]).expand(real.shape)
+    for name, values in [
+        *((n, batch[n]) for n in ("input_ids", "attention_mask", "regions")),
+        ("position_ids", positions),
+    ]:
+        batch[name] = values[real][None]
+    batch["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def has_signal(item: Mapping) -> bool:
+    """Whether a collator's item has something to learn attention from."""
+    return item.get("signal") is not None or item.get("teacher") is not None
+
+
+def _pad_spans(spans: Sequence[Sequence[Span]], shifts: Sequence[int]) -> torch.Tensor:
+    padded = torch.zeros(len(spans), max(map(len, spans)), 2, dtype=torch.int32)
+    for index, (example_spans, shift) in enumerate(zip(spans, shifts, strict=True)):
+        if example_spans:
+            padded[index, : len(example_spans)] = torch.tensor(example_spans, dtype=torch.int32) + shift
+    return padded

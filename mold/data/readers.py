@@ -1,0 +1,360 @@
+"""Readers of public data sets, and how many rows they kept.
+
+A data set is read in two steps. A container (JSON lines, a JSON array, ASDiv's XML, Parquet, a data set of the hub)
+gives rows with the places they stand at; a format turns a row into question, answer and whatever else it has. Any
+format may come in any container.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from mold.data.conversations import question_row
+from mold.data.examples import Example, question_key
+
+SUFFIXES = (".jsonl", ".json", ".xml", ".parquet")
+RATIONALES_FILE = "rationales.jsonl"
+# A hub name with an optional configuration: "owner/name" or "owner/name:configuration".
+_HUB_NAME = re.compile(r"(?P<name>[\w-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
+
+
+@dataclass
+class ReadReport:
+    """How many rows a reader saw, and why it left some out."""
+
+    rows: int = 0
+    kept: int = 0
+    left_out: Counter = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        reasons = "".join(f", {count} {reason}" for reason, count in sorted(self.left_out.items()))
+        return f"{self.rows} rows, {self.kept} kept{reasons}"
+
+
+def read_examples(
+    path: str | Path,
+    format: str = "auto",
+    *,
+    split: str | None = None,
+    rationales: str | Path | None = None,
+    require_rationale: bool = True,
+) -> tuple[list[Example], ReadReport]:
+    """Read examples from a file, a folder or the hub.
+
+    Args:
+        path: a .jsonl, .json, .xml or .parquet file, a folder of them, or the name of a data set on the hub
+            ("owner/name" or "owner/name:configuration"; needs the extra ``data``, as Parquet does).
+        format: "plain" (rows with question, answer, rationale and optionally id, keywords, correct), "gsm8k", "svamp",
+            "asdiv", "singleeq", "multiarith", "commonsense_qa", "strategyqa", or "auto": found from the first row.
+        split: "train", "test", ...: which file of a folder (its name starts with it), which split of the hub.
+        rationales: JSONL rows with question, rationale and optionally correct and keywords. They take the place of the
+            rationales that the data set has; a question with several becomes several examples. In a folder, its
+            rationales.jsonl.
+        require_rationale: whether examples are to be trained on. Without, every question is kept once, whatever its
+            rationale.
+
+    Returns:
+        The examples, and how many rows were read and left out: without a rationale, with one that leads to a wrong
+        answer (`"correct": false`), and repetitions of an earlier row.
+
+    Raises:
+        ValueError: the data set is missing, empty, malformed, or of no known format; names the file and line.
+    """
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"dataset_format: is {format!r}, must be auto, {', '.join(FORMATS)}")
+    name, rows = _open(str(path), split)
+    if rationales is None and Path(path).is_dir() and (Path(path) / RATIONALES_FILE).is_file():
+        rationales = Path(path) / RATIONALES_FILE
+    written = None if rationales is None else _read_rationales(Path(rationales))
+    report, examples, places, seen, asked = ReadReport(), [], {}, set(), set()
+    for place, row in rows:
+        report.rows += 1
+        format = _detect(row) if format == "auto" else format
+        try:
+            base = FORMATS[format].read(row)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            reason = f"has no {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
+            raise ValueError(f"{place}: {reason} (read as {format})") from error
+        base = {"id": f"{name}-{report.rows}"} | base
+        key = question_key(str(base.get("question")))
+        variants = [base]
+        if written is not None:
+            variants = [{**base, **found} for found in written.get(key, [])]
+            for number, variant in enumerate(variants[1:], 2):
+                variant["id"] = f"{base['id']}-{number}"
+            if not variants and not require_rationale:
+                variants = [base]
+        asked.add(key)
+        if not require_rationale:
+            variants = variants[:1]
+        elif not variants:
+            report.left_out["without a rationale"] += 1
+        for variant in variants:
+            if require_rationale and variant.get("correct") is False:
+                report.left_out["with a wrong rationale"] += 1
+                continue
+            example = _example(place, variant, require_rationale)
+            if example.id in places:
+                raise ValueError(f"{place}: has the id {example.id!r} of {places[example.id]}")
+            places[example.id] = place
+            identity = key, example.answer, example.rationale if require_rationale else None
+            if identity in seen:
+                report.left_out["repeated"] += 1
+                continue
+            seen.add(identity)
+            examples.append(example)
+    if strangers := sum(len(found) for key, found in (written or {}).items() if key not in asked):
+        report.left_out["rationales of no question"] += strangers
+    report.kept = len(examples)
+    if not examples:
+        raise ValueError(f"dataset: {path} holds no usable example ({report})")
+    return examples, report
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of a JSON-lines file with their places, "file:line".
+
+    Raises:
+        ValueError: the file is missing, or a line is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"dataset: {path} does not exist")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: is no JSON ({error})") from error
+            yield place, _object(place, row)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether `read_examples` would look for a data set on the hub."""
+    found = Path(path)
+    return not found.exists() and found.suffix not in SUFFIXES and _HUB_NAME.fullmatch(path) is not None
+
+
+def _open(path: str, split: str | None) -> tuple[str, Iterator[tuple[str, dict]]]:
+    """The name a data set's examples go by, and its rows."""
+    found = Path(path)
+    if is_hub_name(path):
+        hub = _HUB_NAME.fullmatch(path)
+        return hub["name"].partition("/")[2], _hub_rows(hub["name"], hub["config"], split)
+    if not found.exists():
+        raise ValueError(f"dataset: {path} does not exist")
+    if found.is_dir():
+        found = _file_of(found, split)
+    if found.suffix not in SUFFIXES:
+        raise ValueError(f"dataset: {found} ends in {found.suffix!r}, must end in {', '.join(SUFFIXES)}")
+    container = {".jsonl": json_lines, ".json": _json_array, ".xml": _asdiv_xml, ".parquet": _parquet_rows}
+    return found.stem, container[found.suffix](found)
+
+
+def _file_of(folder: Path, split: str | None) -> Path:
+    files = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and f.name != RATIONALES_FILE)
+    chosen = [file for file in files if split is None or file.name.startswith(split)]
+    if len(chosen) != 1:
+        names = ", ".join(file.name for file in files) or "no data file"
+        raise ValueError(f"dataset: {folder} holds {names}; name one of them, or dataset_split (is {split})")
+    return chosen[0]
+
+
+def _json_array(path: Path) -> Iterator[tuple[str, dict]]:
+    # Element by element, so that a malformed row is told by its line.
+    text, decoder, line, counted = path.read_text(encoding="utf-8"), json.JSONDecoder(), 1, 0
+    position = _skip(text, 0)
+    if text[position : position + 1] != "[":
+        raise ValueError(f"{path}:1: must be a JSON array of objects")
+    while True:
+        position = _skip(text, position + 1)
+        line, counted = line + text.count("\n", counted, position), position
+        place = f"{path}:{line}"
+        if text[position : position + 1] == "]":
+            return
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{error.lineno}: is no JSON ({error.msg})") from error
+        yield place, _object(place, row)
+        position = _skip(text, position)
+        if text[position : position + 1] == "]":
+            return
+        if text[position : position + 1] != ",":
+            raise ValueError(f"{place}: the array ends or goes on without a comma behind this row")
+
+
+def _skip(text: str, position: int) -> int:
+    return re.compile(r"\s*").match(text, position).end()
+
+
+def _asdiv_xml(path: Path) -> Iterator[tuple[str, dict]]:
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path}:{error.position[0]}: is no XML ({error})") from error
+    for problem in root.iter("Problem"):
+        row = {element.tag: element.text or "" for element in problem}
+        yield f"{path}, problem {problem.get('ID')}", {"ID": problem.get("ID"), **row}
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ImportError(f'{path}: reading Parquet needs pyarrow: pip install "mold-distill[data]"') from error
+    number = 0
+    for batch in parquet.ParquetFile(path).iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", row
+
+
+def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f'{name}: is no file here; reading it from the hub needs datasets: pip install "mold-distill[data]"'
+        ) from error
+    if split is None:
+        raise ValueError(f"dataset_split: is not given, must name a split of {name} on the hub, such as train")
+    try:
+        loaded = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"dataset: cannot load {name} from the hub: {str(error).splitlines()[0]}") from error
+    for number, row in enumerate(loaded, 1):
+        yield f"{name}, {split} row {number}", row
+
+
+def _object(place: str, row) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: is a {type(row).__name__}, must be an object")
+    return row
+
+
+def _read_rationales(path: Path) -> dict[str, list[dict]]:
+    """Rationale, correct and keywords of every question in a JSON-lines file."""
+    found: dict[str, list[dict]] = {}
+    for place, row in json_lines(path):
+        if "question" not in row or "rationale" not in row:
+            raise ValueError(f"{place}: has {', '.join(sorted(row))}; must have the keys question and rationale")
+        kept = {key: row[key] for key in ("rationale", "correct", "keywords") if row.get(key) is not None}
+        found.setdefault(question_key(row["question"]), []).append(kept)
+    return found
+
+
+def _example(place: str, row: Mapping, require_rationale: bool) -> Example:
+    values = {}
+    for key in ("question", "rationale", "answer"):
+        value = row.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and key == "answer" and math.isfinite(value):
+            value = str(int(value) if value == int(value) else value)
+        if value is None and key == "rationale" and not require_rationale:
+            value = ""
+        if not isinstance(value, str) or (not value.strip() and (key != "rationale" or require_rationale)):
+            raise ValueError(f"{place}: {key} is {value!r}, must be a text that is not empty")
+        values[key] = value.strip()
+    keywords = row.get("keywords")
+    if keywords is not None and (not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords)):
+        raise ValueError(f"{place}: keywords is {keywords!r}, must be a list of texts")
+    keywords = None if keywords is None else tuple(keywords)
+    return Example(str(row["id"]), **values, keywords=keywords, history=row.get("history", ()))
+
+
+# --- formats: a row as published -> question, answer and whatever else of an example it has ---
+
+
+class Format(NamedTuple):
+    """How a published row is known (it has all keys of one of the sets) and read."""
+
+    keys: tuple[set[str], ...]
+    read: Callable[[dict], dict]
+
+
+def _plain(row: dict) -> dict:
+    row = question_row(row, "the row")
+    return {key: row[key] for key in ("id", *Example.__dataclass_fields__, "correct") if row.get(key) is not None}
+
+
+def _gsm8k(row: dict) -> dict:
+    rationale, separator, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
+    if not separator:
+        raise ValueError("answer has no '#### result'")
+    return {"question": row["question"], "rationale": rationale, "answer": answer.replace(",", "")}
+
+
+def _svamp(row: dict) -> dict:
+    return {"id": row["ID"], "question": _joined(row["Body"], row["Question"]), "answer": row["Answer"]}
+
+
+def _asdiv(row: dict) -> dict:
+    row = {key.lower(): value for key, value in row.items()}
+    # "9 (apples)": the unit is no part of the answer.
+    answer = re.sub(r"\s*\([^()]*\)", "", row["answer"]) if isinstance(row["answer"], str) else row["answer"]
+    name = row.get("id") or row.get("@id")
+    return {"question": _joined(row["body"], row["question"]), "answer": answer} | ({"id": name} if name else {})
+
+
+def _equations(row: dict) -> dict:
+    if "final_ans" in row:
+        return {"question": row["question"], "answer": row["final_ans"]}
+    (solution,) = row["lSolutions"]
+    return {"question": row["sQuestion"], "answer": solution}
+
+
+def _commonsense_qa(row: dict) -> dict:
+    # As published, or flat as the hub has it.
+    inner = row["question"] if isinstance(row["question"], dict) else {**row, "stem": row["question"]}
+    concept, choices = inner["question_concept"], inner["choices"]
+    if isinstance(choices, dict):
+        choices = [{"label": x, "text": y} for x, y in zip(choices["label"], choices["text"], strict=True)]
+    if row["answerKey"] not in {choice["label"] for choice in choices}:
+        raise ValueError(f"answerKey is {row['answerKey']!r}, must be one of the choices")
+    question = f"{inner['stem']} Answer Choices: " + " ".join(f"({c['label']}) {c['text']}" for c in choices)
+    keywords = [concept, *(choice["text"] for choice in choices)]
+    return {"id": row["id"], "question": question, "answer": row["answerKey"], "keywords": keywords}
+
+
+def _strategyqa(row: dict) -> dict:
+    if not isinstance(row["answer"], bool):
+        raise ValueError(f"answer is {row['answer']!r}, must be true or false")
+    facts = row["facts"]
+    rationale = facts if isinstance(facts, str) else " ".join(fact.strip() for fact in facts)
+    values = {"question": row["question"], "rationale": rationale, "answer": "yes" if row["answer"] else "no"}
+    return {"id": row["qid"], **values, "keywords": [row["term"]] if row.get("term") else []}
+
+
+def _joined(body: str, question: str) -> str:
+    """SVAMP's bodies often lack their last full stop."""
+    body = body.rstrip()
+    return f"{body}{'' if not body or body.endswith(('.', '?', '!', ',')) else '.'} {question}".strip()
+
+
+def _detect(row: dict) -> str:
+    for name, format in FORMATS.items():
+        if any(keys <= row.keys() for keys in format.keys) and (name != "gsm8k" or "####" in str(row["answer"])):
+            return name
+    return "plain"
+
+
+FORMATS: dict[str, Format] = {
+    "svamp": Format(({"Body", "Question", "Equation"},), _svamp),
+    "asdiv": Format(({"Body", "Question", "Formula"}, {"body", "question", "formula"}), _asdiv),
+    "singleeq": Format(({"sQuestion", "lSolutions"},), _equations),
+    "multiarith": Format(({"question", "final_ans"},), _equations),
+    "commonsense_qa": Format(({"answerKey", "question"},), _commonsense_qa),
+    "strategyqa": Format(({"qid", "question", "answer", "facts"},), _strategyqa),
+    "gsm8k": Format(({"question", "answer"},), _gsm8k),
+    "plain": Format((), _plain),
+}

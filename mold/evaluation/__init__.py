@@ -1,0 +1,1 @@
+"""What a model answers, and where it looks."""

@@ -1,0 +1,126 @@
+"""Batched greedy generation, answers, accuracy with its confidence interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mold.data.answers import answer_kind, answers_match, extract_answer
+from mold.data.chat import render_for
+from mold.data.examples import DEFAULT_TEMPLATE, Example
+from mold.generation.batches import Completion, Journal, batches_by_length, generate_batch
+
+
+def generate_predictions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    template: str = DEFAULT_TEMPLATE,
+    *,
+    task: str = "joint",
+    batch_size: int = 16,
+    max_new_tokens: int = 256,
+    static_cache: bool = False,
+    journal: Journal | None = None,
+    progress: bool = True,
+) -> list[dict]:
+    """Greedy completions of the examples' prompts, their answers and whether those are right.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        examples: their rationales and answers are only compared with, never shown to the model.
+        template, task: the training text's (see `mold.data.chat.render_for`).
+        batch_size: prompts a batch, padded on the left.
+        max_new_tokens: most tokens of a completion. A completion that reaches it is marked "truncated".
+        static_cache: see `generate_batch`.
+        journal: finished batches are noted there and not generated again; None keeps no journal.
+        progress: whether to show a progress bar.
+
+    Returns:
+        A dictionary an example, in their order: id, question, answer (the right one), prediction (None where no answer
+        was found), completion, correct, truncated.
+    """
+    model.eval()
+    rendered = [render_for(example, template, tokenizer, task) for example in examples]
+    prompts = [tokenizer(text.prompt, add_special_tokens=text.special_tokens)["input_ids"] for text in rendered]
+    rows = [None] * len(prompts)
+    for place, chosen in enumerate(tqdm(batches_by_length(prompts, batch_size), "Generating", disable=not progress)):
+        name = f"predictions-{place}"
+        if journal is None or name not in journal.batches:
+            completions = generate_batch(
+                model,
+                tokenizer,
+                [prompts[index] for index in chosen],
+                max_new_tokens=max_new_tokens,
+                static_cache=static_cache,
+            )
+            answered = [
+                _prediction(examples[index], completion, template, task)
+                for index, completion in zip(chosen, completions, strict=True)
+            ]
+            if journal is not None:
+                journal.append(name, answered)
+        else:
+            answered = journal.batches[name]
+        for index, row in zip(chosen, answered, strict=True):
+            rows[index] = row
+    return rows
+
+
+def _prediction(example: Example, completion: Completion, template: str, task: str) -> dict:
+    prediction = extract_answer(completion.text, template, answer_kind(example.answer), task)
+    return {
+        "id": example.id,
+        "question": example.question,
+        "answer": example.answer,
+        "prediction": prediction,
+        "completion": completion.text,
+        "correct": answers_match(prediction, example.answer),
+        "truncated": completion.truncated,
+    }
+
+
+def accuracy(predictions: Sequence[dict]) -> float:
+    """Share of right answers."""
+    return sum(row["correct"] for row in predictions) / len(predictions)
+
+
+def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval that a share of `right` in `total` lies in, at 95 % confidence.
+
+        (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Args:
+        right: how many were right, or the mean of that over runs.
+        total: of how many, n.
+        z: quantile of the normal distribution, 1.96 for 95 %.
+
+    Raises:
+        ValueError: `total` is not positive or `right` not from 0 to it.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    if not 0 <= right <= total or total < 1:
+        raise ValueError(f"right: is {right} of {total}, must be from 0 to a total of at least 1")
+    share, width = right / total, z * z / total
+    middle, half = share + width / 2, z * math.sqrt(share * (1 - share) / total + width / (4 * total))
+    return max(0.0, (middle - half) / (1 + width)), min(1.0, (middle + half) / (1 + width))
+
+
+def score(predictions: Sequence[dict]) -> dict:
+    """right, total, accuracy, its 95 % interval (low, high), and how many gave no answer or were truncated."""
+    right, total = sum(row["correct"] for row in predictions), len(predictions)
+    low, high = wilson_interval(right, total)
+    return {
+        "right": right,
+        "total": total,
+        "accuracy": right / total,
+        "low": low,
+        "high": high,
+        "no_answer": sum(row["prediction"] is None for row in predictions),
+        "truncated": sum(row["truncated"] for row in predictions),
+    }

@@ -1,0 +1,1 @@
+"""The method: the attention in transformers, the router, the loss, the teacher's signals."""

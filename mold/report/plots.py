@@ -1,0 +1,367 @@
+"""Pictures of a training run, as matplotlib Figures: attention maps, layer weights, loss curves.
+
+matplotlib is an extra (`report`), imported when the first figure is made, without pyplot and its global state. Layout
+is in inches and reckoned from the labels' display width, not measured: the SVG keeps its text as text, and the viewer's
+fonts set the CJK and emoji that matplotlib's has no glyph for.
+"""
+
+import io
+import math
+import textwrap
+import unicodedata
+import warnings
+
+import numpy as np
+
+# The report swaps the colours of THEME for its own light and dark ones.
+INK, MUTED, FAINT = "#1f2329", "#69707b", "#d3d7dd"
+ON_PALE_CELL, ON_DEEP_CELL = "#12202e", "#fdfeff"
+# Okabe and Ito's colours, told apart by colour-blind readers.
+BLUE, ORANGE, VERMILION, GREY = "#0072b2", "#e69f00", "#d55e00", "#9aa1ab"
+THEME = {INK: "ink", MUTED: "muted", FAINT: "faint", ON_PALE_CELL: "pale", ON_DEEP_CELL: "deep", BLUE: "accent"}
+SCALE = ["#eff4f9", "#b5d3e7", "#5fa2cc", "#1f6ca8", "#0a3a6b"]
+
+FONT = 8.0
+CHARACTER = 0.56 * FONT / 72  # inches of one narrow character
+PANELS_WIDTH = 10.0
+PANELS = {"loss": "loss", "loss_rationale": "rationale loss", "loss_answer": "answer loss"}
+PANELS |= {"loss_attention": "attention loss", "router_entropy": "router entropy", "grad_norm": "gradient norm"}
+PANELS |= {"learning_rate": "learning rate", "signal_share": "share of examples with a signal"}
+
+
+def attention_heat_map(attention, steps, key_words, title="", row_norm="l1"):
+    """One map of steps x key words.
+
+    Args: attention [S, M]; steps S texts; key_words M texts; row_norm "l1" shows each step's attention as shares of
+    its sum over the key words, "none" as it is.
+    Raises: ValueError if the sizes do not agree or row_norm is unknown; ImportError without matplotlib.
+    """
+    return _map_figure([(title, attention)], steps, key_words, row_norm)
+
+
+def attention_comparison(map_entry, row_norm="l1"):
+    """Teacher | student before | student after, on one colour scale.
+
+    Args: map_entry: one element of `attention_maps.json`; row_norm as in `attention_heat_map`.
+    Returns: a matplotlib Figure; the panels stand below each other when there are too many key words to read.
+    Raises: ValueError that names the example if a map is not [S, M]; ImportError without matplotlib.
+    """
+    panels = [("teacher", map_entry["teacher"])]
+    for when in ("before", "after"):
+        kl = map_entry.get(f"kl_{when}")
+        title = f"student {when}" + ("" if kl is None else f", KL {kl:.3g}".replace("nan", "NaN"))
+        panels.append((title, map_entry[f"student_{when}"]))
+    try:
+        return _map_figure(panels, map_entry["steps"], map_entry["key_words"], row_norm)
+    except ValueError as error:
+        raise ValueError(f"attention map of example {map_entry.get('id')!r}: {error}") from error
+
+
+def teacher_student_layer_weights(map_entry):
+    """The layer weights of one example: teacher's, student's before and after. Dashed: all alike, 1 / L."""
+    figure = _figure(PANELS_WIDTH, 1.75)
+    student = [("before", "student_layer_weights_before", GREY), ("after", "student_layer_weights_after", BLUE)]
+    panels = [("teacher layers", [("teacher", "teacher_layer_weights", ORANGE)]), ("student layers", student)]
+    for place, (title, bars) in enumerate(panels):
+        axes = _axes(figure, 0.55 + place * 4.95, 0.35, 4.4, 1.1, title)
+        for i, (label, name, colour) in enumerate(bars):
+            weights = np.asarray(map_entry[name], float)
+            at = np.arange(len(weights)) + (i - (len(bars) - 1) / 2) * 0.8 / len(bars)
+            axes.bar(at, weights, 0.8 / len(bars), color=colour, label=label)
+            _mark_not_finite(axes, at, weights, "layer")
+        axes.axhline(1 / len(weights), color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.set_xlim(-0.6, len(weights) - 0.4)
+        axes.set_xticks(range(0, len(weights), math.ceil(len(weights) / 16)))
+        axes.locator_params(axis="y", nbins=4)
+    axes.legend(fontsize=7.5, frameon=False, labelcolor=INK, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.94))
+    return figure
+
+
+def layer_weights_over_training(metrics):
+    """The router's mean weight of every student layer over the training steps.
+
+    Args: metrics: rows of `metrics.jsonl` in the order of their steps; those without `router_weights` are passed over.
+    Raises: ValueError if no row has router weights or their numbers differ.
+    """
+    rows = [row for row in metrics if row.get("router_weights") is not None]
+    if len({len(row["router_weights"]) for row in rows}) != 1:
+        raise ValueError(f"router_weights: was {len(rows)} rows, must be at least one, all of the same length")
+    steps = np.array([row["step"] for row in rows], float)
+    weights = np.array([row["router_weights"] for row in rows], float)
+    layers = weights.shape[1]
+    # Logging steps need not be even: every column of the picture takes the logged step nearest to it.
+    first, last = (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 0.5, steps[0] + 0.5)
+    middles = first + (np.arange(400) + 0.5) * (last - first) / 400
+    nearest = np.searchsorted((steps[1:] + steps[:-1]) / 2, middles)
+    height, top = min(max(0.16 * layers, 1.0), 4.5), _top(weights)
+    figure = _figure(PANELS_WIDTH, height + 0.85)
+    axes = _axes(figure, 0.55, 0.45, 8.7, height, "router weight of every layer", "step", "student layer")
+    colours, extent = _colours(weights[nearest].T, top), (first, last, -0.5, layers - 0.5)
+    axes.imshow(colours, aspect="auto", interpolation="none", origin="lower", extent=extent)
+    axes.set_yticks(range(0, layers, math.ceil(0.16 * layers / height)))
+    _colour_bar(figure, 9.4, 0.45, height, top)
+    return figure
+
+
+def loss_curves(metrics):
+    """A panel for every term that was logged, training as a line, evaluation as points.
+
+    Above 100 logged steps the strong line is a running mean, the pale one what was logged. An axis is logarithmic if
+    its values are positive and span more than a factor of 30. A value that is not finite is a cross at its step.
+
+    Args: metrics: rows of `metrics.jsonl` in the order of their steps.
+    Raises: ValueError if there is nothing to draw.
+    """
+    series = [(title, _series(metrics, name), _series(metrics, f"eval_{name}")) for name, title in PANELS.items()]
+    series = [panel for panel in series if panel[1].size or panel[2].size]
+    if not series:
+        raise ValueError(f"metrics: was {len(metrics)} rows without a loss, must have at least one")
+    lines = -(-len(series) // 3)
+    figure = _figure(PANELS_WIDTH, 2.3 * lines + 0.2)
+    for place, (title, training, evaluation) in enumerate(series):
+        line, column = divmod(place, 3)
+        finite = np.concatenate([training[1], evaluation[1]])
+        finite = finite[np.isfinite(finite)]
+        log = finite.size and finite.min() > 0 and finite.max() > 30 * finite.min()
+        title += " (log)" if log else ""
+        axes = _axes(figure, 0.55 + column * 3.3, (lines - 1 - line) * 2.3 + 0.45, 2.75, 1.5, title, "step")
+        if training.shape[1] > 100 and title != PANELS["learning_rate"]:
+            axes.plot(*training, color=BLUE, linewidth=0.7, alpha=0.3)
+            training = np.stack([training[0], _running_mean(training[1], training.shape[1] // 50)])
+        marker = "o" if np.isfinite(training[1]).sum() == 1 else None
+        axes.plot(*training, color=BLUE, marker=marker, ms=4, label="training")
+        if evaluation.size:
+            axes.plot(*evaluation, color=VERMILION, marker="o", ms=4, lw=0.9, ls=(0, (2, 2)), label="evaluation")
+        if evaluation.size and not figure.legends:
+            figure.legend(*axes.get_legend_handles_labels(), fontsize=7.5, frameon=False, labelcolor=INK, ncols=2)
+        axes.set_yscale("log" if log else "linear")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        _mark_not_finite(axes, *np.concatenate([training, evaluation], axis=1), "step")
+        axes.grid(axis="y", color=FAINT, linewidth=0.6)
+        axes.locator_params(axis="x", nbins=5)
+    return figure
+
+
+def variant_accuracies(variants):
+    """Accuracy of every variant, a panel a test set: a ring each seed, a dot for their mean, a line for its interval.
+
+    Args: variants: by name, as `mold.commands.recipe.summarise` has them.
+    Raises: ValueError if there is no variant; ImportError without matplotlib.
+    """
+    if not variants:
+        raise ValueError("variants: was empty, must hold at least one")
+    names, sets = list(variants), list(dict.fromkeys(s for entry in variants.values() for s in entry["sets"]))
+    left = 0.3 + CHARACTER * max(map(_units, names))
+    height, width = 0.24 * len(names) + 0.1, max(1.2, min(2.4, (PANELS_WIDTH - left) / len(sets) - 0.25))
+    figure = _figure(left + len(sets) * (width + 0.25), height + 0.95)
+    for place, name in enumerate(sets):
+        axes = _axes(figure, left + place * (width + 0.25), 0.5, width, height, name, "accuracy, %")
+        for row, entry in enumerate(variants.values()):
+            found = entry["sets"][name]
+            axes.plot([100 * found["low"], 100 * found["high"]], [row, row], color=FAINT, linewidth=3, zorder=1)
+            each = [100 * accuracy for accuracy in found["accuracies"]]
+            axes.plot(each, [row] * len(each), "o", mfc="none", mec=GREY, ms=5, zorder=2)
+            axes.plot(100 * found["mean"], row, "o", color=BLUE, ms=4, zorder=3)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), [_printable(n) for n in names] if place == 0 else [""] * len(names))
+        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+        axes.locator_params(axis="x", nbins=4)
+    return figure
+
+
+def key_word_attention(models):
+    """How much of their attention models give to key words, over the course of the reasoning.
+
+    On top the mean over layers, against what attention spread evenly over the visible tokens would give (dashed);
+    below, a map of layers for each model on one colour scale.
+
+    Args: models: by name, {"mass": [L][bins], "even": [bins]} of `mold.evaluation.analysis`; None where no step
+    fell into a bin.
+    Raises: ValueError if there is no model; ImportError without matplotlib.
+    """
+    if not models:
+        raise ValueError("models: was empty, must hold at least one")
+    maps = {name: np.array(entry["mass"], float) for name, entry in models.items()}
+    heights = {name: min(max(0.1 * len(mass), 0.9), 3.0) for name, mass in maps.items()}
+    figure = _figure(6.6, 2.75 + sum(heights.values()) + 0.75 * len(maps))
+    top = _top(np.concatenate([mass.ravel() for mass in maps.values()]))
+    bottom = figure.get_figheight() - 2.3
+    axes = _axes(figure, 0.75, bottom, 5.0, 1.9, "attention to key words, mean over layers", "share of the reasoning")
+    for (name, mass), colour in zip(maps.items(), _cycled(len(maps)), strict=True):
+        at = (np.arange(mass.shape[1]) + 0.5) / mass.shape[1]
+        axes.plot(at, mass.mean(axis=0), color=colour, marker="o", ms=3, label=_printable(name))
+        even = np.array(models[name]["even"], float)
+        axes.plot(at, even, color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7.5, frameon=False, labelcolor=INK)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    for name, mass in maps.items():
+        bottom -= 0.75 + heights[name]
+        axes = _axes(figure, 0.75, bottom, 5.0, heights[name], name, "share of the reasoning", "layer")
+        extent = (0, 1, -0.5, len(mass) - 0.5)
+        colours = _colours(np.nan_to_num(mass), top, blank_zeros=True)
+        axes.imshow(colours, aspect="auto", interpolation="none", origin="lower", extent=extent)
+        _colour_bar(figure, 5.9, bottom, heights[name], top)
+    return figure
+
+
+def _cycled(count):
+    return [(ORANGE, BLUE, VERMILION, GREY)[index % 4] for index in range(count)]
+
+
+def figure_to_svg(figure):
+    """The figure as an `<svg>` element to stand in HTML: text stays text, nothing refers to another file."""
+    import matplotlib
+
+    out = io.StringIO()
+    without = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mold"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(out, format="svg", metadata=without)
+    return "<svg" + out.getvalue().partition("<svg")[2]
+
+
+def _map_figure(panels, steps, key_words, row_norm):
+    if row_norm not in ("l1", "none"):
+        raise ValueError(f'row_norm: was {row_norm!r}, must be "l1" or "none"')
+    s, m = len(steps), len(key_words)
+    for title, attention in panels:
+        if np.shape(attention) != (s, m) or not s * m:
+            raise ValueError(f"{title or 'attention'}: was {np.shape(attention)}, must be ({s}, {m}) and not empty")
+    maps = np.array([attention for _, attention in panels], float)
+    if row_norm == "l1":
+        sums = maps.sum(axis=2, keepdims=True)
+        maps /= np.where(sums == 0, 1, sums)
+    top = _top(maps)
+
+    stacked = m > 16
+    across, down = (1, len(panels)) if stacked else (len(panels), 1)
+    cell_height = 0.36 if s <= 14 else 0.22 if s <= 30 else 0.15
+    labels = [_wrapped(step, 32, 2 if s <= 14 else 1) for step in steps]
+    words = [_wrapped(word, 14, 1)[0] for word in key_words]
+    left = 0.4 + CHARACTER * max(_units(line) for lines in labels for line in lines)
+    room, longest = PANELS_WIDTH - left - 0.6, CHARACTER * max(_units(word) for word in words)
+    width = max(room, 0.13 * m) if stacked else min(max(0.45 * m, 1.75), room / 3 - 0.2)
+    turned = longest > 0.92 * width / m
+    height, above, below, foot = cell_height * s, 0.45, (longest if turned else 0.15) + 0.12, 0.22
+    figure = _figure(left + across * (width + 0.2) + 0.55, foot + down * (above + height + below))
+    for i, (title, _) in enumerate(panels):
+        x = left if stacked else left + i * (width + 0.2)
+        y = foot + below + ((down - 1 - i) * (above + height + below) if stacked else 0)
+        axes = _axes(figure, x, y, width, height, title, pad=14)
+        axes.patch.set(edgecolor=FAINT, hatch="//////")
+        axes.imshow(_colours(maps[i], top, blank_zeros=True), aspect="auto", interpolation="none")
+        axes.set_xticks(range(m))
+        axes.set_xticklabels(words, rotation=90 if turned else 0, parse_math=False)
+        axes.tick_params(length=0, labelleft=False)
+        for j in range(m):
+            axes.text(j, -0.5 - 0.03 / cell_height, str(j + 1), fontsize=5.5, color=MUTED, ha="center")
+        if stacked or i == 0:
+            _step_labels(axes, labels, left)
+        if width / m >= 0.22 and cell_height >= 0.2 and top > 0.1:
+            for (row, column), value in np.ndenumerate(maps[i]):
+                text = "" if value == 0 else f"{value:.2f}".removeprefix("0").replace("nan", "NaN")
+                colour = ON_PALE_CELL if value <= 0.35 * top else ON_DEEP_CELL
+                axes.text(column, row, text, fontsize=6.5, color=colour, ha="center", va="center")
+    _colour_bar(figure, figure.get_figwidth() - 0.6, foot + below, min(height, 2.4), top)
+    note = "colour: share of the step's attention to key words" if row_norm == "l1" else "colour: attention"
+    note += "; hatched: none, the key word comes after the step" + ("; orange-red: NaN" if np.isnan(maps).any() else "")
+    figure.text(left / figure.get_figwidth(), 0.05 / figure.get_figheight(), note, fontsize=7, color=MUTED)
+    return figure
+
+
+def _figure(width, height):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "mold-distill[report]"') from error
+    figure = Figure(figsize=(width, height))
+    figure.patch.set_alpha(0)
+    return figure
+
+
+def _axes(figure, left, bottom, width, height, title="", xlabel="", ylabel="", pad=5):
+    across, down = figure.get_size_inches()
+    axes = figure.add_axes((left / across, bottom / down, width / across, height / down), facecolor="none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(labelsize=FONT, labelcolor=INK, color=FAINT, length=2.5)
+    axes.set_title(_printable(title), loc="left", fontsize=9, fontweight="bold", color=INK, pad=pad, parse_math=False)
+    axes.set_xlabel(xlabel, fontsize=FONT, color=MUTED)
+    axes.set_ylabel(ylabel, fontsize=FONT, color=MUTED)
+    return axes
+
+
+def _printable(text):
+    text = "".join(c if c.isprintable() else " " for c in str(text).encode("utf-8", "replace").decode())
+    return " ".join(text.split())
+
+
+def _units(text):
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _wrapped(text, width, lines):
+    text = _printable(text)
+    width = width * len(text) // _units(text) if text else width
+    return textwrap.wrap(text, width, max_lines=lines, placeholder="\N{HORIZONTAL ELLIPSIS}") or [""]
+
+
+def _step_labels(axes, labels, left):
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    for i, lines in enumerate(labels):
+        axes.annotate(str(i + 1), (0, i), (72 * (0.2 - left), 0), ha="right", fontsize=6, color=MUTED, **where)
+        text = axes.annotate("\n".join(lines), (0, i), (72 * (0.3 - left), 0), fontsize=FONT, color=INK, **where)
+        text.set_parse_math(False)
+
+
+def _top(values):
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def _colours(values, top, blank_zeros=False):
+    """RGBA of a map on a square-root scale, on which small shares differ; NaN is vermilion."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    scale = LinearSegmentedColormap.from_list("mold", SCALE)
+    rgba = scale(np.sqrt(np.clip(np.nan_to_num(values, posinf=0, neginf=0) / top, 0, 1)))
+    rgba[(values == 0) & blank_zeros] = 0
+    rgba[~np.isfinite(values)] = to_rgba(VERMILION)
+    return rgba
+
+
+def _colour_bar(figure, left, bottom, height, top):
+    axes = _axes(figure, left, bottom, 0.1, height)
+    ramp = _colours(np.linspace(0, 1, 128)[:, None] ** 2, 1)
+    axes.imshow(ramp, aspect="auto", interpolation="none", origin="lower", extent=(0, 1, 0, 1))
+    shares = [1] if height < 0.5 else [0, 0.25, 1] if height < 1 else [0, 0.05, 0.25, 0.5, 1]
+    axes.set_yticks([math.sqrt(share) for share in shares], [f"{share * top:.2g}" for share in shares])
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=7)
+
+
+def _series(metrics, name):
+    rows = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+    return np.array(rows, float).reshape(-1, 2).T
+
+
+def _running_mean(values, window):
+    """Of the finite values; one that is not stays as it is."""
+    finite, kernel = np.isfinite(values), np.ones(window)
+    sums = np.convolve(np.where(finite, values, 0), kernel, "same")
+    return np.where(finite, sums / np.maximum(np.convolve(finite, kernel, "same"), 1), values)
+
+
+def _mark_not_finite(axes, at, values, place):
+    wrong = ~np.isfinite(values)
+    if not wrong.any():
+        return
+    axes.plot(at[wrong], [0.95] * wrong.sum(), "x", color=VERMILION, ms=5, transform=axes.get_xaxis_transform())
+    text = f"{values[wrong][0]} at {place} {at[wrong][0]:.0f}".replace("nan", "NaN")
+    text += f" and {wrong.sum() - 1} more" if wrong.sum() > 1 else ""
+    axes.text(0.03, 0.85, text, transform=axes.transAxes, fontsize=7.5, color=VERMILION, va="top")

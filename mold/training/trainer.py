@@ -1,0 +1,481 @@
+"""MoldTrainer: transformers' Trainer with the three losses of the method."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from mold.data.conversations import example_from_row
+from mold.data.encoding import Collator, encode_example, has_signal
+from mold.data.examples import ANSWER, RATIONALE, Example
+from mold.files import write_atomically
+from mold.method.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
+from mold.method.loss import MoldLoss, predicting_positions, region_cross_entropy
+from mold.method.signals import OnlineTeacher, SignalCache
+from mold.models import load_model
+from mold.processes import check_processes
+from mold.training.adapters import add_adapter, check_adapter, without_adapter
+from mold.training.chunked_cross_entropy import ChunkedHead, keeps_logits
+from mold.training.config import MoldConfig
+from mold.training.host_memory import freed_memory_kept
+from mold.training.router_training import RouterTraining
+
+logger = logging.get_logger(__name__)
+
+COMPLETE_FILE = "mold_complete.json"
+"""Written last into a checkpoint; one without it was cut short and is never resumed from."""
+METRICS_FILE = "metrics.jsonl"
+TERMS = ("rationale", "answer", "attention")
+
+
+class MoldTrainer(RouterTraining, Trainer):
+    """Trains a student on rationales, answers and its teacher's stepwise attention.
+
+    Args:
+        model: the student, or a name or folder for `from_pretrained`.
+        args: options.
+        train_dataset: examples, or rows with the fields of `mold.data.examples.Example`.
+        eval_dataset: likewise; None: no evaluation.
+        processing_class: the student's tokenizer, a fast one; loaded with the model when that is a name.
+        signals: the teacher's signals of all examples. Neither these nor a teacher_model: trains on cross-entropy alone
+            and needs beta=0.
+        teacher_model: a teacher that runs beside the student instead of signals, or its name for `mold.models`. It is
+            frozen; the rationales may come from anybody else.
+        teacher_processing_class: its tokenizer; loaded with the teacher when that is a name.
+        callbacks: as of Trainer.
+        optimizers: as of Trainer; an optimizer given here must hold `trainer.mold_loss.parameters()` too.
+        peft_config: trains an adapter (LoRA and its like) instead of the model, and the router with it.
+
+    Raises:
+        ValueError: the data set is empty, an example does not fit (see `encode_example`, `SignalCache.signal`), no
+            example has a signal, the cache was made with another row_reduction, or the model has attention dropout or
+            an attention that cannot be replaced.
+
+    Source: MoLSAKI (EMNLP 2025), equation 7.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: MoldConfig,
+        train_dataset: Sequence[Example | Mapping] | None = None,
+        eval_dataset: Sequence[Example | Mapping] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        signals: SignalCache | None = None,
+        teacher_model: PreTrainedModel | str | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config=None,
+    ):
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        if processing_class is None:
+            raise ValueError("processing_class: is None, must be the student's tokenizer")
+        if signals is not None and teacher_model is not None:
+            raise ValueError("teacher_model: is given together with signals, must be only one of them")
+        if isinstance(teacher_model, str):
+            teacher_model, loaded = load_model(teacher_model)
+            teacher_processing_class = teacher_processing_class or loaded
+        if teacher_model is not None and teacher_processing_class is None:
+            raise ValueError("teacher_processing_class: is None, must be the teacher's tokenizer")
+        self.signals, self.teacher = signals, None
+        if teacher_model is not None:
+            self.teacher = OnlineTeacher(
+                teacher_model.to(args.device),
+                teacher_processing_class,
+                args.template,
+                args.row_reduction,
+                args.max_length,
+            )
+        if signals is None and teacher_model is None and args.beta > 0:
+            raise ValueError(
+                f"signals: is None, must be the teacher's signals (or give teacher_model) while beta={args.beta} "
+                "(beta=0 trains without)"
+            )
+        if args.padding_free or signals is not None or teacher_model is not None:
+            use_mold_attention(without_adapter(model))
+        if args.beta > 0:
+            check_attention_dropout(model.config)
+        if signals is not None:
+            signals.require(row_reduction=args.row_reduction)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config, args)
+        check_adapter(model)
+        layers = {}
+        if args.method == "single_layer":
+            layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
+        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm, **layers)
+        pad_token_id = processing_class.pad_token_id
+        self._tokenizer, self._options = processing_class, args
+        names = ("method", "alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
+        self.method_options = {name: getattr(args, name) for name in names}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(
+                processing_class.eos_token_id if pad_token_id is None else pad_token_id,
+                args.padding_side,
+                args.pad_to_multiple_of,
+                args.padding_free,
+                None if self.teacher is None else self.teacher.collator,
+            ),
+            train_dataset=None if train_dataset is None else self.encode(train_dataset, "train_dataset"),
+            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._refuse_unsupported_parallelism()
+        self.mold_loss.to(self.args.device)
+        self._keeps_logits = keeps_logits(without_adapter(self.model))
+        self._chunked_head = None
+        if args.cross_entropy != "full":
+            self._chunked_head = ChunkedHead(without_adapter(self.model), args.cross_entropy)
+        # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
+        # flag says so since transformers 5.19, the second one before.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.mol_router_learning_rate = args.mol_router_learning_rate
+        self._reset_window()
+
+    def _refuse_unsupported_parallelism(self):
+        for name in ("fsdp", "deepspeed"):
+            # On by option or by accelerate's configuration; on CPUs accelerate would ignore the option in silence.
+            if getattr(self.args, name) or getattr(self, f"is_{name}_enabled"):
+                raise ValueError(
+                    f"{name}: is on, must be off: the router stands beside the model, and the gradients of a model "
+                    "that is split cannot be clipped together with its; use DDP (torchrun or accelerate launch)"
+                )
+        check_processes()
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu: is {self.args.n_gpu}, must be 1 a process: start with torchrun or accelerate launch, or make "
+                "one GPU visible (CUDA_VISIBLE_DEVICES)"
+            )
+
+    def encode(self, examples: Sequence[Example | Mapping], name: str = "dataset") -> list[dict]:
+        """Items for the collator: each example encoded, with what teaches it. Counts the examples without a signal."""
+        if not hasattr(examples, "__len__"):
+            raise ValueError(
+                f"{name}: is {type(examples).__name__}, must have a length: every example is encoded first"
+            )
+        if not len(examples):
+            raise ValueError(f"{name}: is empty, must hold at least one example")
+        options, items = self._options, []
+        taught = options.method != "answers" and (self.signals is not None or self.teacher is not None)
+        rows = tqdm(examples, desc=f"Encoding {name}", disable=options.disable_tqdm, leave=False)
+        for index, row in enumerate(rows):
+            example = example_from_row(row, f"{name}-{index}")
+            encoded = [
+                encode_example(example, self._tokenizer, options.template, task=task, max_length=options.max_length)
+                for task in options.tasks
+            ]
+            item = {"example": encoded[0], "signal": None}
+            if taught and self.signals is not None:
+                item["signal"] = self.signals.signal(example, encoded[0])
+            elif taught:
+                item["teacher"] = self.teacher.encode(example, encoded[0])
+            if len(encoded) > 1:
+                item["predict"] = encoded[1]
+            items.append(item)
+        without = len(items) - sum(map(has_signal, items))
+        if taught and without == len(items) and options.beta > 0:
+            raise ValueError(
+                f"{name}: none of its {len(items)} examples has key words, so there is no attention to learn"
+            )
+        if taught and without:
+            logger.warning(
+                f"{name}: {without} of {len(items)} examples have no key words and count in the cross-entropy alone"
+            )
+        return items
+
+    # The loss
+
+    def _prepare_inputs(self, inputs):
+        """Trainer's, with the attention of a teacher that runs beside the student."""
+        inputs = super()._prepare_inputs(inputs)
+        if "teacher_input_ids" in inputs:
+            names = [name for name in inputs if name.startswith("teacher_")]
+            batch = {name.removeprefix("teacher_"): inputs.pop(name) for name in names}
+            if self._wants_attention():
+                inputs["teacher_attention"] = self.teacher.attention(batch)
+        return inputs
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one optimizer step, and what each term is divided by, over all processes: [3] as TERMS."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = torch.stack([_denominators(batch) for batch in batches]).sum(0).to(device)
+        if self.args.average_tokens_across_devices:
+            counts = self.accelerator.reduce(counts)
+        return batches, counts
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum of the three terms, normalised over the accumulation window."""
+        sums, weights, outputs = self._term_sums(model, inputs)
+        counts = _denominators(inputs)
+        loss = self._weigh(sums, counts if num_items_in_batch is None else num_items_in_batch)
+        if not torch.isfinite(loss):
+            terms = ", ".join(f"{t} {v:.4g}" for t, v in zip(TERMS, (sums / counts.clamp(min=1)).tolist(), strict=True))
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step} ({terms}); lower the learning rate or "
+                "look for weights or signals that are not finite"
+            )
+        self._window["sums"] += sums.detach()
+        # What was not measured (beta = 0) is not counted.
+        self._window["counts"] += counts if weights is not None else counts * counts.new_tensor([1, 1, 0])
+        self._window["examples"] += len(inputs["num_keys"]) // len(self.args.tasks)
+        if weights is not None:
+            valid = weights.detach()[inputs["num_keys"] > 0]
+            self._window["weights"] += valid.sum(0)
+            self._window["entropy"] += torch.special.entr(valid).sum()
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The gradient is averaged over the processes, the denominators are summed.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _term_sums(self, model, inputs):
+        """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
+        with_attention = "teacher_attention" in inputs and self._wants_attention()
+        arguments, positions = {}, None
+        if self._chunked_head:
+            arguments = self._chunked_head.arguments
+        elif model.training and self._keeps_logits:  # prompts and padding need none
+            positions = predicting_positions(inputs["regions"])
+            arguments = {"logits_to_keep": positions}
+        outputs = self._forward(model, inputs, with_attention, **arguments)
+        targets = inputs["input_ids"], inputs["regions"]
+        if self._chunked_head:
+            cross_entropy = self._chunked_head.cross_entropy(*targets)
+        else:
+            cross_entropy = region_cross_entropy(outputs.logits, *targets, positions)
+        if not with_attention:
+            return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
+        self.mold_loss.train(model.training)
+        attention = self.mold_loss(
+            outputs.attentions, inputs["teacher_attention"], inputs["num_steps"], inputs["num_keys"]
+        )
+        return torch.cat([cross_entropy, attention.loss.sum()[None]]), attention.layer_weights, outputs
+
+    def _forward(self, model, inputs, with_attention, **kwargs):
+        if with_attention:
+            kwargs |= {
+                "output_attentions": True,
+                "value_features": True,
+                "row_reduction": self.args.row_reduction,
+                "row_spans": inputs["row_spans"],
+                "key_spans": inputs["key_spans"],
+            }
+        if "cu_seqlens" in inputs:
+            kwargs |= {"position_ids": inputs["position_ids"], "cu_seqlens": inputs["cu_seqlens"].tolist()}
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs)
+
+    def _wants_attention(self):
+        # With beta = 0 it is measured in evaluation and costs nothing in training.
+        return self.args.beta > 0 or not self.model.training
+
+    def _weigh(self, sums, counts):
+        alpha, beta = self.args.alpha, self.args.beta
+        if self.args.method in ("rationales", "answers"):
+            return sums[:2].sum() / counts[:2].sum().clamp(min=1)
+        terms = sums / counts.clamp(min=1)
+        return (1 - alpha) * terms[0] + alpha * terms[1] + beta * terms[2]
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train; ``resume_from_checkpoint=True`` goes on from the last whole checkpoint, or starts anew without one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / COMPLETE_FILE).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} was cut short ({COMPLETE_FILE} is missing)"
+            )
+        keep = self.args.keep_freed_memory and self.args.device.type == "cpu"
+        with freed_memory_kept() if keep else nullcontext():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        # Old checkpoints may go only when the new one is known to be whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial))
+            marker = folder / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE
+            write_atomically(marker, json.dumps({"step": self.state.global_step}).encode())
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(
+                output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
+            )
+
+    # Metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms of the steps since the last logging, averaged exactly, and writes metrics.jsonl."""
+        extra = {}
+        window = self.accelerator.reduce(self._window) if "loss" in logs else None
+        if window and window["examples"]:
+            logs.update(self._term_metrics(window["sums"], window["counts"], "loss"))
+            signals = window["counts"][2].item()
+            if self.args.beta > 0:
+                logs["signal_share"] = signals / window["examples"].item()
+            if signals:
+                logs["router_entropy"] = window["entropy"].item() / signals
+                extra["router_weights"] = self.layer_weights = (window["weights"] / signals).tolist()
+            self._reset_window()
+        super().log(logs, start_time)
+        if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
+            _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
+
+    def _term_metrics(self, sums, counts, prefix):
+        values = (sums / counts.clamp(min=1)).tolist()
+        return {f"{prefix}_{t}": v for t, v, n in zip(TERMS, values, counts.tolist(), strict=True) if n}
+
+    def _reset_window(self):
+        device, layers = self.args.device, self.mold_loss.router.num_layers
+        self._window = {
+            "sums": torch.zeros(3, device=device),
+            "counts": torch.zeros(3, device=device, dtype=torch.int64),
+            "weights": torch.zeros(layers, device=device),
+            "entropy": torch.zeros((), device=device),
+            "examples": torch.zeros((), device=device, dtype=torch.int64),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Every term over the whole data set (token and example means, whatever the batches are).
+
+        Args:
+            eval_dataset: items of `encode`; None: the trainer's own. Every process takes its share, no item twice.
+            ignore_keys: not used.
+            metric_key_prefix: of the metrics' names.
+
+        Returns:
+            eval_loss and eval_loss_rationale, eval_loss_answer, eval_loss_attention where they are defined.
+        """
+        model = self.model
+        was_training = model.training
+        model.eval()
+        sums, counts = torch.zeros(3, device=self.args.device), torch.zeros(3, device=self.args.device)
+        items = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        items = items[self.accelerator.process_index :: self.accelerator.num_processes]
+        loader = DataLoader(items, self.args.eval_batch_size, collate_fn=self.data_collator)
+        for inputs in tqdm(loader, desc="Evaluating", disable=self.args.disable_tqdm, leave=False):
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                sums += self._term_sums(model, inputs)[0]
+            counts += _denominators(inputs)
+        sums, counts = self.accelerator.reduce(sums), self.accelerator.reduce(counts)
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts).item()}
+        metrics |= self._term_metrics(sums, counts, f"{metric_key_prefix}_loss")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def term_gradient_norms(self, items: Sequence[dict]) -> dict[str, float]:
+        """Norm of each unweighted term's gradient with respect to the model, on one batch of items of `encode`.
+
+        The attention loss is small by nature; this tells whether beta times it pulls at all.
+        """
+        inputs = self._prepare_inputs(self.data_collator(list(items)))
+        self.model.train()
+        norms = {}
+        for index, term in enumerate(TERMS):
+            count = _denominators(inputs)[index]
+            if not count:
+                continue
+            with self.compute_loss_context_manager():
+                sums, _, _ = self._term_sums(self.model, inputs)
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(sums[index] / count, parameters, allow_unused=True)
+            norms[term] = math.sqrt(sum(g.float().square().sum().item() for g in gradients if g is not None))
+        return norms
+
+    @torch.no_grad()
+    def attention_maps(self, items: Sequence[dict]) -> list[dict]:
+        """Steps x key words of teacher and student, mixed over layers, of items of `encode` that have a signal.
+
+        Returns:
+            A dictionary an item: id, steps, key_words (texts), teacher and student [S][M], their layer weights, and
+            the KL between them.
+        """
+        model, maps = self.model, []
+        was_training = model.training
+        model.eval()
+        self.mold_loss.eval()
+        for item in items:
+            if not has_signal(item):
+                continue
+            first_task = {name: value for name, value in item.items() if name != "predict"}
+            inputs = self._prepare_inputs(self.data_collator([first_task]))
+            outputs = self._forward(model, inputs, with_attention=True)
+            counts = inputs["num_steps"], inputs["num_keys"]
+            teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
+            teacher_weights = self.mold_loss.teacher_weights(teacher, *counts)
+            kl, student_weights = self.mold_loss(outputs.attentions, teacher, *counts)
+            maps.append(
+                {
+                    "id": item["example"].id,
+                    "steps": item["example"].step_texts,
+                    "key_words": item["example"].key_word_texts,
+                    "teacher": torch.einsum("bl,blsm->bsm", teacher_weights, teacher)[0].tolist(),
+                    "student": torch.einsum("bl,lbsm->bsm", student_weights, student)[0].tolist(),
+                    "teacher_layer_weights": teacher_weights[0].tolist(),
+                    "student_layer_weights": student_weights[0].tolist(),
+                    "kl": kl.item(),
+                }
+            )
+        model.train(was_training)
+        return maps
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """The checkpoint with the highest step in a run folder that was written whole, None without one."""
+    markers = Path(folder).glob(f"checkpoint-*/{COMPLETE_FILE}")
+    checkpoints = [marker.parent for marker in markers if marker.parent.name.removeprefix("checkpoint-").isdigit()]
+    if not checkpoints:
+        return None
+    return str(max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+
+
+def _append_line(path: Path, row: dict) -> None:
+    """Append a row to a JSON-lines file, cutting off what a killed run left of its last line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        whole = file.seek(0, 2)
+        while whole and (file.seek(whole - 1), file.read(1))[1] != b"\n":
+            whole -= 1
+        file.truncate(whole)
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def _denominators(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Rationale tokens, answer tokens and examples with a signal of a batch: int64 [3]."""
+    predicted = inputs["regions"][:, 1:]
+    signals = inputs["num_keys"] > 0
+    return torch.stack([(predicted == RATIONALE).sum(), (predicted == ANSWER).sum(), signals.sum()])

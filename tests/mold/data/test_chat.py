@@ -1,0 +1,198 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mold.data.chat import CHAT_TEMPLATE, render_for
+from mold.data.conversations import example_from_row, question_row
+from mold.data.encoding import encode_example
+from mold.data.examples import DEFAULT_TEMPLATE, Example, text_hash
+from mold.data.problems import generate_problems
+from mold.data.readers import read_examples
+from mold.evaluation.predictions import generate_predictions
+from tests.tiny_models import make_model
+from tests.tiny_tokenizers import make_tokenizer
+
+# In the styles of the models that people use: with and without a beginning of sequence, trimming, an inserted thought.
+CHAT_TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}",
+    "headers": "<s>{% for m in messages %}<|head|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}",
+    "instruct": "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% else %}{{ m.content }}\n{% endif %}{% endfor %}",
+    "thought": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}</s>\n{% endfor %}",
+}
+EXAMPLE = generate_problems(1, seed=2)[0]
+
+
+def chat_tokenizer(kind, style):
+    tokenizer = make_tokenizer.__wrapped__(kind)
+    tokenizer.chat_template = CHAT_TEMPLATES[style]
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["smollm", "llama2", "llama3"])
+@pytest.mark.parametrize("style", CHAT_TEMPLATES)
+def test_question_rationale_and_answer_are_found_in_the_rendered_chat(kind, style):
+    tokenizer = chat_tokenizer(kind, style)
+    rendered = render_for(EXAMPLE, CHAT_TEMPLATE, tokenizer)
+    messages = [
+        {"role": "user", "content": EXAMPLE.question},
+        {"role": "assistant", "content": f"{EXAMPLE.rationale}\nAnswer: {EXAMPLE.answer}"},
+    ]
+    assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
+    assert rendered.text[slice(*rendered.question)] == EXAMPLE.question
+    assert rendered.text[slice(*rendered.rationale)] == EXAMPLE.rationale
+    assert rendered.text[slice(*rendered.answer)].startswith(f"\nAnswer: {EXAMPLE.answer}")
+    assert rendered.text.startswith(rendered.prompt)
+
+
+@pytest.mark.parametrize("kind", ["smollm", "llama2", "llama3"])
+@pytest.mark.parametrize("style", CHAT_TEMPLATES)
+def test_tokens_of_a_chat(kind, style):
+    """The ids are those of the chat template; steps and key words are those of the plain text; one end of sequence."""
+    tokenizer = chat_tokenizer(kind, style)
+    encoded = encode_example(EXAMPLE, tokenizer, CHAT_TEMPLATE)
+    text = render_for(EXAMPLE, CHAT_TEMPLATE, tokenizer).text
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encoded.input_ids[: len(ids)] == ids
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == text.count("<s>")
+    assert encoded.input_ids[-1] == tokenizer.eos_token_id != encoded.input_ids[-2]
+    plain = encode_example(EXAMPLE, tokenizer, DEFAULT_TEMPLATE)
+    assert (encoded.step_texts, encoded.key_word_texts) == (plain.step_texts, plain.key_word_texts)
+    for (start, end), word in zip(encoded.key_spans, encoded.key_word_texts, strict=True):
+        assert word in tokenizer.decode(encoded.input_ids[start:end])
+    learned = [token for token, region in zip(encoded.input_ids, encoded.regions, strict=True) if region > 0]
+    said = tokenizer.decode(learned, skip_special_tokens=True).strip()
+    assert said.startswith(EXAMPLE.rationale[:20])
+    assert f"Answer: {EXAMPLE.answer}" in said
+
+
+def test_a_system_message_and_earlier_turns_are_part_of_the_prompt():
+    tokenizer = chat_tokenizer("smollm", "chatml")
+    row = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "What is 1 + 1?"},
+            {"role": "assistant", "content": "2"},
+            {"role": "user", "content": "And 2 + 2?"},
+            {"role": "assistant", "content": "2 + 2 = 4. The answer is 4."},
+        ]
+    }
+    example = example_from_row(row, "rows-0")
+    assert example == Example(
+        "rows-0",
+        "And 2 + 2?",
+        "2 + 2 = 4.",
+        "4",
+        history=(("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "2")),
+    )
+    rendered = render_for(example, CHAT_TEMPLATE, tokenizer)
+    assert "Be brief." in rendered.prompt
+    assert rendered.text[slice(*rendered.question)] == "And 2 + 2?"
+    assert encode_example(example, tokenizer, CHAT_TEMPLATE).key_word_texts == ["2", "2", "2", "2", "4"]
+    with pytest.raises(ValueError, match=r"must hold \{assistant\} for an example with messages before"):
+        encode_example(example, tokenizer, DEFAULT_TEMPLATE)
+    assert text_hash(example, CHAT_TEMPLATE) != text_hash(
+        example_from_row({**row, "messages": row["messages"][3:]}, "x"), CHAT_TEMPLATE
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "2 + 3?", "completion": "2 + 3 = 5.\n#### 5"}, ("2 + 3?", "2 + 3 = 5.", "5")),
+        (
+            {"prompt": "Q", "completion": "The answer is 1? No. So the final answer is: 2."},
+            ("Q", "The answer is 1? No.", "2"),
+        ),
+        ({"prompt": "Q", "completion": "Half of 8.", "answer": 4}, ("Q", "Half of 8.", 4)),
+        ({"prompt": "Q", "completion": "Half of 8.\nAnswer: four", "answer": "4"}, ("Q", "Half of 8.", "4")),
+        ({"prompt": "Q", "completion": "<think>\nHalf of 8.\n</think>\n\n4"}, ("Q", "Half of 8.", "4")),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Q"}],
+                "completion": [{"role": "assistant", "content": "It is 4.", "reasoning_content": "Half of 8."}],
+            },
+            ("Q", "Half of 8.", "It is 4."),
+        ),
+    ],
+)
+def test_conversations_become_question_rationale_and_answer(row, expected):
+    fields = question_row(row, "here")
+    assert (fields["question"], fields["rationale"], fields["answer"]) == expected
+    assert fields["history"] == ()
+
+
+def test_a_file_of_conversations_is_read(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(
+        '{"messages": [{"role": "user", "content": "2 + 3?"}, '
+        '{"role": "assistant", "content": "It is 5.\\nAnswer: 5"}]}\n'
+        '{"prompt": "1 + 1?", "completion": "It is 2.\\nAnswer: 2", "correct": true, "id": "second"}\n'
+    )
+    examples, report = read_examples(path)
+    assert report.kept == 2
+    assert [(e.id, e.question, e.rationale, e.answer) for e in examples] == [
+        ("chat-1", "2 + 3?", "It is 5.", "5"),
+        ("second", "1 + 1?", "It is 2.", "2"),
+    ]
+
+
+def test_generation_starts_from_the_chat_template(monkeypatch):
+    tokenizer = chat_tokenizer("llama2", "instruct")
+    model = make_model("llama", vocab=len(tokenizer))
+    seen = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **kwargs: seen.append(ids) or generate(ids, **kwargs))
+    generate_predictions(model, tokenizer, [EXAMPLE], CHAT_TEMPLATE, max_new_tokens=2, progress=False)
+    expected = tokenizer(f"<s>[INST] {EXAMPLE.question} [/INST]", add_special_tokens=False)["input_ids"]
+    assert seen[0].tolist() == [expected]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Q"}, "here: has a prompt, must have a completion too"),
+        ({"prompt": "Q", "completion": "no idea"}, "here: no answer found in 'no idea'"),
+        ({"messages": []}, r"here: messages is \[\], must be a text or a list"),
+        (
+            {"messages": [{"role": "user"}]},
+            "here: messages holds .* must hold messages with the texts role and content",
+        ),
+        ({"messages": [{"role": "user", "content": "Q"}]}, "here: has messages of user; must end with user, assistant"),
+        (
+            {"prompt": "Q", "completion": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "here: completion holds tool calls",
+        ),
+        ({"question": "Q", "history": "no"}, r"here: history is 'no', must be a list of \[role, text\]"),
+        ({"question": "Q", "rationale": "R"}, "here: has the keys question, rationale"),
+    ],
+)
+def test_malformed_rows_are_refused_by_their_place(row, message):
+    with pytest.raises(ValueError, match=message):
+        example_from_row(row, "here")
+
+
+def test_chat_templates_that_cannot_be_used_are_refused():
+    with pytest.raises(ValueError, match="has no chat template"):
+        render_for(EXAMPLE, CHAT_TEMPLATE, make_tokenizer("smollm"))
+    tokenizer = chat_tokenizer("smollm", "chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | replace('has', 'HAS') }}{% endfor %}"
+    with pytest.raises(
+        ValueError, match=f"example {EXAMPLE.id}: template: the chat template of .* changes the messages"
+    ):
+        encode_example(Example(EXAMPLE.id, "He has 2 hens.", "He has 2.", "2"), tokenizer, CHAT_TEMPLATE)
+    with pytest.raises(ValueError, match=r"must hold \{question\}, \{assistant\}, \{rationale\}, \{answer\} once each"):
+        render_for(EXAMPLE, "{assistant}{question}{rationale}{answer}", tokenizer)
+
+
+@given(st.text(min_size=1), st.text(min_size=1), st.text(min_size=1))
+def test_any_text_is_found_or_refused(question, rationale, answer):
+    """Braces, markup and the chat template's own marks are ordinary text."""
+    example = Example("any", question.strip() or "q", rationale.strip() or "r", answer.strip() or "a")
+    rendered = render_for(example, CHAT_TEMPLATE, chat_tokenizer("smollm", "headers"))
+    assert rendered.text[slice(*rendered.question)] == example.question
+    assert rendered.text[slice(*rendered.rationale)] == example.rationale

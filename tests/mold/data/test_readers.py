@@ -1,0 +1,307 @@
+"""Readers, on rows written by hand in the format of each data set."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from mold.data.examples import Example
+from mold.data.readers import FORMATS, read_examples
+
+GSM8K = [
+    {
+        "question": "Ben has 1200 stamps and sells half. How many are left?",
+        "answer": "He sells 1200/2 = <<1200/2=600>>600.\nSo 1200-600 = <<1200-600=600>>600 are left.\n#### 600",
+    },
+    {"question": "And ten times that?", "answer": "It is $<<600*10=6000>>6,000.\n#### 6,000"},
+]
+SVAMP = [
+    {"ID": "s-1", "Body": "A jar holds 7 nuts", "Question": "How many do 3 jars hold?", "Equation": "( 7.0 * 3.0 )"}
+    | {"Answer": 21.0, "Type": "Multiplication"},
+    {"ID": "s-2", "Body": "Kim had 9.5 dollars.", "Question": "How much is left after 2?", "Equation": "( 9.5 - 2.0 )"}
+    | {"Answer": 7.5, "Type": "Subtraction"},
+]
+ASDIV_XML = """<?xml version="1.0" encoding="UTF-8"?>
+<Machine-Reading-Corpus-File>
+  <ProblemSet>
+    <Problem ID="demo-1" Grade="2" Source="nowhere">
+      <Body>Lea sees 4 cats &amp; 5 dogs.</Body>
+      <Question>How many animals does she see?</Question>
+      <Solution-Type>Sum</Solution-Type>
+      <Answer>9 (animals)</Answer>
+      <Formula>4+5=9</Formula>
+    </Problem>
+    <Problem ID="demo-2" Grade="5" Source="nowhere">
+      <Body></Body>
+      <Question>Sort 3 and 2.</Question>
+      <Solution-Type>Sort</Solution-Type>
+      <Answer>2 (low); 3 (high)</Answer>
+      <Formula>2;3</Formula>
+    </Problem>
+  </ProblemSet>
+</Machine-Reading-Corpus-File>
+"""
+ASDIV_EXAMPLES = [
+    Example("demo-1", "Lea sees 4 cats & 5 dogs. How many animals does she see?", "", "9"),
+    Example("demo-2", "Sort 3 and 2.", "", "2; 3"),
+]
+EQUATIONS = [{"iIndex": 4, "sQuestion": "A tile costs 0.6 . How much do 3 cost ?", "lEquations": ["x=3*0.6"]}]
+EQUATIONS[0] |= {"lSolutions": [1.8], "lAlignments": [1, 2]}
+CHOICES = {"label": ["A", "B"], "text": ["a wet shore", "cupboard"]}
+COMMONSENSE = [
+    {
+        "id": "c1",
+        "answerKey": "B",
+        "question": {
+            "stem": "Where do cups stand?",
+            "question_concept": "cups",
+            "choices": [{"label": "A", "text": "a wet shore"}, {"label": "B", "text": "cupboard"}],
+        },
+    }
+]
+COMMONSENSE_FLAT = [
+    {"id": "c1", "question": "Where do cups stand?", "question_concept": "cups", "choices": CHOICES, "answerKey": "B"}
+]
+COMMONSENSE_EXAMPLE = Example(
+    "c1",
+    "Where do cups stand? Answer Choices: (A) a wet shore (B) cupboard",
+    "",
+    "B",
+    ("cups", "a wet shore", "cupboard"),
+)
+STRATEGY = [
+    {"qid": "q1", "term": "Snow", "description": "cold", "question": "Does snow burn?", "answer": False}
+    | {"facts": ["Snow is water. ", "Water does not burn."], "decomposition": ["Is it?"]}
+]
+
+
+def write(path, rows):
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n" if path.suffix == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]\n")
+    return path
+
+
+def read(path, **options):
+    return read_examples(path, **{"require_rationale": False} | options)[0]
+
+
+def test_gsm8k_without_its_calculator_marks(tmp_path):
+    examples, report = read_examples(write(tmp_path / "train.jsonl", GSM8K))
+    assert examples == [
+        Example("train-1", GSM8K[0]["question"], "He sells 1200/2 = 600.\nSo 1200-600 = 600 are left.", "600"),
+        Example("train-2", "And ten times that?", "It is $6,000.", "6000"),
+    ]
+    assert str(report) == "2 rows, 2 kept"
+
+
+def test_svamp(tmp_path):
+    path = write(tmp_path / "SVAMP.json", SVAMP)
+    assert read(path) == [
+        Example("s-1", "A jar holds 7 nuts. How many do 3 jars hold?", "", "21"),
+        Example("s-2", "Kim had 9.5 dollars. How much is left after 2?", "", "7.5"),
+    ]
+    with pytest.raises(ValueError, match=r"SVAMP\.json:2: rationale is None"):
+        read_examples(path)
+
+
+def test_asdiv_in_xml_and_json(tmp_path):
+    (tmp_path / "ASDiv.xml").write_text(ASDIV_XML)
+    assert read(tmp_path / "ASDiv.xml") == ASDIV_EXAMPLES
+    rows = [
+        {"Body": "Lea sees 4 cats & 5 dogs.", "Question": "How many animals does she see?"},
+        {"Body": "", "Question": "Sort 3 and 2."},
+    ]
+    rows[0] |= {"Answer": "9 (animals)", "Formula": "4+5=9"}
+    rows[1] |= {"Answer": "2 (low); 3 (high)", "Formula": "2;3"}
+    published = [{**row, "ID": f"demo-{number}"} for number, row in enumerate(rows, 1)]
+    assert read(write(tmp_path / "asdiv.json", published)) == ASDIV_EXAMPLES
+    lower = [{key.lower(): value for key, value in row.items()} for row in rows]
+    assert [vars(e) | {"id": f"demo-{n}"} for n, e in enumerate(read(write(tmp_path / "x.jsonl", lower)), 1)] == [
+        vars(e) for e in ASDIV_EXAMPLES
+    ]
+
+
+def test_singleeq_and_multiarith(tmp_path):
+    assert read(write(tmp_path / "questions.json", EQUATIONS)) == [
+        Example("questions-1", "A tile costs 0.6 . How much do 3 cost ?", "", "1.8")
+    ]
+    rows = [{"question": " A tile costs 2. How much do 3 cost? ", "final_ans": "6"}]
+    assert read(write(tmp_path / "multi.jsonl", rows)) == [
+        Example("multi-1", "A tile costs 2. How much do 3 cost?", "", "6")
+    ]
+
+
+def test_commonsense_qa_as_published_and_flat(tmp_path):
+    assert read(write(tmp_path / "dev.jsonl", COMMONSENSE)) == [COMMONSENSE_EXAMPLE]
+    assert read(write(tmp_path / "flat.jsonl", COMMONSENSE_FLAT)) == [COMMONSENSE_EXAMPLE]
+
+
+def test_strategyqa(tmp_path):
+    assert read_examples(write(tmp_path / "train.json", STRATEGY))[0] == [
+        Example("q1", "Does snow burn?", "Snow is water. Water does not burn.", "no", ("Snow",))
+    ]
+
+
+def test_plain_rows(tmp_path):
+    rows = [
+        {"id": 7, "question": "What?", "rationale": " So. ", "answer": "the sea", "keywords": ["sea", "wave"]},
+        {"question": "How many?", "rationale": "Two.", "answer": 2, "source": "mine"},
+        {"question": "How much?", "rationale": "A lot.", "answer": 12345678.25},
+    ]
+    assert read_examples(write(tmp_path / "my.jsonl", rows))[0] == [
+        Example("7", "What?", "So.", "the sea", ("sea", "wave")),
+        Example("my-2", "How many?", "Two.", "2"),
+        Example("my-3", "How much?", "A lot.", "12345678.25"),
+    ]
+
+
+def test_rationales_from_another_file(tmp_path):
+    write(tmp_path / "SVAMP.json", SVAMP)
+    rows = [
+        {"question": "a jar holds 7 nuts.  How many do 3 jars hold", "rationale": "7 * 3 = 21.", "correct": True},
+        {
+            "question": "A jar holds 7 nuts. How many do 3 jars hold?",
+            "rationale": "Three times 7.",
+            "keywords": ["jar"],
+        },
+        {"question": "A jar holds 7 nuts. How many do 3 jars hold?", "rationale": "7 + 3 = 10.", "correct": False},
+        {"question": "Who knows this one?", "rationale": "Nobody."},
+    ]
+    write(tmp_path / "rationales.jsonl", rows)
+    examples, report = read_examples(tmp_path)
+    assert [(e.id, e.rationale, e.keywords) for e in examples] == [
+        ("s-1", "7 * 3 = 21.", None),
+        ("s-1-2", "Three times 7.", ("jar",)),
+    ]
+    assert report.rows == 2
+    reasons = {"without a rationale": 1, "with a wrong rationale": 1, "rationales of no question": 1}
+    assert report.left_out == reasons
+    assert "1 with a wrong rationale" in str(report)
+    # For evaluation every question is there, once, whatever its rationales.
+    examples, report = read_examples(tmp_path, require_rationale=False)
+    assert [(e.id, e.rationale) for e in examples] == [("s-1", "7 * 3 = 21."), ("s-2", "")]
+    # They take the place of those that the data set has.
+    other = write(tmp_path / "teacher.jsonl", [{"question": GSM8K[0]["question"], "rationale": "Half of 1200 is 600."}])
+    examples, report = read_examples(write(tmp_path / "train.jsonl", GSM8K), rationales=other)
+    assert [e.rationale for e in examples] == ["Half of 1200 is 600."]
+    assert report.left_out == {"without a rationale": 1}
+
+
+def test_repeated_rows_are_left_out_and_counted(tmp_path):
+    rows = [{"question": q, "rationale": r, "answer": "1"} for q, r in (("A b?", "x"), ("a  B", "x"), ("A b?", "y"))]
+    examples, report = read_examples(write(tmp_path / "a.jsonl", rows))
+    assert [example.id for example in examples] == ["a-1", "a-3"]
+    assert report.left_out == {"repeated": 1}
+    assert [example.id for example in read(tmp_path / "a.jsonl")] == ["a-1"]
+
+
+def test_a_folder_and_its_splits(tmp_path):
+    write(tmp_path / "train.jsonl", GSM8K)
+    write(tmp_path / "test.jsonl", GSM8K[:1])
+    assert len(read_examples(tmp_path, split="train")[0]) == 2
+    assert read_examples(tmp_path, split="test")[0][0].id == "test-1"
+    for split in (None, "t", "dev"):
+        with pytest.raises(ValueError, match=r"holds test\.jsonl, train\.jsonl; name one of them, or dataset_split"):
+            read_examples(tmp_path, split=split)
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(COMMONSENSE_FLAT), tmp_path / "dev.parquet")
+    assert read(tmp_path / "dev.parquet") == [COMMONSENSE_EXAMPLE]
+    parquet.write_table(pyarrow.Table.from_pylist([{"question": "a", "answer": None}]), tmp_path / "dev.parquet")
+    with pytest.raises(ValueError, match=r"dev\.parquet, row 1: answer is None"):
+        read(tmp_path / "dev.parquet")
+
+
+def test_the_hub(monkeypatch):
+    calls = []
+
+    def load_dataset(name, config, split):
+        calls.append((name, config, split))
+        if config == "gone":
+            raise ValueError("no such configuration\nhere")
+        return GSM8K
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    examples = read_examples("openai/gsm8k:main", split="test")[0]
+    assert examples[1].id == "gsm8k-2"
+    read_examples("some/gsm8k", split="train")
+    assert calls == [("openai/gsm8k", "main", "test"), ("some/gsm8k", None, "train")]
+    with pytest.raises(ValueError, match="dataset_split: is not given, must name a split of openai/gsm8k"):
+        read_examples("openai/gsm8k")
+    with pytest.raises(ValueError, match=r"cannot load openai/gsm8k from the hub: no such configuration$"):
+        read_examples("openai/gsm8k:gone", split="test")
+
+
+@pytest.mark.parametrize(("module", "path"), [("datasets", "a/b"), ("pyarrow.parquet", "a.parquet")])
+def test_without_the_extra_it_is_named(monkeypatch, tmp_path, module, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r'pip install "mold-distill\[data\]"'):
+        read_examples(path, split="train")
+
+
+# Wrong input names file and line
+
+GOOD = '{"question": "a", "rationale": "b", "answer": "c"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", f"{GOOD}\n\n{{oops", r"a\.jsonl:3: is no JSON"),
+        ("a.jsonl", f"{GOOD}\n[1]", r"a\.jsonl:2: is a list, must be an object"),
+        ("a.jsonl", f'{GOOD}\n{{"question": "d", "rationale": "e"}}', r"a\.jsonl:2: answer is None, must be a text"),
+        ("a.jsonl", '{"question": "d", "rationale": " ", "answer": "1"}', r"a\.jsonl:1: rationale is ' '"),
+        ("a.jsonl", '{"question": "d", "rationale": "e", "answer": NaN}', r"a\.jsonl:1: answer is nan"),
+        ("a.jsonl", '{"question": "d", "rationale": "e", "answer": true}', r"a\.jsonl:1: answer is True"),
+        ("a.jsonl", '{"question": 5, "rationale": "e", "answer": "1"}', r"a\.jsonl:1: question is 5"),
+        ("a.jsonl", '{"question": "d", "rationale": "e", "answer": "1", "keywords": "x"}', "keywords is 'x'"),
+        ("a.jsonl", '{"messages": [], "prompt": "x"}', r"a\.jsonl:1: .*messages is \[\], must be a text or a list"),
+        ("a.jsonl", f'{GOOD[:-1]}, "id": 1}}\n{GOOD[:-3]}d", "id": 1}}', r"a\.jsonl:2: has the id '1' of .*jsonl:1"),
+        ("a.jsonl", "\n", "holds no usable example"),
+        ("a.json", f"[{GOOD},\n{GOOD}\n{GOOD}]", r"a\.json:2: the array ends or goes on without a comma"),
+        ("a.json", f"[\n{GOOD},\n\n7]", r"a\.json:4: is a int, must be an object"),
+        ("a.json", f"[{GOOD},\n{{]", r"a\.json:2: is no JSON"),
+        ("a.json", f"[{GOOD}", r"a\.json:1: the array ends"),
+        ("a.json", GOOD, r"a\.json:1: must be a JSON array"),
+        ("a.xml", "<a>\n<b></a>", r"a\.xml:2: is no XML"),
+        ("a.csv", "question,answer", "must end in .jsonl, .json, .xml, .parquet"),
+        (
+            "a.jsonl",
+            json.dumps(GSM8K[0]) + '\n{"question": "a", "answer": "no mark"}',
+            r":2: .*no '#### result'.*gsm8k",
+        ),
+        ("a.jsonl", json.dumps(GSM8K[0]) + '\n{"question": "a"}', r"a\.jsonl:2: has no 'answer' \(read as gsm8k\)"),
+        ("a.json", json.dumps([SVAMP[0] | {"Body": 5}]), r"a\.json:1: is malformed: .*svamp"),
+        ("a.json", json.dumps([EQUATIONS[0] | {"lSolutions": [1, 2]}]), r"a\.json:1: is malformed: .*singleeq"),
+        ("a.jsonl", json.dumps(COMMONSENSE[0] | {"answerKey": "Z"}), "answerKey is 'Z', must be one of the choices"),
+        ("a.json", json.dumps([STRATEGY[0] | {"answer": "maybe"}]), "answer is 'maybe', must be true or false"),
+    ],
+)
+def test_malformed_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_examples(tmp_path / name)
+
+
+def test_what_does_not_exist(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset: .*none\.jsonl does not exist"):
+        read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"dataset: nowhere\.json does not exist"):
+        read_examples("nowhere.json")
+    with pytest.raises(ValueError, match="holds no data file"):
+        read_examples(tmp_path)
+    path = write(tmp_path / "a.json", SVAMP)
+    with pytest.raises(ValueError, match=r"dataset: .*none\.jsonl does not exist"):
+        read_examples(path, rationales=tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=f"dataset_format: is 'csv', must be auto, {', '.join(FORMATS)}"):
+        read_examples(path, "csv")
+    write(tmp_path / "r.jsonl", [{"question": "a"}])
+    with pytest.raises(ValueError, match=r"r\.jsonl:1: has question; must have the keys question and rationale"):
+        read_examples(path, rationales=tmp_path / "r.jsonl")
