@@ -100,7 +100,9 @@ def _operand(formula: str, start: int) -> str:
         depth += (formula[place] in _OPENING) - (formula[place] in _CLOSING)
         if depth == 0:
             # 2^{3}^{4} and 2^(3)! go on.
-            return formula[start : place + 1] + re.match(r"\s*(?:(?:\^|\*\*|!)[\w{}().\\^!*]*)?", formula[place + 1 :])[0]
+            return (
+                formula[start : place + 1] + re.match(r"\s*(?:(?:\^|\*\*|!)[\w{}().\\^!*]*)?", formula[place + 1 :])[0]
+            )
     return formula[start:]
 
 
