@@ -15,7 +15,10 @@ math-verify would say something else, the plain reading wins:
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
+import unicodedata
 from collections import Counter
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -23,6 +26,8 @@ from typing import Literal, NamedTuple
 from mold.data.examples import ASSISTANT, DEFAULT_TEMPLATE
 from mold.data.formulas import same_formula
 from mold.data.quantities import (
+    LONGEST,
+    NUMBER_WORDS,
     Statement,
     boxed,
     boxes,
@@ -81,6 +86,7 @@ class _Announcement(NamedTuple):
     answer: str | None
 
 
+@functools.lru_cache(maxsize=4096)
 def answer_kind(right: str) -> AnswerKind:
     """What kind of answer a task wants, told from the right one: a choice's letter, yes or no, a number, or a text.
 
@@ -189,15 +195,14 @@ def _only_marks(text: str) -> bool:
 def _label(text: str, template: str) -> _Announcement | None:
     """The last of the template's markers, "Answer:", headings and "####", with the answer behind it."""
     found = []
+    content = len(text.rstrip())
     marker = template.split("{rationale}")[1].split("{answer}")[0].strip()
     if marker and (place := text.rfind(marker)) >= 0:
         found.append((place, place + len(marker)))
     for pattern in (_LABEL, _SOLUTION_END):
         for match in pattern.finditer(text):
             last = match
-            if pattern is _SOLUTION_END and not (
-                _SOLUTION_ANSWER.match(match["answer"]) or not text[match.end() :].strip()
-            ):
+            if pattern is _SOLUTION_END and not (_SOLUTION_ANSWER.match(match["answer"]) or match.end() >= content):
                 continue
             end = last.start("answer") if pattern is _SOLUTION_END else last.end()
             found.append((last.start(), end))
@@ -229,27 +234,29 @@ def _behind(text: str, start: int, whole_line: bool) -> str | None:
         if text.startswith(opening, start):
             end = text.find(closing, start + len(opening))
             return text[start + len(opening) * (opening != "\\begin{") : len(text) if end < 0 else end].strip() or None
-    end = text.find("\n", start)
-    end = len(text) if end < 0 else end
+    end = _line_end(text, start)
     while whole_line and text[start:end].rstrip(" *_").endswith((":", "=")) and text[end:].strip():
-        following = end + len(text[end:]) - len(text[end:].lstrip())
-        end = text.find("\n", following)
-        end = len(text) if end < 0 else end
+        end = _line_end(text, _OPENING_MARKS.match(text, end).end())
     if not whole_line:
-        for _, last in split_sentences(text, start, end):
+        for _, last in split_sentences(text, start, min(end, start + LONGEST)):
             # "Rs. 72": the first of these ends no sentence.
-            if last == end or not re.fullmatch(r"[A-Za-z]{2,6}\.", text[start:last].strip()):
+            if not re.fullmatch(r"[A-Za-z]{2,6}\.", text[start:last].strip()):
                 end = last
                 break
         return text[start:end].strip().strip("*_`").rstrip(" *_`.!").strip() or None
     return text[start:end].strip().strip("*_`").strip() or None
 
 
+def _line_end(text: str, start: int) -> int:
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end
+
+
 def _states(answer: str, kind: AnswerKind) -> bool:
     if kind == "number":
         return stated(answer) is not None
     if kind == "choice":
-        return bool(_mentions(answer))
+        return len(_choices(answer) or ()) == 1
     return kind == "text" or bool(_said(answer))
 
 
@@ -273,8 +280,12 @@ def _last_number(text: str) -> str | None:
     """
     digits = any(char.isdigit() for char in text)
     for line in reversed(text.split("\n")):
+        if not (
+            NUMBER_WORDS.search(line) or any(char.isdigit() or unicodedata.category(char) == "No" for char in line)
+        ):
+            continue
         for start, end in reversed(split_sentences(line)):
-            sentence = _BULLET.sub("", line[start:end])
+            sentence = _BULLET.sub("", line[start:end])[-LONGEST:]
             statement = _statement_of(sentence, not digits or bool(_CONCLUDES.match(sentence)))
             if statement is None:
                 continue
@@ -293,9 +304,10 @@ def _statement_of(sentence: str, in_words: bool) -> Statement | None:
     return statement if statement and (statement.value is not None or find_quantities(plain(statement.text))) else None
 
 
+@functools.lru_cache(maxsize=4096)
 def _right_number(right: str) -> Fraction | None:
     """The number that a right answer is: alone, behind "x =", or with a currency and a unit of a few words."""
-    statement = stated(right)
+    statement = None if len(right) > LONGEST else stated(right)
     if statement is None or statement.kind != "number":
         return None
     side = re.split(r"=|≈", plain(boxed(right) or right))[-1].strip(" $*_`.,")
@@ -320,7 +332,7 @@ _MENTION = re.compile(
     rf"""
       [(\[]\s?(?P<bracket>[A-Ja-j])\s?[)\]]
     | (?i:\b(?:option|choice|letter|alternative|answer)\s+)["'(\[]?(?P<named>[A-J](?![\w'’-])|[b-j](?![\w'’-])|a(?=\s*(?:[).,;:]|$)))
-    | (?<![\w'’.-])(?P<marked>[A-J])(?=\s*(?:$|[).:,;/&!?\]"'\n]))
+    | (?<![\w'’.-])(?P<marked>[A-J])(?=["']|\s*(?:$|[).:,;/&!?\]\n]))
     | (?<![\w'’.-])(?P<bare>[B-HJ]|A{_FOLLOWS_A})(?![\w'’.-])
     | \A\W*(?P<lower>[a-j])(?=\s*(?:\W*\Z|[).:](?:\s|\Z)))
     """,
@@ -328,7 +340,7 @@ _MENTION = re.compile(
 )
 _DENIES = re.compile(
     r"(?:\b(?:not|neither|nor|never|except|cannot|unlike|over|than|without|instead\s+of|eliminat\w+|rul\w+\s+out|exclud\w+"
-    r"|discard\w*|reject\w*)|n['’]t)(?:\s+(?:be|the|an?|options?|choices?|answers?|letter|either|both|just|really|likely)){0,4}\W{0,3}$",
+    r"|discard\w*|reject\w*)|n['’]t)(?:\s+(?:be|in|with|to|of|the|an?|options?|choices?|answers?|letter|either|both|just|really|likely)){0,4}\W{0,3}$",
     re.IGNORECASE,
 )
 _DENIED_BEHIND = re.compile(
@@ -346,7 +358,7 @@ _LEADING = re.compile(
 )
 _DECLARES = re.compile(
     r"\b(?:options?|choices?|alternative|correct|right|best|choose|chose|pick|select|go(?:ing)?\s+with|opt|settle|conclude"
-    r"|guess|answer|must\s+be|so|thus|hence|therefore)\b",
+    r"|guess|answer|must\s+be|so|thus|hence|therefore|leav(?:es|ing)|left\s+with|probably|likely|most|sense)\b",
     re.IGNORECASE,
 )
 
@@ -361,21 +373,23 @@ def _mentions(text: str) -> list[_Mention]:
     return [_Mention(found[found.lastgroup].upper(), *found.span()) for found in _MENTION.finditer(text)]
 
 
-def _choice(text: str) -> str | None:
-    """The letter a text decides for, "" where it leaves several or denies what it names, None where it names none."""
-    text = plain(boxed(text) or text)
+def _choices(text: str) -> set[str] | None:
+    """The letters a text leaves: one where it decides, none where it denies what it names; None where it names none."""
+    text = plain((boxed(text) or text)[:LONGEST])
     mentions = _mentions(text)
     if not mentions:
         return None
     groups = [[mentions[0]]]
-    for left, right in zip(mentions, mentions[1:], strict=False):
-        (groups[-1].append if _one_list(text, left, right) else lambda mention: groups.append([mention]))(right)
+    for left, right in itertools.pairwise(mentions):
+        if _one_list(text, left, right):
+            groups[-1].append(right)
+        else:
+            groups.append([right])
     live = [group for group in groups if not _is_denied(text, group)]
     if not live:
-        return ""
-    leads = live[0] is groups[0] and _LEADING.fullmatch(text[: min(groups[0][0].start, 60)])
-    letters = {mention.letter for mention in (live[0] if leads else live[-1])}
-    return letters.pop() if len(letters) == 1 else ""
+        return set()
+    leads = live[0] is groups[0] and len(live[0]) == 1 and _LEADING.fullmatch(text[: min(groups[0][0].start, 60)])
+    return {mention.letter for mention in (live[0] if leads else live[-1])}
 
 
 def _one_list(text: str, left: _Mention, right: _Mention) -> bool:
@@ -395,26 +409,21 @@ def _is_denied(text: str, group: list[_Mention]) -> bool:
 
 
 def _last_choice(text: str) -> str | None:
-    """The last sentence that declares a choice; else the first line where it begins with one; else the last mention."""
-    lines = [line for line in text.split("\n") if line.strip()]
+    """The last sentence that declares a choice; else the letter that the text begins with, or that it names last."""
+    lines = [line for line in text.split("\n") if _MENTION.search(line)]
     sentences = [line[slice(*span)] for line in lines for span in split_sentences(line)]
-    named = [(sentence, _choice(sentence)) for sentence in sentences if _mentions(plain(sentence))]
-    for sentence, letter in reversed(named):
-        if letter is not None and _DECLARES.search(sentence) and not _is_repeated(sentence, letter):
-            return sentence if letter == "" else letter
-    if lines and len({mention.letter for line in lines for mention in _mentions(plain(line))[:1]}) == 1:
-        first = _mentions(plain(lines[0]))
-        if first and not plain(lines[0])[: first[0].start].strip(" ([*"):
-            return first[0].letter
-    for sentence, letter in reversed(named):
-        if letter and not _is_repeated(sentence, letter):
-            return letter
-    return None
-
-
-def _is_repeated(sentence: str, letter: str) -> bool:
-    """Whether a sentence only lists choices, as the question does."""
-    return letter == "" and len({mention.letter for mention in _mentions(plain(sentence))}) > 2
+    undeclared = None
+    for sentence in reversed(sentences):
+        # Neither denied choices nor the list of the question, repeated, are an answer.
+        letters = _choices(sentence) or set()
+        if 0 < len(letters) < 3 and _DECLARES.search(sentence):
+            return sentence if len(letters) > 1 else letters.pop()
+        if len(letters) == 1:
+            undeclared = undeclared or letters.pop()
+    mentions = _mentions(plain(text))
+    if len({mention.letter for mention in mentions}) == 1 and not plain(text)[: mentions[0].start].strip(" \n([*"):
+        return mentions[0].letter
+    return undeclared
 
 
 # --- yes and no ---
@@ -450,10 +459,10 @@ def _said(text: str) -> list[_Said]:
 
 def _yes_or_no(text: str) -> bool | None:
     """What a text says, None where it says both without deciding, or neither."""
-    said = _said(plain(boxed(text) or text))
+    text = plain((boxed(text) or text)[:LONGEST])
+    said = _said(text)
     if not said:
         return None
-    text = plain(boxed(text) or text)
     if len({answer.yes for answer in said}) == 1:
         return None if re.search(r"\bneither\b", text, re.IGNORECASE) and len(said) > 1 else said[0].yes
     decisions = list(re.finditer(r"\b(?:so|thus|hence|therefore)\b", text, re.IGNORECASE))
@@ -468,13 +477,14 @@ def _yes_or_no(text: str) -> bool | None:
 
 def _last_yes_no(text: str) -> str | None:
     """What the completion begins with, or what its last sentence with a yes or no says."""
-    lines = [line for line in text.split("\n") if line.strip()]
-    sentences = [line[slice(*span)] for line in lines for span in split_sentences(line)]
-    named = [sentence for sentence in sentences if _said(sentence)]
-    if not named:
+    first = text.lstrip()[:LONGEST]
+    begins = re.match(r"\W{0,8}(yes|no)\b\s*(?:[,.;:!*]|$)", first, re.IGNORECASE)
+    lines = (line for line in reversed(text.split("\n")) if _SAID.search(line))
+    last = next(
+        (s for line in lines for span in reversed(split_sentences(line)) if _said(s := line[slice(*span)])), None
+    )
+    if last is None:
         return None
-    last = named[-1]
-    begins = re.match(r"\W*(yes|no)\b\s*(?:[,.;:!*]|$)", sentences[0], re.IGNORECASE)
     if begins and not re.search(r"\b(?:so|thus|hence|therefore)\b", last, re.IGNORECASE):
         return begins[1]
     said = _said(last)
@@ -504,9 +514,10 @@ def judge_answer(predicted: str | None, right: str) -> bool | None:
     """
     if predicted is None:
         return False
+    predicted = (boxed(predicted) or predicted)[-LONGEST:] if len(predicted) > LONGEST else predicted
     kind = answer_kind(right)
     if kind == "choice":
-        return _choice(predicted) == right.strip(" ().")
+        return _choices(predicted) == {right.strip(" ().")}
     if kind == "yes_no":
         return _yes_or_no(predicted) is _AFFIRMED[right.strip(" .").casefold()]
     if kind == "text" and _folded(predicted) == _folded(right):

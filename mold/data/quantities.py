@@ -45,6 +45,10 @@ class Statement(NamedTuple):
 
 # --- LaTeX, Markdown and typography, taken away ---
 
+LONGEST = 2000
+"""Characters of a text that are read for what it states, its last ones: more than any sentence has."""
+
+_SPELT = re.compile(r"[\\^*_`{~]|\$\$")
 _BRACES = re.compile(r"\\[^A-Za-z]|[{}]")
 _BOX = re.compile(r"\\f?boxed\s*(?:(?=\{)|(\w|\\[A-Za-z]+))")
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|,?\s*(?:or|and))[\s$]*")
@@ -115,6 +119,8 @@ def boxed(text: str) -> str | None:
 
 def plain(text: str) -> str:
     """The text with LaTeX's spelling of numbers, Markdown's marks and look-alike signs as one types them on a line."""
+    if text.isascii() and not _SPELT.search(text):
+        return text
     text = text.replace("{,}", ",").replace("\\!", "").replace("\u2044", "/")
     text = re.sub(r"\\[,;: ]|~(?=\d{3})|\\\n", " ", text)
     text = re.sub(r"\\([$%#&])", r"\1", text)
@@ -196,6 +202,7 @@ _WORD_VALUES = {
     )
 } | {word: 10 * place for place, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+NUMBER_WORDS = re.compile(rf"\b(?:{'|'.join([*_WORD_VALUES, *_PARTS])}|hundred|thousand|million|dozen)", re.IGNORECASE)
 _NEXT_WORD = re.compile(rf"(?:\s*-\s*|\s+)?(?P<and>and\s+)?(?P<article>an?\s+)?(?P<word>[A-Za-z]+)(?![{_LETTER}\d_])")
 _AND_PART = re.compile(rf"\s+and\s+(?:an?|one)[\s-]+({'|'.join(_PARTS)})(?!\w)", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?!\w)", re.IGNORECASE)
@@ -218,7 +225,7 @@ _RANKED = tuple(
         # A statement, whatever its preposition.
         (
             _FREE,
-            r"\b(?:(?:total|sum|profit|distance|average|cost|price|value|result|answer|loss)s?\s+of|(?:result|end)\w*\s+in"
+            r"\b(?:(?:total|sum|profit|distance|average|cost|price|value|result|answer|loss)s?\s+of|(?:result|end|put)\w*\s+in"
             rf"|for\s+a\s+total\s+of){_BEFORE}",
         ),
         (
@@ -236,7 +243,8 @@ _RANKED = tuple(
     )
 )
 _DENIED_BEHIND = re.compile(
-    r"[^\w.!?]*(?:[^\W\d]+\s+){0,2}?(?:is|was|are|were|seems)(?:n['’]t\b|\s+(?:not|wrong|incorrect|impossible|too)\b)",
+    r"[^\w.!?]*(?:[^\W\d]+\s+)??(?:is|was|are|were|seems)(?:(?:n['’]t|\s+not)\s+(?:the|a|an|correct|right|it|enough|possible)\b"
+    r"|\s+(?:wrong|incorrect|impossible|too)\b)",
     re.IGNORECASE,
 )
 _FOR_TIME = re.compile(rf"\bfor{_BEFORE}", re.IGNORECASE)
@@ -437,6 +445,8 @@ def _bracket_depths(text: str, places: list[int]) -> list[bool]:
 def _rank(text: str, quantity: Quantity) -> int:
     before = text[max(0, quantity.start - _REACH) : quantity.start]
     behind = text[quantity.end : quantity.end + _REACH]
+    if not (before.strip() or behind.strip()):
+        return _FREE
     if _DENIED_BEHIND.match(behind):
         return _DENIED
     if _FOR_TIME.search(before) and _TIME.match(behind):
@@ -446,6 +456,7 @@ def _rank(text: str, quantity: Quantity) -> int:
 
 # --- statements ---
 
+_ONLY_NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
 _EQUALS = re.compile(r"(?<![<>!=≤≥:])=(?![=>])|≈|→|\b(?:which\s+)?(?:is\s+)?equals?\b(?:\s+to\b)?")
 _EQUATIONS = re.compile(r"[A-Za-z]\s*=")
 _FUNCTIONS = (
@@ -459,7 +470,7 @@ _GLUED = re.compile(
 )
 _NOT_IN_FORMULAS = re.compile(r"[?#@\"“”…\n]|\.\s|[.,;:]$")
 _UNIT = re.compile(r"\s?(?:[%°]\s?)?[mgslhLKCFWVNJA]?")
-_MATH = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$\$(.+?)\$\$|(?<![\\\d])\$(?!\s)([^$\n]+?)(?<!\\)\$(?!\d)", re.DOTALL)
+_MATH_MARKS = re.compile(r"\\[()\[\]]|\$\$|(?<!\\)\$|\n")
 
 
 def stated(text: str) -> Statement | None:
@@ -472,8 +483,10 @@ def stated(text: str) -> Statement | None:
     Args:
         text: an answer, in one or a few lines; of a \boxed{...} in it only that counts.
     """
+    if _ONLY_NUMBER.fullmatch(text):  # most answers
+        return Statement("number", text, Fraction(text))
     inner = boxed(text)
-    text = plain(text if inner is None else inner).strip(" \t\n$*_`\"'“”>").rstrip(" .,:;$")
+    text = plain((text if inner is None else inner)[-LONGEST:]).strip(" \t\n$*_`\"'“”>").rstrip(" .,:;$")
     sides = _EQUALS.split(text)
     if len(sides) == 1:
         return _of_side(text)
@@ -520,7 +533,9 @@ def _of_side(text: str) -> Statement | None:
     neighbours = [place - 1] * (place > 0) + [place] * (place < len(gaps))
     for gap in neighbours:
         left, right = live[gap], live[gap + 1]
-        if left.rank == right.rank and left.value != right.value and _UNDECIDED.fullmatch(gaps[gap][:_REACH]):
+        # "9 times 9 feet, or 81 feet" names a calculation and its result.
+        told_apart = left.rank == right.rank and left.value != right.value and gap not in calculated
+        if told_apart and _UNDECIDED.fullmatch(gaps[gap][:_REACH]):
             return Statement("open", text)
     if len(chosen) > 1 and _RANGE.search(text):
         return Statement("open", text)
@@ -589,5 +604,19 @@ def formula_in(text: str) -> str:
 
 def last_math(text: str) -> str | None:
     r"""The last formula of a text between dollars, \( and \) or \[ and \]."""
-    spans = [next(filter(None, math.groups())) for math in _MATH.finditer(text)]
-    return spans[-1].strip() if spans else None
+    opened: dict[str, int] = {}
+    found = None
+    for mark in _MATH_MARKS.finditer(text):
+        name, place = mark[0], mark.start()
+        if name in ("\\)", "\\]", "$$", "$"):
+            opening = {"\\)": "\\(", "\\]": "\\["}.get(name, name)
+            # "$5 and $6" are amounts: the second dollar closes nothing.
+            amount = name == "$" and (text[place - 1 : place].isspace() or text[place + 1 : place + 2].isdigit())
+            if opening in opened and not amount:
+                found = (opened.pop(opening), place)
+                continue
+        if name == "\n":
+            opened.pop("$", None)
+        elif name in ("\\(", "\\[", "$$", "$") and not (name == "$" and text[mark.end() : mark.end() + 1].isspace()):
+            opened[name] = mark.end()
+    return text[slice(*found)].strip() or None if found else None
