@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from mold.extras import missing_extra
+
 SMOLLM2 = "smollm2-135m-instruct"
 _LAYER = re.compile(r"^(?P<before>.*?\.(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
 
@@ -143,6 +145,6 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:
         raise ValueError(f"model: {name} does not exist")
     if path.suffix == ".gguf":
         if importlib.util.find_spec("gguf") is None:
-            raise ValueError(f'{name}: reading .gguf files needs the gguf package: pip install "mold-distill[gguf]"')
+            raise missing_extra(f"{name}, a .gguf file,", "gguf", "gguf")
         return path.parent, {"gguf_file": path.name}
     return (path, {}) if path.exists() else (name, {"revision": revision})

@@ -49,6 +49,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
+from mold.extras import missing_extra
 from mold.method.attention_interface import mold_mask
 from mold.method.loss import region_sums
 from mold.training.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy, keeps_logits
@@ -288,7 +289,7 @@ def _model(config, setup):
             try:
                 from peft import LoraConfig, get_peft_model
             except ImportError as error:
-                raise ImportError("lora_rank: needs peft: pip install peft") from error
+                raise missing_extra("lora_rank", "peft", "peft") from error
             adapter = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
             model = get_peft_model(model, adapter)
     if setup.activation_checkpointing:

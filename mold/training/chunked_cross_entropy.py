@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from mold.extras import missing_extra
 from mold.method.loss import region_sums
 from mold_kernels.backends import BACKENDS
 
@@ -206,7 +207,7 @@ class ChunkedHead:
 
 def _check_liger(device, softcap):
     if importlib.util.find_spec("liger_kernel") is None:
-        raise ImportError("cross_entropy: 'liger' needs liger-kernel: pip install 'mold[liger]'")
+        raise missing_extra("cross_entropy='liger'", "liger-kernel", "liger")
     if device.type not in BACKENDS["triton"].devices:
         raise ValueError(
             f"cross_entropy: is 'liger', must be 'chunked' or 'full' on {device.type}: liger-kernel runs on GPUs"

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from mold.data.conversations import example_from_row
 from mold.data.encoding import Collator, encode_example, has_signal
 from mold.data.examples import ANSWER, RATIONALE, Example
-from mold.files import write_atomically
+from mold.files import append_jsonl, write_atomically
 from mold.method.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
 from mold.method.loss import MoldLoss, predicting_positions, region_cross_entropy
 from mold.method.signals import OnlineTeacher, SignalCache
@@ -349,7 +349,7 @@ class MoldTrainer(RouterTraining, Trainer):
             self._reset_window()
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
-            _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
+            append_jsonl(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
 
     def _term_metrics(self, sums, counts, prefix):
         values = (sums / counts.clamp(min=1)).tolist()
@@ -461,17 +461,6 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     if not checkpoints:
         return None
     return str(max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
-
-
-def _append_line(path: Path, row: dict) -> None:
-    """Append a row to a JSON-lines file, cutting off what a killed run left of its last line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        whole = file.seek(0, 2)
-        while whole and (file.seek(whole - 1), file.read(1))[1] != b"\n":
-            whole -= 1
-        file.truncate(whole)
-        file.write(json.dumps(row).encode() + b"\n")
 
 
 def _denominators(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
