@@ -1,8 +1,9 @@
-"""Loading teachers and students, and making a student from some of a teacher's layers."""
+"""Loading teachers and students, telling them apart, and making a student from some of a teacher's layers."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -130,6 +131,17 @@ def spread_layers(total: int, count: int) -> list[int]:
     if count == 1:
         return [0]
     return [round(index * (total - 1) / (count - 1)) for index in range(count)]
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the names, shapes and up to 64 evenly spaced values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mold.training.chunked_cross_entropy import ChunkedHead
+from mold.training.heads import ChunkedHead
 from tests.interpreter import run_interpreted
 from tests.tiny_models import make_model
 
