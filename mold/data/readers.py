@@ -19,6 +19,8 @@ from xml.etree import ElementTree
 
 from mold.data.conversations import question_row
 from mold.data.examples import Example, question_key
+from mold.extras import missing_extra
+from mold.files import json_lines
 
 SUFFIXES = (".jsonl", ".json", ".xml", ".parquet")
 RATIONALES_FILE = "rationales.jsonl"
@@ -119,26 +121,6 @@ def read_examples(
     return examples, report
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a JSON-lines file with their places, "file:line".
-
-    Raises:
-        ValueError: the file is missing, or a line is no JSON object.
-    """
-    if not path.is_file():
-        raise ValueError(f"dataset: {path} does not exist")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: is no JSON ({error})") from error
-            yield place, _object(place, row)
-
-
 def is_hub_name(path: str) -> bool:
     """Whether `read_examples` would look for a data set on the hub."""
     found = Path(path)
@@ -212,7 +194,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ImportError(f'{path}: reading Parquet needs pyarrow: pip install "mold-distill[data]"') from error
+        raise missing_extra(f"{path}, which is Parquet", "pyarrow", "data") from error
     number = 0
     for batch in parquet.ParquetFile(path).iter_batches():
         for row in batch.to_pylist():
@@ -224,9 +206,7 @@ def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tupl
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            f'{name}: is no file here; reading it from the hub needs datasets: pip install "mold-distill[data]"'
-        ) from error
+        raise missing_extra(f"{name}, which is no file here but may be on the hub", "datasets", "data") from error
     if split is None:
         raise ValueError(f"dataset_split: is not given, must name a split of {name} on the hub, such as train")
     try:
@@ -246,7 +226,7 @@ def _object(place: str, row) -> dict:
 def _read_rationales(path: Path) -> dict[str, list[dict]]:
     """Rationale, correct and keywords of every question in a JSON-lines file."""
     found: dict[str, list[dict]] = {}
-    for place, row in json_lines(path):
+    for place, row in json_lines(path, "rationales"):
         if "question" not in row or "rationale" not in row:
             raise ValueError(f"{place}: has {', '.join(sorted(row))}; must have the keys question and rationale")
         kept = {key: row[key] for key in ("rationale", "correct", "keywords") if row.get(key) is not None}

@@ -12,7 +12,7 @@ Without spans it is an ordinary causal attention: training, and generation with 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -220,6 +220,28 @@ def stack_attention(attentions: Sequence[LayerAttention]) -> torch.Tensor:
             f'attn_implementation="{ATTENTION_NAME}" and call it with output_attentions=True, row_spans and key_spans'
         )
     return torch.stack([layer.attention for layer in attentions])
+
+
+@torch.no_grad()
+def observe_attention(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], row_reduction: str = "sum"
+) -> torch.Tensor:
+    """Stepwise attention of all layers, [L, B, S, M] on the model's device, of a model that is not trained.
+
+    Args:
+        model: with the "mold" attention.
+        batch: input_ids, attention_mask, row_spans and key_spans as `mold.data.encoding.Collator` makes them.
+        row_reduction: "sum" or "mean".
+    """
+    names = ("input_ids", "attention_mask", "row_spans", "key_spans")
+    # The backbone alone: no logits are needed.
+    out = model.base_model(
+        **{name: batch[name].to(model.device) for name in names},
+        row_reduction=row_reduction,
+        output_attentions=True,
+        use_cache=False,
+    )
+    return stack_attention(out.attentions)
 
 
 def attention_dropout_option(config) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,16 @@ METHODS = {
     "answers": "plain fine-tuning on answers alone",
 }
 """What `MoldConfig.method` may be: the method of the paper and the baselines of its tables."""
+
+
+def check_choices(options: object) -> None:
+    """Raise a ValueError that names the option unless all of a dataclass that have ``choices`` hold one of them."""
+    for option in fields(options):
+        choices = option.metadata.get("choices")
+        if option.name in TrainingArguments.__dataclass_fields__ or choices is None:
+            continue  # transformers checks its own
+        if (value := getattr(options, option.name)) not in choices:
+            raise ValueError(f"{option.name}: is {value!r}, must be one of {', '.join(choices)}")
 
 
 @dataclass
@@ -115,9 +125,13 @@ class MoldConfig(TrainingArguments):
             return ("explain", "predict")
         return ("answer",) if self.method == "answers" else ("joint",)
 
+    @property
+    def checkpointing_option(self) -> str:
+        """The name of transformers' option, which 5.19 renamed; the older one is the only one before."""
+        return "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
+
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method: is {self.method!r}, must be one of {', '.join(METHODS)}")
+        check_choices(self)
         if self.beta is None:
             self.beta = 1.0 if self.with_attention else 0.0
         if self.beta > 0 and not self.with_attention:
@@ -132,14 +146,6 @@ class MoldConfig(TrainingArguments):
         for name in ("tau_1", "tau_2"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be greater than 0")
-        for name, choices in (
-            ("row_reduction", ("sum", "mean")),
-            ("row_norm", ("softmax", "l1")),
-            ("padding_side", ("right", "left")),
-            ("cross_entropy", ("full", "chunked", "liger")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
         if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
             raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
         if self.use_liger_kernel:
@@ -158,11 +164,9 @@ class MoldConfig(TrainingArguments):
         self._refuse_reentrant_checkpointing()
 
     def _refuse_reentrant_checkpointing(self):
-        # transformers 5.19 renamed the options; the older names are the only ones before.
-        prefix = "activation" if hasattr(self, "activation_checkpointing") else "gradient"
-        if not getattr(self, f"{prefix}_checkpointing"):
+        if not getattr(self, self.checkpointing_option):
             return
-        name = f"{prefix}_checkpointing_kwargs"
+        name = f"{self.checkpointing_option}_kwargs"
         kwargs = dict(getattr(self, name) or {})
         if kwargs.setdefault("use_reentrant", False):
             raise ValueError(

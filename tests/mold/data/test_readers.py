@@ -242,7 +242,7 @@ def test_without_the_extra_it_is_named(monkeypatch, tmp_path, module, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.parquet").touch()
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r'pip install "mold-distill\[data\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'mold-distill\[data\]'"):
         read_examples(path, split="train")
 
 
@@ -298,7 +298,7 @@ def test_what_does_not_exist(tmp_path):
     with pytest.raises(ValueError, match="holds no data file"):
         read_examples(tmp_path)
     path = write(tmp_path / "a.json", SVAMP)
-    with pytest.raises(ValueError, match=r"dataset: .*none\.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"rationales: .*none\.jsonl does not exist"):
         read_examples(path, rationales=tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=f"dataset_format: is 'csv', must be auto, {', '.join(FORMATS)}"):
         read_examples(path, "csv")

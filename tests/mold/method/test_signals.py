@@ -7,8 +7,10 @@ import torch
 from mold.data.encoding import encode_example
 from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.data.problems import generate_problems
-from mold.method import signals as signals_module
-from mold.method.signals import SignalCache, SignalSettings, extract_signals, weights_fingerprint
+from mold.method import extraction
+from mold.method.extraction import extract_signals
+from mold.method.signals import SignalCache, SignalSettings
+from mold.models import weights_fingerprint
 from tests.mold.training.test_exactness import pool_by_hand
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
@@ -63,7 +65,7 @@ def test_an_example_without_key_words_has_no_signal(tmp_path):
 def test_killed_at_any_write_it_goes_on(tmp_path, monkeypatch, killed_at):
     """Three shards and three manifests are written; the process dies at one of them, before or after the rename."""
     undisturbed = extract(tmp_path / "undisturbed")
-    write, writes = signals_module.write_atomically, []
+    write, writes = extraction.write_atomically, []
 
     def dying_write(path, data):
         writes.append(path)
@@ -72,10 +74,10 @@ def test_killed_at_any_write_it_goes_on(tmp_path, monkeypatch, killed_at):
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(signals_module, "write_atomically", dying_write)
+    monkeypatch.setattr(extraction, "write_atomically", dying_write)
     with pytest.raises(KeyboardInterrupt):
         extract(tmp_path / "killed")
-    monkeypatch.setattr(signals_module, "write_atomically", write)
+    monkeypatch.setattr(extraction, "write_atomically", write)
     forwards = []
     teacher = make_teacher()
     teacher.model.register_forward_pre_hook(lambda *args: forwards.append(1))
