@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.data.answers import answer_kind, extract_answer, judge_answer
-from mold.data.chat import render_for
+from mold.data.encoding import encode_prompt
 from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.generation.batches import Completion, Journal, batches_by_length, generate_batch
 
@@ -46,8 +46,7 @@ def generate_predictions(
         then), truncated.
     """
     model.eval()
-    rendered = [render_for(example, template, tokenizer, task) for example in examples]
-    prompts = [tokenizer(text.prompt, add_special_tokens=text.special_tokens)["input_ids"] for text in rendered]
+    prompts = [encode_prompt(example, tokenizer, template, task=task) for example in examples]
     rows = [None] * len(prompts)
     for place, chosen in enumerate(tqdm(batches_by_length(prompts, batch_size), "Generating", disable=not progress)):
         name = f"predictions-{place}"
