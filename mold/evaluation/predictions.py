@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.data.answers import answer_kind, extract_answer, judge_answer
-from mold.data.chat import render_for
+from mold.data.encoding import encode_prompt
 from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.generation.batches import Completion, Journal, generate_all
 
@@ -44,8 +44,7 @@ def generate_predictions(
         was found), completion, correct, judged (false where it cannot be within the limits of `mold.data.formulas`; wrong
         then), truncated.
     """
-    rendered = [render_for(example, template, tokenizer, task) for example in examples]
-    prompts = [tokenizer(text.prompt, add_special_tokens=text.special_tokens)["input_ids"] for text in rendered]
+    prompts = [encode_prompt(example, tokenizer, template, task=task) for example in examples]
     completions = generate_all(
         model,
         tokenizer,
