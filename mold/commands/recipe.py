@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 
 # A recipe that is based on another adds to these of its, and replaces everything else.
 _MERGED = ("options", "train", "shapes")
-_SOURCE_KEYS = ("dataset", "format", "rationales", "train", "train_split", "test", "test_split")
+_SOURCE_KEYS = ("dataset", "format", "rationales", "rationale_form", "train", "train_split", "test", "test_split")
 DONE = "done.json"
 
 
@@ -46,8 +46,8 @@ DONE = "done.json"
 class Recipe:
     """What to run.
 
-    data: by name, where it comes from (dataset, format, rationales, train_split, test_split) and how many examples to
-        take (train, test: a number or "all"); a question of a test set is never trained on.
+    data: by name, where it comes from (dataset, format, rationales, rationale_form, train_split, test_split) and how
+        many examples to take (train, test: a number or "all"); a question of a test set is never trained on.
     options: of every stage. generate, keywords: more options of these stages, which are left out where None. train:
         more options of training.
     variants: by name, what a training changes. sweep: by option, values that a training changes it to;
@@ -172,6 +172,7 @@ def collect(recipe: Recipe) -> tuple[list[Example], dict[str, list[Example]], li
                 source.get("format", "auto"),
                 split=source.get(f"{part}_split"),
                 rationales=source.get("rationales"),
+                rationale_form=source.get("rationale_form", "text"),
                 require_rationale=require,
             )
             remarks.append(f"{name}, {part}: {report}")
@@ -427,6 +428,7 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
                     source.get("format", "auto"),
                     split=source.get(f"{part}_split"),
                     rationales=source.get("rationales"),
+                    rationale_form=source.get("rationale_form", "text"),
                     require_rationale=part == "train" and recipe.generate is None,
                 )
                 wanted = _number(name, part, source[part], len(examples))

@@ -74,12 +74,20 @@ def _as_dict(*groups) -> dict:
 def read_data(options: DataOptions, require_rationale: bool = True, rationales: str | None = None) -> list[Example]:
     """All examples of the data set. Rows that are left out are counted in a warning."""
     if options.dataset == "generated":
-        return generate_problems((options.num_train or 240) + options.num_eval, options.split_seed)
+        return generate_problems(
+            (options.num_train or 240) + options.num_eval,
+            options.split_seed,
+            max_value=options.max_value,
+            rationale_form=options.rationale_form,
+        )
+    if options.max_value is not None:
+        raise ValueError(f"max_value: is {options.max_value}, must not be given with dataset={options.dataset!r}")
     examples, report = read_examples(
         options.dataset,
         options.dataset_format,
         split=options.dataset_split,
         rationales=rationales,
+        rationale_form=options.rationale_form,
         require_rationale=require_rationale,
     )
     if report.left_out:
