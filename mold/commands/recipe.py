@@ -240,25 +240,25 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
         write_jsonl(data / f"{name}.jsonl", [_row(example) for example in test])
     sets = [f"{name}={data / f'{name}.jsonl'}" for name in tests]
     train_file = data / "train.jsonl"
-    stages = _Stages(root, say)
+    done = _Stages(root, say)
     for stage, function in (("generate", stages.generate), ("keywords", stages.keywords)):
         if (more := getattr(recipe, stage)) is not None:
             values = {**recipe.options, **more, "dataset": str(train_file)}
-            folder = stages.run(stage, values, [_bytes_digest(train_file)], function, ("dataset",))
+            folder = done.run(stage, values, [_bytes_digest(train_file)], function, ("dataset",))
             train_file = folder / stages.RATIONALES
     content = _bytes_digest(train_file)
     results = {}
     for name, change in recipe.trainings().items():
         label = "".join(c if c.isalnum() or c in "=.-" else "-" for c in name)
         common = {**recipe.options, **recipe.train, **change, "dataset": str(train_file)}
-        signals = stages.run("extract", common, [content], _extract, ("dataset",), decides=_SIGNAL_OPTIONS)
+        signals = done.run("extract", common, [content], _extract, ("dataset",), decides=_SIGNAL_OPTIONS)
         common["signals_dir"] = str(signals / "signals")
         for seed in recipe.seeds:
             values = {**common, "seed": seed}
             inputs = [content, signals.name]
-            student = stages.run(f"train-{label}-seed{seed}", values, inputs, _train, ("dataset", "signals_dir"))
+            student = done.run(f"train-{label}-seed{seed}", values, inputs, _train, ("dataset", "signals_dir"))
             values = {**recipe.options, **change, "models": [str(student)], "eval_sets": sets}
-            evaluated = stages.run(
+            evaluated = done.run(
                 f"eval-{label}-seed{seed}", values, [data.name, student.name], stages.compare, ("models", "eval_sets")
             )
             results.setdefault(name, []).append(
