@@ -278,12 +278,16 @@ def show_comparison(results: list[dict]) -> None:
             ),
         )
     console.print(table)
-    remarks = {"seen": "questions that the training data asks too", "no_answer": "without an answer"}
-    remarks["truncated"] = "cut off at max_new_tokens"
-    for name, label in remarks.items():
+    remarks = {
+        "seen": "{} questions that the training data asks too",
+        "no_answer": "{} without an answer",
+        "not_judged": "not judged: {}",
+        "truncated": "{} cut off at max_new_tokens",
+    }
+    for name, remark in remarks.items():
         for result in results:
-            if result[name]:
-                console.print(f"{result['model']} on {result['set']}: {result[name]} {label}")
+            if result.get(name):
+                console.print(f"{result['model']} on {result['set']}: {remark.format(result[name])}")
 
 
 def show_tasks(results: list[dict]) -> None:
