@@ -152,6 +152,7 @@ def run_recipe(
 ):
     """Run all stages of a recipe, from data to the table of accuracies; what is done and still matches is skipped."""
     from mold.commands import recipe as recipes
+    from mold.report.results import table as rows_of
 
     loaded = recipes.load_recipe(
         recipe, data_dir, [*(set_ or []), *([f"output_dir={output_dir}"] if output_dir else [])]
@@ -161,7 +162,7 @@ def run_recipe(
             console.print(line, soft_wrap=True, highlight=False)
         return
     summary = recipes.run_recipe(loaded, lambda line: console.print(line, soft_wrap=True, highlight=False))
-    heading, *rows = recipes.table(summary)
+    heading, *rows = rows_of(summary)
     table = Table(*heading)
     for row in rows:
         table.add_row(*row)

@@ -197,10 +197,33 @@ _SIZE = re.compile(
 _WORD_VALUES = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen".split()
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+        ]
     )
-} | {word: 10 * place for place, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+} | {
+    word: 10 * place
+    for place, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)
+}
 _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 NUMBER_WORDS = re.compile(rf"\b(?:{'|'.join([*_WORD_VALUES, *_PARTS])}|hundred|thousand|million|dozen)", re.IGNORECASE)
 _NEXT_WORD = re.compile(rf"(?:\s*-\s*|\s+)?(?P<and>and\s+)?(?P<article>an?\s+)?(?P<word>[A-Za-z]+)(?![{_LETTER}\d_])")
