@@ -8,7 +8,6 @@ chat template moves them; and that the chat template says the same of the real m
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Sequence
 
@@ -21,7 +20,7 @@ CHAT_TEMPLATE = "{question}{assistant}{rationale}\nAnswer: {answer}"
 """The template for models with a chat template: the question is the user's message."""
 
 # What is extracted today is trained on tomorrow. It is the date that Llama's templates have without a clock.
-_DATE = datetime.datetime(2024, 7, 26)
+_DATE = "26 Jul 2024"
 
 
 def render_for(
@@ -80,7 +79,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, history: Sequence[tuple[str, str]
 def apply_chat_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
 ) -> str:
-    """The text of messages in the tokenizer's chat template. One that writes today's date writes the same every day.
+    """The text of messages in the tokenizer's chat template. Llama's write the same date every day.
 
     Raises:
         ValueError: the template refuses them (a system message, two turns of a user), or is none.
@@ -90,7 +89,7 @@ def apply_chat_template(
             list(messages),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            strftime_now=_DATE.strftime,
+            date_string=_DATE,
         )
     except Exception as error:  # a template raises jinja's errors and Python's own, of whatever it computes
         roles = ", ".join(message["role"] for message in messages)
