@@ -13,7 +13,7 @@ def after_import(name: str, function: Callable[[ModuleType], object]) -> None:
 
     Args:
         name: of the module.
-        function: must import nothing, as the module's import lock is held while it is called; what it raises, the import
+        function: must import nothing: it is called while the module's import lock is held. What it raises, the import
             raises. A second function for the same name takes the first one's place.
     """
     _FINDER.functions[name] = function
