@@ -152,6 +152,7 @@ def run_recipe(
 ):
     """Run all stages of a recipe, from data to the table of accuracies; what is done and still matches is skipped."""
     from mold.commands import recipe as recipes
+    from mold.report.results import table as rows_of
 
     loaded = recipes.load_recipe(
         recipe, data_dir, [*(set_ or []), *([f"output_dir={output_dir}"] if output_dir else [])]
@@ -161,7 +162,7 @@ def run_recipe(
             console.print(line, soft_wrap=True, highlight=False)
         return
     summary = recipes.run_recipe(loaded, lambda line: console.print(line, soft_wrap=True, highlight=False))
-    heading, *rows = recipes.table(summary)
+    heading, *rows = rows_of(summary)
     table = Table(*heading)
     for row in rows:
         table.add_row(*row)
@@ -277,12 +278,16 @@ def show_comparison(results: list[dict]) -> None:
             ),
         )
     console.print(table)
-    remarks = {"seen": "questions that the training data asks too", "no_answer": "without an answer"}
-    remarks["truncated"] = "cut off at max_new_tokens"
-    for name, label in remarks.items():
+    remarks = {
+        "seen": "{} questions that the training data asks too",
+        "no_answer": "{} without an answer",
+        "not_judged": "not judged: {}",
+        "truncated": "{} cut off at max_new_tokens",
+    }
+    for name, remark in remarks.items():
         for result in results:
-            if result[name]:
-                console.print(f"{result['model']} on {result['set']}: {result[name]} {label}")
+            if result.get(name):
+                console.print(f"{result['model']} on {result['set']}: {remark.format(result[name])}")
 
 
 def show_tasks(results: list[dict]) -> None:

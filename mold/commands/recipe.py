@@ -26,19 +26,30 @@ from mold.commands import stages, train
 from mold.commands.options import make_options, read_yaml
 from mold.commands.plan_table import setup_of, student_config
 from mold.data.examples import Example, question_key, without_questions_of
-from mold.data.readers import is_hub_name, read_examples
-from mold.evaluation.predictions import wilson_interval
+from mold.data.readers import ReadReport, is_hub_name, read_examples
+from mold.evaluation.comparison import Run, read_run, summarise
 from mold.files import write_atomically, write_jsonl
 from mold.models import load_config
 from mold.plan import GIB, inference_peak, plan_step
 from mold.report import plots
 from mold.report.page import write_report
+from mold.report.results import markdown
 
 logger = logging.get_logger(__name__)
 
 # A recipe that is based on another adds to these of its, and replaces everything else.
 _MERGED = ("options", "train", "shapes")
-_SOURCE_KEYS = ("dataset", "format", "rationales", "train", "train_split", "test", "test_split")
+_SOURCE_KEYS = (
+    "dataset",
+    "format",
+    "rationales",
+    "rationale_form",
+    "train",
+    "train_split",
+    "test",
+    "test_split",
+    "teacher",
+)
 DONE = "done.json"
 
 
@@ -46,13 +57,16 @@ DONE = "done.json"
 class Recipe:
     """What to run.
 
-    data: by name, where it comes from (dataset, format, rationales, train_split, test_split) and how many examples to
-        take (train, test: a number or "all"); a question of a test set is never trained on.
-    options: of every stage. generate, keywords: more options of these stages, which are left out where None. train:
-        more options of training.
+    data: by name, where it comes from (dataset, format, rationales, rationale_form, train_split, test_split) and how
+        many examples to take (train, test: a number or "all"); a question of a test set is never trained on.
+    options: of every stage. generate, keywords, teacher: more options of these stages, which are left out where None.
+        teacher trains the attention's teacher, on as many examples of each source as its key teacher says. train: more
+        options of training.
     variants: by name, what a training changes. sweep: by option, values that a training changes it to;
         single_layer takes pairs of a teacher's and a student's layer, or "all".
+    train_sizes: numbers of training examples that every variant is trained with; None: with all of them.
     seeds: of the trainings of every variant.
+    baseline: the variant that the others are compared with; None: no comparison.
     memory_gib: of the device, which a dry run checks against. shapes: configurations for that, by model name, where
         the models' own are not at hand.
     """
@@ -62,10 +76,13 @@ class Recipe:
     options: dict
     generate: dict | None = None
     keywords: dict | None = None
+    teacher: dict | None = None
     train: dict = field(default_factory=dict)
     variants: dict = field(default_factory=lambda: {"mixture": {}})
     sweep: dict = field(default_factory=dict)
+    train_sizes: list | None = None
     seeds: list = field(default_factory=lambda: [0])
+    baseline: str | None = None
     memory_gib: float | None = None
     shapes: dict = field(default_factory=dict)
 
@@ -81,6 +98,10 @@ class Recipe:
                 else:
                     swept[f"{key}={value}"] = {key: value}
         return {name: dict(values or {}) for name, values in self.variants.items()} | swept
+
+    def sizes(self) -> list[int | None]:
+        """Of the training sets, None for the whole one."""
+        return self.train_sizes or [None]
 
     def config(self, name: str, *, revision: str | None = None) -> PretrainedConfig:
         """A model's configuration: of its shape here, or its own.
@@ -167,15 +188,8 @@ def collect(recipe: Recipe) -> tuple[list[Example], dict[str, list[Example]], li
         for part, require in (("test", False), ("train", recipe.generate is None)):
             if not source.get(part):
                 continue
-            examples, report = read_examples(
-                source["dataset"],
-                source.get("format", "auto"),
-                split=source.get(f"{part}_split"),
-                rationales=source.get("rationales"),
-                require_rationale=require,
-            )
+            examples, report = _read(source, part, require)
             remarks.append(f"{name}, {part}: {report}")
-            random.Random(0).shuffle(examples)
             if part == "test":
                 tests[name] = examples[: _number(name, part, source[part], len(examples))]
             else:
@@ -193,6 +207,38 @@ def collect(recipe: Recipe) -> tuple[list[Example], dict[str, list[Example]], li
         raise ValueError("recipe: data must have a source with train and one with test")
     _remark_overlaps(tests, remarks)
     return list(train.values()), tests, remarks
+
+
+def teacher_examples(recipe: Recipe, tests: Mapping[str, list[Example]]) -> list[Example]:
+    """What the attention's teacher is trained on; no question of a test set.
+
+    Raises:
+        ValueError: no source has the key teacher.
+    """
+    asked = [example for examples in tests.values() for example in examples]
+    found = []
+    for name, source in recipe.data.items():
+        if source.get("teacher"):
+            pool = without_questions_of(_read(source, "train", True)[0], asked)
+            taken = pool[: _number(name, "teacher", source["teacher"], len(pool))]
+            found += [Example(**vars(example) | {"id": f"{name}-{example.id}"}) for example in taken]
+    if not found:
+        raise ValueError("recipe: data must have a source with teacher, how many of its examples the teacher learns")
+    return found
+
+
+def _read(source: Mapping, part: str, require_rationale: bool) -> tuple[list[Example], ReadReport]:
+    """The examples of a source's train or test part, shuffled by a fixed seed."""
+    examples, report = read_examples(
+        source["dataset"],
+        source.get("format", "auto"),
+        split=source.get(f"{part}_split"),
+        rationales=source.get("rationales"),
+        rationale_form=source.get("rationale_form", "text"),
+        require_rationale=require_rationale,
+    )
+    random.Random(0).shuffle(examples)
+    return examples, report
 
 
 def _number(name: str, part: str, wanted: int | str, there: int) -> int:
@@ -218,15 +264,18 @@ def _remark_overlaps(tests: Mapping[str, list[Example]], remarks: list[str]) -> 
 
 
 def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
-    """Run what is not done yet; writes results.json, results.md and results.svg into the recipe's folder.
+    """Run what is not done yet; writes results.json, results.md and pictures into the recipe's folder.
+
+    They are written anew after every training, of what there is by then.
 
     Args:
         recipe: what to run.
         say: is told of every stage.
 
     Returns:
-        As results.json: an entry a variant, see `summarise`.
+        As results.json, see `mold.evaluation.comparison.summarise`.
     """
+    _check_baseline(recipe)
     root = Path(recipe.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     examples, tests, remarks = collect(recipe)
@@ -239,46 +288,54 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
         write_jsonl(data / f"{name}.jsonl", [_row(example) for example in test])
     sets = [f"{name}={data / f'{name}.jsonl'}" for name in tests]
     train_file = data / "train.jsonl"
-    stages = _Stages(root, say)
+    done = _Stages(root, say)
     for stage, function in (("generate", stages.generate), ("keywords", stages.keywords)):
         if (more := getattr(recipe, stage)) is not None:
             values = {**recipe.options, **more, "dataset": str(train_file)}
-            folder = stages.run(stage, values, [_bytes_digest(train_file)], function, ("dataset",))
+            folder = done.run(stage, values, [_bytes_digest(train_file)], function, ("dataset",))
             train_file = folder / stages.RATIONALES
     content = _bytes_digest(train_file)
-    results = {}
-    for name, change in recipe.trainings().items():
-        label = "".join(c if c.isalnum() or c in "=.-" else "-" for c in name)
-        common = {**recipe.options, **recipe.train, **change, "dataset": str(train_file)}
-        signals = stages.run("extract", common, [content], _extract, ("dataset",), decides=_SIGNAL_OPTIONS)
+    taught = {}
+    if recipe.teacher is not None:
+        write_jsonl(data / "teacher.jsonl", [_row(example) for example in teacher_examples(recipe, tests)])
+        values = {**recipe.options, **recipe.teacher, "dataset": str(data / "teacher.jsonl")}
+        folder = done.run("teacher", values, [_bytes_digest(data / "teacher.jsonl")], _train, ("dataset",))
+        taught = {"teacher_model_name_or_path": str(folder)}
+    runs: list[Run] = []
+    # Seed by seed, so that a whole table stands after the first one.
+    for seed, size, (variant, change) in itertools.product(recipe.seeds, recipe.sizes(), recipe.trainings().items()):
+        common = {**recipe.options, **taught, **recipe.train, **change, "dataset": str(train_file)}
+        if size is not None:
+            common["num_train"] = size
+        # A smaller training set is a part of the larger one: one extraction is for all sizes.
+        values = {key: value for key, value in common.items() if size is None or key != "num_train"}
+        signals = done.run("extract", values, [content], _extract, ("dataset",), decides=_SIGNAL_OPTIONS)
         common["signals_dir"] = str(signals / "signals")
-        for seed in recipe.seeds:
-            values = {**common, "seed": seed}
-            inputs = [content, signals.name]
-            student = stages.run(f"train-{label}-seed{seed}", values, inputs, _train, ("dataset", "signals_dir"))
-            values = {**recipe.options, **change, "models": [str(student)], "eval_sets": sets}
-            evaluated = stages.run(
-                f"eval-{label}-seed{seed}", values, [data.name, student.name], stages.compare, ("models", "eval_sets")
-            )
-            results.setdefault(name, []).append(
-                {
-                    "seed": seed,
-                    "sets": json.loads((evaluated / "comparison.json").read_text()),
-                    "held_out": {
-                        row["metric"]: row["after"]
-                        for row in json.loads((student / "summary.json").read_text())["rows"]
-                    },
-                }
-            )
-    summary = summarise(results)
+        label = "".join(c if c.isalnum() or c in "=.-" else "-" for c in variant) + (f"-{size}" if size else "")
+        values, inputs = {**common, "seed": seed}, [content, signals.name]
+        student = done.run(f"train-{label}-seed{seed}", values, inputs, _train, ("dataset", "signals_dir"))
+        values = {**recipe.options, **change, "models": [str(student)], "eval_sets": sets}
+        inputs = [data.name, student.name]
+        evaluated = done.run(f"eval-{label}-seed{seed}", values, inputs, stages.compare, ("models", "eval_sets"))
+        runs.append(read_run(student, evaluated, variant, size, seed))
+        summary = summarise(runs, recipe.baseline)
+        _write_results(root, summary, say)
+    return summary
+
+
+def _write_results(root: Path, summary: dict, say: Callable[[str], None]) -> None:
     write_atomically(root / "results.json", json.dumps(summary, indent=1).encode())
     write_atomically(root / "results.md", markdown(summary).encode())
-    try:
-        figure = plots.variant_accuracies(summary["variants"])
-        write_atomically(root / "results.svg", plots.figure_to_svg(figure).encode())
-    except ImportError as error:
-        say(f"results.svg: not drawn ({error})")
-    return summary
+    figures = {"results": (plots.variant_accuracies, summary["variants"])}
+    if summary["comparisons"]:
+        figures["differences"] = plots.variant_differences, summary["comparisons"]
+    if any(entry["size"] is not None for entry in summary["variants"].values()):
+        figures["sizes"] = plots.accuracy_by_size, summary["variants"]
+    for name, (draw, of) in figures.items():
+        try:
+            write_atomically(root / f"{name}.svg", plots.figure_to_svg(draw(of)).encode())
+        except ImportError as error:
+            say(f"{name}.svg: not drawn ({error})")
 
 
 # Of the options, what the teacher's signals depend on (besides the examples).
@@ -349,65 +406,6 @@ def _train(options: train.Options) -> None:
         logger.warning(f"{options.folder}: no report ({error})")
 
 
-def summarise(results: Mapping[str, Sequence[dict]]) -> dict:
-    """Means over seeds.
-
-    Args:
-        results: by variant, an entry a seed: seed, sets (of `mold.commands.stages.compare`), held_out (losses by name).
-
-    Returns:
-        {"variants": {name: {"seeds", "sets": {set: {"accuracies", "mean", "low", "high", "total"}}, "held_out": {name:
-        mean}}}}. low and high: the 95 % interval of the mean for a test set of its size, `total`; the seeds answer the
-        same questions, so more seeds do not make it narrower. How much trainings differ is told by the accuracies.
-    """
-    summary = {}
-    for name, runs in results.items():
-        sets: dict[str, dict] = {}
-        for entry in (entry for result in runs for entry in result["sets"]):
-            found = sets.setdefault(entry["set"], {"accuracies": [], "total": entry["total"]})
-            found["accuracies"].append(entry["accuracy"])
-        for found in sets.values():
-            found["mean"] = sum(found["accuracies"]) / len(found["accuracies"])
-            found["low"], found["high"] = wilson_interval(found["mean"] * found["total"], found["total"])
-        losses = {key for result in runs for key in result["held_out"] if key != "accuracy"}
-        held_out = {
-            key: sum(result["held_out"][key] for result in runs) / len(runs)
-            for key in sorted(losses)
-            if all(key in result["held_out"] for result in runs)
-        }
-        summary[name] = {"seeds": [result["seed"] for result in runs], "sets": sets, "held_out": held_out}
-    return {"variants": summary}
-
-
-def table(summary: dict) -> Iterator[list[str]]:
-    """Rows of text, the heading first: a row a variant, a column a test set, the mean of these, held-out losses."""
-    variants = summary["variants"]
-    sets = list(dict.fromkeys(name for entry in variants.values() for name in entry["sets"]))
-    losses = [
-        name
-        for name in ("attention KL", "rationale loss", "answer loss")
-        if any(name in e["held_out"] for e in variants.values())
-    ]
-    yield ["variant", "seeds", *sets, "mean", *losses]
-    for name, entry in variants.items():
-        cells = [
-            f"{100 * s['mean']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})"
-            for s in (entry["sets"][one] for one in sets)
-        ]
-        mean = sum(entry["sets"][one]["mean"] for one in sets) / len(sets)
-        values = [f"{entry['held_out'][loss]:.4g}" if loss in entry["held_out"] else "" for loss in losses]
-        yield [name, str(len(entry["seeds"])), *cells, f"{100 * mean:.1f}", *values]
-
-
-def markdown(summary: dict) -> str:
-    """The table of results."""
-    rows = list(table(summary))
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    note = "Accuracy in %, mean over seeds, with the 95 % interval for the set's size; losses of held-out examples."
-    return "\n".join([note, "", *lines, ""])
-
-
 # --- dry run ---
 
 
@@ -417,18 +415,13 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     Raises:
         ValueError: something is wrong: an unknown option, a missing file, more memory than `memory_gib`.
     """
+    _check_baseline(recipe)
     remote = sorted({source["dataset"] for source in recipe.data.values() if is_hub_name(source["dataset"])})
     local = {name: source for name, source in recipe.data.items() if source["dataset"] not in remote}
     for name, source in local.items():
         for part in ("train", "test"):
             if source.get(part):
-                examples, report = read_examples(
-                    source["dataset"],
-                    source.get("format", "auto"),
-                    split=source.get(f"{part}_split"),
-                    rationales=source.get("rationales"),
-                    require_rationale=part == "train" and recipe.generate is None,
-                )
+                examples, report = _read(source, part, part == "train" and recipe.generate is None)
                 wanted = _number(name, part, source[part], len(examples))
                 yield f"data {name}, {part}: {wanted} of {report}"
     for name in remote:
@@ -442,17 +435,27 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
             stages.check_prompting(options)
             yield f"{stage}: by {options.teacher.teacher_model_name_or_path}"
             yield from _check_memory(recipe, options, stage, options.student.generate_batch_size)
+    if recipe.teacher is not None:
+        options = make_options({**common, **recipe.teacher}, [], "run", "recipe: teacher")
+        yield from _check_memory(recipe, options, "teacher", options.training.per_device_train_batch_size)
+        common["teacher_model_name_or_path"] = options.student.model_name_or_path
     values = {**common, **recipe.train}
     options = make_options(values, [], "run", "recipe: train")
     yield from _check_memory(recipe, options, "extract", options.teacher.extract_batch_size)
     yield from _check_memory(recipe, options, "train", options.training.per_device_train_batch_size)
     for name, change in recipe.trainings().items():
         options = make_options({**values, **change}, [], "run", f"recipe: {name}")
-        yield f"train {name}: {len(recipe.seeds)} seeds, {options.training.num_train_epochs:g} epochs"
+        sizes = "" if recipe.train_sizes is None else f" of {', '.join(map(str, recipe.train_sizes))} examples"
+        yield f"train {name}{sizes}: {len(recipe.seeds)} seeds, {options.training.num_train_epochs:g} epochs"
+
+
+def _check_baseline(recipe: Recipe) -> None:
+    if recipe.baseline is not None and recipe.baseline not in (names := recipe.trainings()):
+        raise ValueError(f"recipe: baseline is {recipe.baseline!r}, must be one of {', '.join(names)}")
 
 
 def _check_memory(recipe: Recipe, options: train.Options, stage: str, batch: int) -> Iterator[str]:
-    length, training = options.training.max_length, stage == "train"
+    length, training = options.training.max_length, stage in ("train", "teacher")
     try:
         if training:
             planned = plan_step(student_config(options, recipe.config), setup_of(options))

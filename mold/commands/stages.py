@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from mold.commands.train import Options, load_teacher, predict, read_data
+from mold.commands.train import Options, likelihoods, load_teacher, predict, read_data
 from mold.data.examples import Example, question_key
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
@@ -110,14 +110,15 @@ def keywords(options: Options) -> Counter:
 
 
 def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
-    """Accuracy of every model on every data set; writes predictions/MODEL--SET.jsonl and comparison.json.
+    """Accuracy of every model on every data set; writes comparison.json and, question by question, predictions and
+    likelihoods/MODEL--SET.jsonl.
 
     Args:
         options: models, eval_sets, eval_limit and how to generate.
         trained_on: questions of a set that stand here too are counted ("seen").
 
     Returns:
-        An entry a model and set: model, set, seen, and `mold.evaluation.predictions.score`.
+        An entry a model and set: model, set, tasks, seen, and `mold.evaluation.predictions.score`.
     """
     evaluation = options.evaluation
     sets = dict(_read_sets(evaluation.eval_sets, evaluation.eval_limit))
@@ -137,8 +138,12 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
             }
             predictions = predict(options, model, tokenizer, examples, Journal(f"{stem}.journal", settings))
             write_jsonl(f"{stem}.jsonl", predictions)
+            measured = options.folder / "likelihoods" / f"{label}--{set_name}.jsonl"
+            measured.parent.mkdir(exist_ok=True)
+            write_jsonl(measured, likelihoods(options, model, tokenizer, examples))
             repeated = sum(question_key(example.question) in seen for example in examples)
-            results.append({"model": label, "set": set_name, "seen": repeated, **score(predictions)})
+            about = {"model": label, "set": set_name, "tasks": list(options.training.tasks), "seen": repeated}
+            results.append(about | score(predictions))
     write_atomically(options.folder / "comparison.json", json.dumps(results, indent=1).encode())
     return results
 

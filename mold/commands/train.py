@@ -1,7 +1,7 @@
 """The stages of a run: read, extract, train, evaluate, report. Each goes on where a killed one stopped.
 
 A run folder holds config.yaml, before.json, metrics.jsonl, checkpoints, the trained student with its router,
-predictions, attention_maps.json, summary.json and report.html.
+predictions, log-likelihoods, attention_maps.json, summary.json and report.html.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mold.data.encoding import has_signal
 from mold.data.examples import Example, split_examples
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
+from mold.evaluation.likelihoods import log_likelihoods
 from mold.evaluation.predictions import accuracy, generate_predictions
 from mold.files import write_atomically, write_jsonl
 from mold.generation.batches import Journal
@@ -75,12 +76,20 @@ def _as_dict(*groups) -> dict:
 def read_data(options: DataOptions, require_rationale: bool = True, rationales: str | None = None) -> list[Example]:
     """All examples of the data set. Rows that are left out are counted in a warning."""
     if options.dataset == "generated":
-        return generate_problems((options.num_train or 240) + options.num_eval, options.split_seed)
+        return generate_problems(
+            (options.num_train or 240) + options.num_eval,
+            options.split_seed,
+            max_value=options.max_value,
+            rationale_form=options.rationale_form,
+        )
+    if options.max_value is not None:
+        raise ValueError(f"max_value: is {options.max_value}, must not be given with dataset={options.dataset!r}")
     examples, report = read_examples(
         options.dataset,
         options.dataset_format,
         split=options.dataset_split,
         rationales=rationales,
+        rationale_form=options.rationale_form,
         require_rationale=require_rationale,
     )
     if report.left_out:
@@ -274,11 +283,14 @@ def _said(chosen: dict, key: str) -> str:
 
 
 def _evaluate(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:
-    """Losses, predictions (written) and maps of the held-out examples."""
+    """Losses, predictions and log-likelihoods (written) and maps of the held-out examples."""
     metrics = trainer.evaluate()
     predictions = predict(options, trainer.model, trainer.processing_class, examples)
     if PartialState().is_main_process:
         write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
+        if when != "before":
+            found = likelihoods(options, trainer.model, trainer.processing_class, examples)
+            write_jsonl(options.folder / f"likelihoods_{when}.jsonl", found)
     with_signal = [item for item in trainer.eval_dataset if has_signal(item)]
     maps = trainer.attention_maps(with_signal[: options.student.num_maps])
     return {"metrics": metrics, "accuracy": accuracy(predictions), "maps": maps}
@@ -296,6 +308,20 @@ def predict(options: Options, model, tokenizer, examples: list[Example], journal
         max_new_tokens=options.student.max_new_tokens,
         static_cache=options.student.static_cache,
         journal=journal,
+        progress=not options.training.disable_tqdm,
+    )
+
+
+def likelihoods(options: Options, model, tokenizer, examples: list[Example]) -> list[dict]:
+    """Log-likelihoods of the examples as the model was trained on them; see `mold.evaluation.likelihoods`."""
+    return log_likelihoods(
+        model,
+        tokenizer,
+        examples,
+        options.training.template,
+        options.training.tasks,
+        batch_size=options.training.per_device_eval_batch_size,
+        max_length=options.training.max_length,
         progress=not options.training.disable_tqdm,
     )
 

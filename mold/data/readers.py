@@ -18,12 +18,14 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from mold.data.conversations import question_row
+from mold.data.equations import EquationError, equation_rationale, find_equations
 from mold.data.examples import Example, question_key
 from mold.extras import missing_extra
 from mold.files import json_lines
 
 SUFFIXES = (".jsonl", ".json", ".xml", ".parquet")
 RATIONALES_FILE = "rationales.jsonl"
+RATIONALE_FORMS = ("text", "equations")
 # A hub name with an optional configuration: "owner/name" or "owner/name:configuration".
 _HUB_NAME = re.compile(r"(?P<name>[\w-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 
@@ -47,6 +49,7 @@ def read_examples(
     *,
     split: str | None = None,
     rationales: str | Path | None = None,
+    rationale_form: str = "text",
     require_rationale: bool = True,
 ) -> tuple[list[Example], ReadReport]:
     """Read examples from a file, a folder or the hub.
@@ -60,20 +63,33 @@ def read_examples(
         rationales: JSONL rows with question, rationale and optionally correct and keywords. They take the place of the
             rationales that the data set has; a question with several becomes several examples. In a folder, its
             rationales.jsonl.
+        rationale_form: "text", or "equations": the equations that the rows have, an operation a step (see
+            `mold.data.equations`). GSM8K has them in its calculator marks, SVAMP, ASDiv, SingleEq and MultiArith as
+            published in their equations, plain rows where their rationales state calculations.
         require_rationale: whether examples are to be trained on. Without, every question is kept once, whatever its
             rationale.
 
     Returns:
         The examples, and how many rows were read and left out: without a rationale, with one that leads to a wrong
-        answer (`"correct": false`), and repetitions of an earlier row.
+        answer (`"correct": false`), without equations or with ones that are wrong or end in another answer, and
+        repetitions of an earlier row.
 
     Raises:
         ValueError: the data set is missing, empty, malformed, or of no known format; names the file and line.
     """
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"dataset_format: is {format!r}, must be auto, {', '.join(FORMATS)}")
+    if rationale_form not in RATIONALE_FORMS:
+        raise ValueError(f"rationale_form: is {rationale_form!r}, must be one of {', '.join(RATIONALE_FORMS)}")
+    if rationale_form == "equations" and rationales is not None:
+        raise ValueError("rationales: is given, must not be with rationale_form='equations', which takes the rows' own")
     name, rows = _open(str(path), split)
-    if rationales is None and Path(path).is_dir() and (Path(path) / RATIONALES_FILE).is_file():
+    if (
+        rationale_form == "text"
+        and rationales is None
+        and Path(path).is_dir()
+        and (Path(path) / RATIONALES_FILE).is_file()
+    ):
         rationales = Path(path) / RATIONALES_FILE
     written = None if rationales is None else _read_rationales(Path(rationales))
     report, examples, places, seen, asked = ReadReport(), [], {}, set(), set()
@@ -86,6 +102,14 @@ def read_examples(
             reason = f"has no {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
             raise ValueError(f"{place}: {reason} (read as {format})") from error
         base = {"id": f"{name}-{report.rows}"} | base
+        if rationale_form == "equations":
+            try:
+                base["rationale"] = equation_rationale(_row_equations(base), str(base["answer"]))
+            except EquationError as error:
+                if require_rationale:
+                    report.left_out[str(error)] += 1
+                    continue
+                base["rationale"] = None
         key = question_key(str(base.get("question")))
         variants = [base]
         if written is not None:
@@ -262,6 +286,11 @@ class Format(NamedTuple):
     read: Callable[[dict], dict]
 
 
+def _row_equations(base: dict) -> list[str]:
+    """The equations of a row that was read: published ones, or those in its rationale."""
+    return base["equations"] if "equations" in base else find_equations(base.get("rationale") or "")
+
+
 def _plain(row: dict) -> dict:
     row = question_row(row, "the row")
     return {key: row[key] for key in ("id", *Example.__dataclass_fields__, "correct") if row.get(key) is not None}
@@ -271,11 +300,14 @@ def _gsm8k(row: dict) -> dict:
     rationale, separator, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
     if not separator:
         raise ValueError("answer has no '#### result'")
-    return {"question": row["question"], "rationale": rationale, "answer": answer.replace(",", "")}
+    equations = re.findall(r"<<([^<>]*)>>", row["answer"])
+    answer = answer.replace(",", "")
+    return {"question": row["question"], "rationale": rationale, "answer": answer, "equations": equations}
 
 
 def _svamp(row: dict) -> dict:
-    return {"id": row["ID"], "question": _joined(row["Body"], row["Question"]), "answer": row["Answer"]}
+    question = _joined(row["Body"], row["Question"])
+    return {"id": row["ID"], "question": question, "answer": row["Answer"], "equations": [row["Equation"]]}
 
 
 def _asdiv(row: dict) -> dict:
@@ -283,14 +315,15 @@ def _asdiv(row: dict) -> dict:
     # "9 (apples)": the unit is no part of the answer.
     answer = re.sub(r"\s*\([^()]*\)", "", row["answer"]) if isinstance(row["answer"], str) else row["answer"]
     name = row.get("id") or row.get("@id")
-    return {"question": _joined(row["body"], row["question"]), "answer": answer} | ({"id": name} if name else {})
+    question, equations = _joined(row["body"], row["question"]), row["formula"].split(";")
+    return {"question": question, "answer": answer, "equations": equations} | ({"id": name} if name else {})
 
 
-def _equations(row: dict) -> dict:
+def _singleeq(row: dict) -> dict:
     if "final_ans" in row:
-        return {"question": row["question"], "answer": row["final_ans"]}
+        return {"question": row["question"], "answer": row["final_ans"], "equations": row.get("lEquations", [])}
     (solution,) = row["lSolutions"]
-    return {"question": row["sQuestion"], "answer": solution}
+    return {"question": row["sQuestion"], "answer": solution, "equations": row.get("lEquations", [])}
 
 
 def _commonsense_qa(row: dict) -> dict:
@@ -331,8 +364,8 @@ def _detect(row: dict) -> str:
 FORMATS: dict[str, Format] = {
     "svamp": Format(({"Body", "Question", "Equation"},), _svamp),
     "asdiv": Format(({"Body", "Question", "Formula"}, {"body", "question", "formula"}), _asdiv),
-    "singleeq": Format(({"sQuestion", "lSolutions"},), _equations),
-    "multiarith": Format(({"question", "final_ans"},), _equations),
+    "singleeq": Format(({"sQuestion", "lSolutions"},), _singleeq),
+    "multiarith": Format(({"question", "final_ans"},), _singleeq),
     "commonsense_qa": Format(({"answerKey", "question"},), _commonsense_qa),
     "strategyqa": Format(({"qid", "question", "answer", "facts"},), _strategyqa),
     "gsm8k": Format(({"question", "answer"},), _gsm8k),

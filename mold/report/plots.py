@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mold.extras import missing_extra
+from mold.report.results import row_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,7 +190,7 @@ def variant_accuracies(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Accuracy of every variant, a panel a test set: a ring each seed, a dot for their mean, a line for its interval.
 
     Args:
-        variants: by name, as results.json of `mold run` has them.
+        variants: by name, as `mold.evaluation.comparison.summarise` has them.
 
     Raises:
         ValueError: there is no variant.
@@ -213,6 +214,76 @@ def variant_accuracies(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.set_yticks(range(len(names)), [_printable(n) for n in names] if place == 0 else [""] * len(names))
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
         axes.locator_params(axis="x", nbins=4)
+    return figure
+
+
+def variant_differences(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
+    """Differences to the baseline, a panel a set and measure: a dot for the mean, a line for its 95 % interval.
+
+    Blue where the interval decides, grey where it does not.
+
+    Args:
+        comparisons: as `mold.evaluation.comparison.summarise` has them.
+
+    Raises:
+        ValueError: there is none.
+        ImportError: matplotlib is not installed.
+    """
+    if not comparisons:
+        raise ValueError("comparisons: is empty, must hold at least one")
+    names = list(dict.fromkeys(row_name(entry) for entry in comparisons))
+    panels = list(dict.fromkeys((entry["measure"], entry["set"]) for entry in comparisons))
+    measures = list(dict.fromkeys(measure for measure, _ in panels))
+    sets = list(dict.fromkeys(name for _, name in panels))
+    left = 0.3 + CHARACTER * max(map(_units, names))
+    height, width = 0.24 * len(names) + 0.1, max(1.2, min(2.4, (PANELS_WIDTH - left) / len(sets) - 0.25))
+    figure = _figure(left + len(sets) * (width + 0.25), len(measures) * (height + 0.95))
+    for measure, name in panels:
+        line, place = measures.index(measure), sets.index(name)
+        scale, unit = (100, "accuracy, points") if measure == "accuracy" else (1, f"{measure}, nats")
+        bottom = (len(measures) - 1 - line) * (height + 0.95) + 0.5
+        axes = _axes(figure, left + place * (width + 0.25), bottom, width, height, name, unit)
+        axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
+        for entry in comparisons:
+            if (entry["measure"], entry["set"]) == (measure, name):
+                row, colour = names.index(row_name(entry)), GREY if entry["verdict"] == "undecided" else BLUE
+                axes.plot([scale * entry["low"], scale * entry["high"]], [row, row], color=colour, linewidth=1.5)
+                axes.plot(scale * entry["mean"], row, "o", color=colour, ms=4)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), [_printable(n) for n in names] if place == 0 else [""] * len(names))
+        axes.locator_params(axis="x", nbins=4)
+    return figure
+
+
+def accuracy_by_size(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Accuracy over the number of training examples, a panel a test set, a line a variant.
+
+    Args:
+        variants: by name, as `mold.evaluation.comparison.summarise` has them.
+
+    Raises:
+        ValueError: no variant has sizes.
+        ImportError: matplotlib is not installed.
+    """
+    sized = [entry for entry in variants.values() if entry["size"] is not None]
+    if not sized:
+        raise ValueError("variants: have no size, must be trained on several numbers of examples")
+    names = list(dict.fromkeys(entry["variant"] for entry in sized))
+    sets = list(dict.fromkeys(name for entry in sized for name in entry["sets"]))
+    width = max(1.8, min(3.2, PANELS_WIDTH / len(sets) - 0.6))
+    figure = _figure(len(sets) * (width + 0.6), 2.9 + 0.16 * len(names))
+    for place, name in enumerate(sets):
+        axes = _axes(figure, place * (width + 0.6) + 0.5, 0.45, width, 2.0, name, "training examples", "accuracy, %")
+        for index, variant in enumerate(names):
+            curve = sorted((e["size"], 100 * e["sets"][name]["mean"]) for e in sized if e["variant"] == variant)
+            style = "-" if index < 4 else "--"
+            axes.plot(*zip(*curve, strict=True), style, color=_cycled(4)[index % 4], marker="o", ms=3, label=variant)
+        axes.set_xscale("log")
+        sizes = sorted({entry["size"] for entry in sized})
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7.5, frameon=False, labelcolor=INK, loc="upper left")
     return figure
 
 

@@ -195,8 +195,19 @@ class DataOptions:
     rationales: str | None = field(
         default=None, metadata={"help": "A JSONL file of rationales, in place of those that the data set has."}
     )
+    rationale_form: str = field(
+        default="text",
+        metadata={
+            "help": '"text", or "equations": the equations that the data set has, an operation a step.',
+            "choices": ["text", "equations"],
+        },
+    )
     num_train: int | None = field(default=None, metadata={"help": "Training examples; all there are where not given."})
     num_eval: int = field(default=40, metadata={"help": "Held-out examples."})
+    max_value: int | None = field(
+        default=None,
+        metadata={"help": "Largest number of the generated problems, for easier arithmetic; no limit where not given."},
+    )
     split_seed: int = field(default=0, metadata={"help": "Of the generated problems and of the split."})
 
 

@@ -274,8 +274,10 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
                 "row_spans": inputs["row_spans"],
                 "key_spans": inputs["key_spans"],
             }
+        if "position_ids" in inputs:
+            kwargs["position_ids"] = inputs["position_ids"]
         if "cu_seqlens" in inputs:
-            kwargs |= {"position_ids": inputs["position_ids"], "cu_seqlens": inputs["cu_seqlens"].tolist()}
+            kwargs["cu_seqlens"] = inputs["cu_seqlens"].tolist()
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs)
 
     def _wants_attention(self):

@@ -8,11 +8,10 @@ import yaml
 
 from mold.commands import recipe as recipes
 from mold.commands import stages, train
-from mold.commands.recipe import Recipe, collect, load_recipe, markdown, run_recipe, summarise, table
+from mold.commands.recipe import Recipe, collect, load_recipe, run_recipe
 from mold.data.examples import question_key
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
-from mold.evaluation.predictions import wilson_interval
 from tests.mold.commands.test_cli import refusal
 from tests.mold.conftest import write_rows
 
@@ -55,6 +54,7 @@ def tiny(models, tmp_path):
         },
         "sweep": {"beta": [5.0]},
         "seeds": [0, 1],
+        "baseline": "mixture",
     }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -74,12 +74,21 @@ def test_from_files_to_the_table(mold, tiny):
     for text in ("answers", "a pair", "mixture", "beta=5.0", "near", "far", "results.md"):
         assert text in out
     folder = tiny.parent / "out"
-    results = json.loads((folder / "results.json").read_text())["variants"]
+    summary = json.loads((folder / "results.json").read_text())
+    results = summary["variants"]
     assert list(results) == ["answers", "a pair", "mixture", "beta=5.0"]
     for name, entry in results.items():
         assert entry["seeds"] == [0, 1]
         assert {key: value["total"] for key, value in entry["sets"].items()} == {"near": 6, "far": 3}
         assert ("attention KL" in entry["held_out"]) is (name != "answers")
+    # Everything but the answers alone has the baseline's tasks, and so its log-likelihoods.
+    measures = {(entry["variant"], entry["set"], entry["measure"]) for entry in summary["comparisons"]}
+    sets = ("near", "far", "held out")
+    assert {name for name, _, _ in measures} == {"answers", "a pair", "beta=5.0"}
+    assert {m for m in measures if m[0] == "answers"} == {("answers", name, "accuracy") for name in sets}
+    # The questions near lack rationales.
+    assert len({m for m in measures if m[0] == "a pair"}) == 3 + 2 * 2
+    assert all(entry["verdict"] == "undecided" for entry in summary["comparisons"])
     # Another seed is another training, another weight another loss.
     assert len({path.name for path in folder.glob("train-*")}) == 8
     # So few steps may move one loss by a last bit or not at all: the terms are compared together.
@@ -89,13 +98,14 @@ def test_from_files_to_the_table(mold, tiny):
     assert len(list(folder.glob("extract-*"))) == 1
     assert "<svg" in (folder / "results.svg").read_text()
     assert "attention KL" in (folder / "results.md").read_text()
-    assert (folder / "results.md").read_text().count("\n| ") == 5
+    assert (folder / "results.md").read_text().count("\n| ") == 5 + 4
+    assert "<svg" in (folder / "differences.svg").read_text()
     assert len(list(folder.glob("train-*/report.html"))) == 8
 
     # Again: everything is there. Another option: only what depends on it is run.
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*-*/done.json")}
     said = []
-    assert run_recipe(load(tiny), said.append) == {"variants": results}
+    assert run_recipe(load(tiny), said.append) == summary
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*-*/done.json")} == before
     assert sum("is there" in line for line in said) == 1 + 8 + 8
     # A stage whose output is gone or was cut off is done again, no other.
@@ -106,7 +116,7 @@ def test_from_files_to_the_table(mold, tiny):
     ]
     victims[0].unlink()
     victims[1].write_bytes(victims[1].read_bytes()[:-9])
-    assert run_recipe(load(tiny), said.append) == {"variants": results}
+    assert run_recipe(load(tiny), said.append) == summary
     again = [line.partition(":")[0] for line in said if "is there" not in line and not line.startswith("data")]
     assert again == ["eval-mixture-seed0", "eval-mixture-seed1"]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*-*/done.json")}
@@ -160,7 +170,7 @@ def test_rationales_by_a_teacher_and_key_words_come_before_training(tiny, monkey
 
     monkeypatch.setattr(stages, "write_rationales", write)
     changes = ["generate={num_shots: 0, prompt: math}", "keywords={num_shots: 1}", "sweep={}", "seeds=[0]"]
-    recipe = load(tiny, *changes, "variants={none: {method: step_by_step}}")
+    recipe = load(tiny, *changes, "variants={none: {method: step_by_step}}", "baseline=null")
     said = []
     run_recipe(recipe, said.append)
     done = [line.partition(":")[0] for line in said if not line.startswith("data")]
@@ -201,6 +211,7 @@ def test_no_question_is_trained_on_and_tested(tiny):
         ("data.far.test=some", "data.far.test is 'some', must be from 1"),
         ("options.learning_rte=1", "has the unknown option 'learning_rte'; did you mean learning_rate?"),
         ("variants.mixture={betta: 1}", "recipe: mixture has the unknown option 'betta'"),
+        ("baseline=mixtur", "recipe: baseline is 'mixtur', must be one of answers, a pair, mixture, beta=5.0"),
         ("variants.mixture={beta: -1}", "beta: is -1.0, must be in"),
         ("generate={num_tries: 3}", "num_tries: is 3 at temperature 0.0"),
         ("generate={prompt: maths}", "prompt: is 'maths', must be one of"),
@@ -266,27 +277,51 @@ def test_the_papers_hyperparameters():
         assert len(recipe.seeds) == 3
 
 
-def test_results_are_means_over_seeds():
-    def entry(seed, right, kl):
-        sets = [{"set": "a", "total": 10, "accuracy": right / 10}]
-        return {"seed": seed, "sets": sets, "held_out": {"attention KL": kl, "accuracy": 0.0}}
+def test_sizes_share_one_extraction_and_one_teacher_is_trained_for_all(tiny):
+    changes = ["variants={plain: {method: rationales}, mixture: {}}", "baseline=plain", "sweep={}", "seeds=[0]"]
+    teacher = {"model_name_or_path": yaml.safe_load(tiny.read_text())["options"]["teacher_model_name_or_path"]}
+    teacher |= {"method": "rationales", "max_steps": 2, "num_eval": 2}
+    changes += [f"teacher={json.dumps(teacher)}", "data.own.teacher=9", "train_sizes=[3, 6]"]
+    recipe, said = load(tiny, *changes), []
+    summary = run_recipe(recipe, said.append)
+    done = [line.partition(":")[0] for line in said if not line.startswith("data")]
+    cells = [f"{name}-{size}-seed0" for size in (3, 6) for name in ("plain", "mixture")]
+    trained = [f"{stage}-{cell}" for cell in cells for stage in ("train", "eval")]
+    assert done == ["teacher", "extract", *trained]
+    assert list(summary["variants"]) == ["plain, 3", "mixture, 3", "plain, 6", "mixture, 6"]
+    assert {(e["variant"], e["size"]) for e in summary["comparisons"]} == {("mixture", 3), ("mixture", 6)}
+    assert {(e["variant"], e["examples"]) for e in summary["examples_needed"]} == {("mixture", 3), ("mixture", 6)}
+    folder = tiny.parent / "out"
+    (extracted,), (taught,) = folder.glob("extract-*"), folder.glob("teacher-*")
+    manifest = json.loads((extracted / "signals" / "manifest.json").read_text())
+    assert manifest["settings"]["teacher"] == str(taught)
+    sizes = [json.loads((path / "summary.json").read_text())["num_train"] for path in folder.glob("train-mixture-*")]
+    assert sorted(sizes) == [3, 6]
+    if (folder / "sizes.svg").exists():
+        assert "training examples" in (folder / "sizes.svg").read_text()
+    assert run_recipe(recipe, lambda line: None) == summary
 
-    summary = summarise({"x": [entry(0, 2, 1.0), entry(1, 5, 2.0)], "y": [{**entry(0, 10, 1.0), "held_out": {}}]})
-    found = summary["variants"]["x"]
-    assert found["sets"]["a"]["mean"] == pytest.approx(0.35)
-    assert found["sets"]["a"]["accuracies"] == [0.2, 0.5]
-    # Of ten questions, however many seeds answer them.
-    assert (found["sets"]["a"]["low"], found["sets"]["a"]["high"]) == wilson_interval(3.5, 10)
-    assert found["held_out"] == {"attention KL": 1.5}
-    rows = list(table(summary))
-    assert rows[0] == ["variant", "seeds", "a", "mean", "attention KL"]
-    assert rows[1][0] == "x"
-    assert rows[1][3:] == ["35.0", "1.5"]
-    assert rows[2][3:] == ["100.0", ""]
-    assert markdown(summary).splitlines()[2:4] == [
-        "| variant | seeds | a | mean | attention KL |",
-        "|---|---|---|---|---|",
-    ]
+
+def test_a_teacher_learns_no_test_question(tiny):
+    recipe = load(tiny, "data.own.teacher=all", "teacher={}")
+    _, tests, _ = collect(recipe)
+    learned = recipes.teacher_examples(recipe, tests)
+    asked = {question_key(example.question) for test in tests.values() for example in test}
+    assert len(learned) == 10
+    assert not {question_key(example.question) for example in learned} & asked
+    with pytest.raises(ValueError, match="must have a source with teacher"):
+        recipes.teacher_examples(load(tiny), tests)
+
+
+def test_results_are_written_after_every_training(tiny, monkeypatch):
+    counts = []
+    monkeypatch.setattr(
+        recipes,
+        "_write_results",
+        lambda root, summary, say: counts.append([len(entry["seeds"]) for entry in summary["variants"].values()]),
+    )
+    run_recipe(load(tiny, "variants={a: {beta: 0.0}, b: {}}", "sweep={}", "baseline=a"), lambda line: None)
+    assert counts == [[1], [1, 1], [2, 1], [2, 2]]
 
 
 def test_a_sweep_over_every_pair_of_layers(tiny):

@@ -105,6 +105,51 @@ def test_svamp(tmp_path):
         read_examples(path)
 
 
+def test_equations_take_the_place_of_rationales(tmp_path):
+    def rationales(path, **options):
+        examples, report = read_examples(path, rationale_form="equations", **options)
+        return [example.rationale for example in examples], str(report)
+
+    path = write(tmp_path / "train.jsonl", GSM8K)
+    assert rationales(path) == (["1200 / 2 = 600\n1200 - 600 = 600", "600 * 10 = 6000"], "2 rows, 2 kept")
+    (tmp_path / "svamp").mkdir()
+    write(tmp_path / "svamp" / "SVAMP.json", SVAMP)
+    # Those beside the data set are texts.
+    write(tmp_path / "svamp" / "rationales.jsonl", [{"question": "A jar?", "rationale": "A text."}])
+    assert rationales(tmp_path / "svamp") == (["7 * 3 = 21", "9.5 - 2 = 7.5"], "2 rows, 2 kept")
+    (tmp_path / "ASDiv.xml").write_text(ASDIV_XML)
+    assert rationales(tmp_path / "ASDiv.xml") == (["4 + 5 = 9"], "2 rows, 1 kept, 1 without equations")
+    assert rationales(write(tmp_path / "questions.json", EQUATIONS))[0] == ["3 * 0.6 = 1.8"]
+    multi = {"iIndex": 1, "sQuestion": "How many?", "lEquations": ["X=((5.0+3.0)*2.0)"], "lSolutions": [16.0]}
+    assert rationales(write(tmp_path / "MultiArith.json", [multi]))[0] == ["5 + 3 = 8\n8 * 2 = 16"]
+    plain = [{"question": "How much?", "rationale": "That is 3 * 4 = 12 dollars.", "answer": "12"}]
+    assert rationales(write(tmp_path / "plain.jsonl", plain))[0] == ["3 * 4 = 12"]
+
+
+def test_rows_whose_equations_make_no_rationale_are_counted_and_kept_to_be_asked(tmp_path):
+    wrong = [{**SVAMP[0], "ID": "w", "Body": "Other", "Equation": "( 7.0 + 3.0 )"}]
+    unled = [{"question": "And then?", "answer": "It is <<2+2=4>>4, doubled.\n#### 8"}]
+    none = [{"question": "Why?", "answer": "So it is.\n#### 3"}]
+    examples, report = read_examples(write(tmp_path / "a.json", SVAMP + wrong), rationale_form="equations")
+    assert [e.id for e in examples] == ["s-1", "s-2"]
+    assert str(report) == "3 rows, 2 kept, 1 with a wrong equation"
+    path = write(tmp_path / "b.jsonl", GSM8K + unled + none)
+    _, report = read_examples(path, rationale_form="equations")
+    assert str(report) == "4 rows, 2 kept, 1 whose equations do not lead to the answer, 1 without equations"
+    examples = read(path, rationale_form="equations")
+    assert [bool(e.rationale) for e in examples] == [True, True, False, False]
+    with pytest.raises(ValueError, match="holds no usable example"):
+        read_examples(write(tmp_path / "c.jsonl", none), rationale_form="equations")
+
+
+def test_rationale_form_is_checked(tmp_path):
+    path = write(tmp_path / "train.jsonl", GSM8K)
+    with pytest.raises(ValueError, match="rationale_form: is 'equation', must be one of text, equations"):
+        read_examples(path, rationale_form="equation")
+    with pytest.raises(ValueError, match="rationales: is given, must not be with rationale_form='equations'"):
+        read_examples(path, rationale_form="equations", rationales=path)
+
+
 def test_asdiv_in_xml_and_json(tmp_path):
     (tmp_path / "ASDiv.xml").write_text(ASDIV_XML)
     assert read(tmp_path / "ASDiv.xml") == ASDIV_EXAMPLES

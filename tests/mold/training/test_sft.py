@@ -1,7 +1,6 @@
 import datasets
 import pytest
 import torch
-import trl
 from safetensors.torch import load_file
 
 from mold import StepwiseAttentionMixin
@@ -12,6 +11,8 @@ from mold.method.extraction import extract_signals
 from mold.method.signals import SignalSettings
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
+
+trl = pytest.importorskip("trl")
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
 EXAMPLES = generate_problems(8, seed=4)
