@@ -13,8 +13,8 @@ def after_import(name: str, function: Callable[[ModuleType], object]) -> None:
 
     Args:
         name: of the module.
-        function: must import nothing, as the module's import lock is held while it is called; what it raises, the
-            import raises. A second function for the same name takes the first one's place.
+        function: must import nothing: it is called while the module's import lock is held. What it raises, the import
+            raises. A second function for the same name takes the first one's place.
     """
     _FINDER.functions[name] = function
     if _FINDER not in sys.meta_path:
