@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from mold.method.loss import region_sums
-from mold_kernels.backends import BACKENDS
+from mold_kernels.backends import RUNTIMES
 
 CHUNK_ELEMENTS = 1 << 25
 """Logits that are made at once (128 MiB in float32)."""
@@ -207,7 +207,7 @@ class ChunkedHead:
 def _check_liger(device, softcap):
     if importlib.util.find_spec("liger_kernel") is None:
         raise ImportError("cross_entropy: 'liger' needs liger-kernel: pip install 'mold[liger]'")
-    if device.type not in BACKENDS["triton"].devices:
+    if device.type not in RUNTIMES["triton"].devices:
         raise ValueError(
             f"cross_entropy: is 'liger', must be 'chunked' or 'full' on {device.type}: liger-kernel runs on GPUs"
         )
