@@ -26,7 +26,7 @@ from mold.data.examples import PROMPT
 from mold.extras import missing_extra
 from mold.method.loss import predicting_positions, region_cross_entropy, region_sums
 from mold.training.chunked_cross_entropy import chunked_cross_entropy, liger_cross_entropy, logits_of
-from mold_kernels.backends import BACKENDS
+from mold_kernels.backends import RUNTIMES
 
 
 def make_head(model: PreTrainedModel, kind: str, *, check: bool = True) -> FullHead | ChunkedHead:
@@ -153,7 +153,7 @@ def keeps_logits(model: PreTrainedModel) -> bool:
 def _check_liger(device: torch.device, softcap: float | None) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise missing_extra("cross_entropy='liger'", "liger-kernel", "liger")
-    if device.type not in BACKENDS["triton"].devices:
+    if device.type not in RUNTIMES["triton"].devices:
         raise ValueError(
             f"cross_entropy: is 'liger', must be 'chunked' or 'full' on {device.type}: liger-kernel runs on GPUs"
         )
