@@ -12,7 +12,7 @@ from mold.data.quantities import boxed, boxes
 
 # "Answer: 9", "**Answer:** 9", "the answer is 9", "#### 9"; a heading alone on its line.
 _ANSWER_MARKER = re.compile(
-    r"####(?!#)|\banswer[*_`]*(?:\s+is\b:?|\s*:)[*_`]*|^[#*_ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[*_ \t]*$",
+    r"####(?!#)|<answer>|(?<![A-Za-z])answer[*_`]*(?:\s+is\b:?|\s*:)[*_`]*|^[#*_ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[*_ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _THOUGHT_MARKS = re.compile(r"</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
@@ -69,7 +69,7 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     named = next((name for name in _CONVERSATIONS if name in row), None)
     if named is None and "prompt" not in row:
         return dict(row) | {"history": _history(row.get("history"), place)}
-    if row.get("tools") or row.get("functions"):
+    if any(row.get(name) not in (None, "", "[]", "null", [], ()) for name in ("tools", "functions")):
         raise ValueError(f"{place}: has tools, must have none: messages that call tools cannot be trained on yet")
     if named is not None:
         turns = _turns(row[named], named, place)
@@ -167,9 +167,9 @@ def _split_answer(content: str) -> tuple[str, str | None]:
     last = content.rfind("\n") + 1
     # A marker at the end of the line before announces the last line.
     for found in reversed(list(_ANSWER_MARKER.finditer(content, _line_before(content, last)))):
-        answer = content[found.end() :].strip().strip("*_`").strip()
+        answer = content[found.end() :].strip().removesuffix("</answer>").strip(" *_`\n")
         if answer and "\n" not in answer:
-            return without_announcement(content[: found.start()]), answer.rstrip(".")
+            return without_announcement(content[: found.start()]), answer.rstrip(" .*_`")
     found = boxes(content)
     if found and content.rfind("\n\n", 0, len(content)) < found[-1].end:
         line = content.rfind("\n", 0, found[-1].start) + 1
