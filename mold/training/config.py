@@ -28,9 +28,8 @@ def check_choices(options: object) -> None:
         choices = option.metadata.get("choices")
         if option.name in TrainingArguments.__dataclass_fields__ or choices is None:
             continue  # transformers checks its own
-        if (value := getattr(options, option.name)) not in (
-            choices if option.default is not None else [None, *choices]
-        ):
+        value = getattr(options, option.name)
+        if value not in choices and not (value is None and option.default is None):
             raise ValueError(f"{option.name}: is {value!r}, must be one of {', '.join(choices)}")
 
 

@@ -268,7 +268,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
 
     def term_counts(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What each term of a batch is divided by: int64 [3] as TERMS."""
-        return _denominators(inputs)
+        return denominators(inputs)
 
     def _term_sums(self, model, inputs):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
