@@ -1,10 +1,10 @@
-# ruff: noqa: RUF001 - signs that texts hold
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -54,7 +54,6 @@ def test_hostile_formulas_end_and_memory_is_bounded():
 def test_a_formula_that_takes_too_long_is_not_judged_and_the_next_one_is(monkeypatch):
     monkeypatch.setattr(formulas, "is_small", lambda formula: True)
     formulas.same_formula.cache_clear()
-    assert formulas.same_formula(r"\frac{1}{10^{10^{9}}}", "5") is not True
     assert formulas.same_formula("(x+y+z)^{30}(a+b+c)^{31}", "5") is None
     assert formulas.same_formula("2^{4}", "16")
 
@@ -95,7 +94,10 @@ def test_the_judge_ends_with_a_killed_parent():
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     for _ in range(100):
-        if not os.path.exists(f"/proc/{judge}") or "\nState:\tZ" in open(f"/proc/{judge}/status").read():
+        try:
+            if "\nState:\tZ" in Path(f"/proc/{judge}/status").read_text():
+                return
+        except FileNotFoundError:
             return
         time.sleep(0.1)
     raise AssertionError(f"process {judge} outlived its parent")
