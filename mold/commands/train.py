@@ -211,7 +211,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
         held_out,
         processing_class=tokenizer,
         peft_config=peft_config,
-        **teaching(options, teacher, needed=options.training.beta > 0),
+        **teaching(options, teacher, needed=options.training.trains_attention),
     )
     _claim_folder(options)
     start = time.perf_counter()
@@ -248,7 +248,7 @@ def evaluate(options: Options) -> dict:
     router = Path(options.student.model_name_or_path or "") / ROUTER_FILE
     if router.is_file():
         trainer.mold_loss.router.load_state_dict(load_file(router))
-    elif options.training.beta > 0:
+    elif options.training.trains_attention:
         logger.warning(f"{router} does not exist: the attention loss is that of an untrained router")
     result = _evaluate(options, trainer, held_out, "eval")
     metrics = result["metrics"] | {"accuracy": result["accuracy"], "num_eval": len(held_out)}

@@ -54,7 +54,7 @@ _NEXT_PROBLEM = re.compile(
     ^{_MARKS} (?i: (?:here\s+is\s+)? (?:(?:an?other|the\s+next|next|new|follow-?up|similar|practice|bonus)\s)? (?:
           (?:q|question|problem|exercise|puzzle|task|instruction|human|user|student|prompt|input) [*_]* {_BLANK}? :
         | (?:q|question|problem|exercise|puzzle|task|example) {_BLANK}? \#? \d+ [*_]* {_BLANK}? (?:[:.)]|$)
-        | q\. {_BLANK}+ (?=\S)
+        | q\. {_BLANK}+ (?=\S) | (?<=\[) (?:q|question|problem) \]
         ) | <\|(?:im_start|user|start_header_id)\b | \[INST\] | <start_of_turn> | \#\#\#{_BLANK}(?:instruction|question) )
     | (?<=[.!?$\d*]) {_BLANK}+ (?:Question|Problem|Q) (?:{_BLANK}?\d+)? : (?=\s)
     """,
@@ -67,12 +67,12 @@ _SOLUTION_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _LABEL = re.compile(
-    rf"\banswer[*_`\"')\]]*{_BLANK}*(?::|=(?!=))"
-    rf"|^{_MARKS}(?:the{_BLANK}+)?(?:(?:final|correct|short){_BLANK}+)?answer[*_:. \t]*$",
+    rf"(?<![A-Za-z])answer[*_`\"')\]]*{_BLANK}*(?::|=(?!=))"
+    rf"|<answer>|^{_MARKS}(?:the{_BLANK}+)?(?:(?:final|correct|short){_BLANK}+)?answer[*_:. \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _PHRASE = re.compile(
-    r"\banswers?\b[*_`\"']*(?:\s++(?!(?:is|are|choices?|options?)\b)[^\s.:=]++){0,5}?\s*(?:=(?!=)|\b(?:is|be|was)\b:?)"
+    r"(?<![A-Za-z])answers?(?![A-Za-z])[*_`\"']*(?:\s++(?!(?:is|are|choices?|options?)\b)[^\s.:=]++){0,5}?\s*(?:=(?!=)|\b(?:is|be|was)\b:?)"
     r"|\banswer\b(?:\s++(?!(?:is|are|choices?|options?)\b)[^\s.:=]++){1,5}?:",
     re.IGNORECASE,
 )
@@ -244,7 +244,7 @@ def _behind(text: str, start: int, whole_line: bool) -> str | None:
                 end = last
                 break
         return text[start:end].strip().strip("*_`").rstrip(" *_`.!").strip() or None
-    return text[start:end].strip().strip("*_`").strip() or None
+    return text[start:end].strip().removesuffix("</answer>").strip("*_`").strip() or None
 
 
 def _line_end(text: str, start: int) -> int:
@@ -350,7 +350,7 @@ _DENIED_BEHIND = re.compile(
 )
 _DECIDES = re.compile(
     r"\b(?:so|thus|hence|therefore|but|because|since|is|are|was|were|would|will|can|could|may|might|makes?|seems?|fits?"
-    r"|must|leav\w+|leads?|rather|instead|not|than|over|which|while|whereas|if|then)\b|n['’]t\b|[.!?→=]",
+    r"|choose|pick|select|say|prefer|go\s+with|must|leav\w+|leads?|rather|instead|not|than|over|which|while|whereas|if|then)\b|n['’]t\b|[.!?→=]",
     re.IGNORECASE,
 )
 _LEADING = re.compile(
@@ -361,6 +361,9 @@ _DECLARES = re.compile(
     r"|guess|answer|must\s+be|so|thus|hence|therefore|leav(?:es|ing)|left\s+with|probably|likely|most|sense)\b",
     re.IGNORECASE,
 )
+
+
+_LINE_OF_LIST = re.compile(r"\W*[A-Ja-j][).:]")
 
 
 class _Mention(NamedTuple):
@@ -412,17 +415,24 @@ def _last_choice(text: str) -> str | None:
     """The last sentence that declares a choice; else the letter that the text begins with, or that it names last."""
     lines = [line for line in text.split("\n") if _MENTION.search(line)]
     sentences = [line[slice(*span)] for line in lines for span in split_sentences(line)]
+    # A line for each of the choices is the question's list.
+    listed = len({lead[0] for line in lines if (lead := _LINE_OF_LIST.match(line))}) > 1
     undeclared = None
     for sentence in reversed(sentences):
         # Neither denied choices nor the list of the question, repeated, are an answer.
         letters = _choices(sentence) or set()
         if 0 < len(letters) < 3 and _DECLARES.search(sentence):
             return sentence if len(letters) > 1 else letters.pop()
-        if len(letters) == 1:
+        if len(letters) == 1 and not (listed and _LINE_OF_LIST.match(sentence)):
             undeclared = undeclared or letters.pop()
+    first = _choices(sentences[0]) if sentences else None
     mentions = _mentions(plain(text))
-    if len({mention.letter for mention in mentions}) == 1 and not plain(text)[: mentions[0].start].strip(" \n([*"):
-        return mentions[0].letter
+    if (
+        first
+        and len({mention.letter for mention in mentions}) == 1
+        and not plain(text)[: mentions[0].start].strip(" \n([*")
+    ):
+        return first.pop()
     return undeclared
 
 
@@ -430,7 +440,7 @@ def _last_choice(text: str) -> str | None:
 
 _AFFIRMED = {"yes": True, "true": True, "no": False, "false": False}
 _SAID = re.compile(
-    r"(?P<denied>(?:\b(?:not|never|neither|nor|hardly)|n['’]t|\bcannot\s+be)\s+(?:(?:be|at\s+all|really|entirely|quite)\s+)?)?"
+    r"(?P<denied>(?:\b(?:not|never|neither|nor|hardly)|n['’]t|\bcannot\s+be)\s+(?:(?:be|at\s+all|really|entirely|quite|necessarily|always|actually|completely|exactly|fully|strictly|generally|an?|the)\s+){0,2})?"
     r"\b(?P<word>yes|yeah|yep|no|nope|true|false|correct|incorrect)\b(?!\s+(?:doubt|longer|matter|idea|more|one|less|other|answer)\b)",
     re.IGNORECASE,
 )
@@ -438,6 +448,11 @@ _SAYS_YES = frozenset(("yes", "yeah", "yep", "true", "correct"))
 # "There is no bird": no answer.
 _DETERMINER = re.compile(
     r"\s+(?!(?:it|he|she|they|we|you|i|this|that|because|since|as|but|and|or|so)\b)[a-z]", re.IGNORECASE
+)
+
+
+_DEPENDS = re.compile(
+    r"\b(?:it\s+depends|cannot\s+be\s+(?:determined|known|said)|unclear|undetermined)\b", re.IGNORECASE
 )
 
 
@@ -463,6 +478,8 @@ def _yes_or_no(text: str) -> bool | None:
     said = _said(text)
     if not said:
         return None
+    if _DEPENDS.search(text):
+        return None
     if len({answer.yes for answer in said}) == 1:
         return None if re.search(r"\bneither\b", text, re.IGNORECASE) and len(said) > 1 else said[0].yes
     decisions = list(re.finditer(r"\b(?:so|thus|hence|therefore)\b", text, re.IGNORECASE))
@@ -472,7 +489,7 @@ def _yes_or_no(text: str) -> bool | None:
     if text[: first.start].strip(" *_\"'([,.") and not text[: first.start].strip().endswith((":", "is")):
         return None
     gap = text[first.end : second.start]
-    return None if re.fullmatch(r"\W*(?:(?:and|or|but|also|maybe|perhaps|then|again|it\s+is)\W*)*", gap) else first.yes
+    return None if re.fullmatch(r"\W*(?:(?:and|or|but|also|maybe|perhaps|then|again)\W*)*", gap) else first.yes
 
 
 def _last_yes_no(text: str) -> str | None:

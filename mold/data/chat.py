@@ -19,6 +19,9 @@ from mold.data.tokens import check_no_special_tokens
 CHAT_TEMPLATE = "{question}{assistant}{rationale}\nAnswer: {answer}"
 """The template for models with a chat template: the question is the user's message."""
 
+# What is extracted today is trained on tomorrow. It is the date that Llama's templates have without a clock.
+_DATE = "26 Jul 2024"
+
 
 def render_for(
     example: Example, template: str, tokenizer: PreTrainedTokenizerBase, task: str = "joint"
@@ -76,14 +79,17 @@ def _apply(tokenizer: PreTrainedTokenizerBase, history: Sequence[tuple[str, str]
 def apply_chat_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
 ) -> str:
-    """The text of messages in the tokenizer's chat template.
+    """The text of messages in the tokenizer's chat template. Llama's write the same date every day.
 
     Raises:
         ValueError: the template refuses them (a system message, two turns of a user), or is none.
     """
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=_DATE,
         )
     except Exception as error:  # a template raises jinja's errors and Python's own, of whatever it computes
         roles = ", ".join(message["role"] for message in messages)

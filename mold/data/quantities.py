@@ -71,7 +71,7 @@ _UNIT_POWER = re.compile(
     r"(?<=\d)(\s?(?:[kcm]m|ft|in|yd|mi|units?|inch(?:es)?|f(?:ee|oo)t|yards?|miles?|[a-z]*met(?:er|re)s?|m(?=[²³])|(?<=\s)m))"
     r"\s?(?:[²³]|\^\{?[23]\}?)(?!\w)"
 )
-_MARKS = re.compile(r"(?<![\w)*])(?:\*{1,3}|`+|__?)(?=\S)|(?<=\S)(?:\*{1,3}|`+|__?)(?![\w(*])")
+_MARKS = re.compile(r"(?<![\w)*])(?:\*{1,3}|`+|__?)(?=\S)|(?<=\S)(?:\*{1,3}|`+|__?)(?![\w(*{])")
 _DASHES = str.maketrans({"−": "-", "﹣": "-", "－": "-", "‐": "-", "‑": "-"})
 
 
@@ -122,7 +122,7 @@ def plain(text: str) -> str:
     if text.isascii() and not _SPELT.search(text):
         return text
     text = text.replace("{,}", ",").replace("\\!", "").replace("\u2044", "/")
-    text = re.sub(r"\\[,;: ]|~(?=\d{3})|\\\n", " ", text)
+    text = re.sub(r"(?<!\\)\\[,;:\s]|~(?=\d{3})", " ", text)
     text = re.sub(r"\\([$%#&])", r"\1", text)
     text = re.sub(r"\\[()\[\]]|\$\$", " ", text)
     text = _STYLE_ALONE.sub("", text)
@@ -188,10 +188,21 @@ _REACH = 48  # characters looked at on each side of a number
 
 _SIZES = {
     **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
-    **{"lakh": 10**5, "lac": 10**5, "crore": 10**7, "mn": 10**6, "bn": 10**9, "k": 10**3, "M": 10**6, "B": 10**9},
+    **{
+        "mil": 10**6,
+        "mln": 10**6,
+        "lakh": 10**5,
+        "lac": 10**5,
+        "crore": 10**7,
+        "mn": 10**6,
+        "bn": 10**9,
+        "k": 10**3,
+        "M": 10**6,
+        "B": 10**9,
+    },
 }
 _SIZE = re.compile(
-    r"[\s-]?((?i:hundred|thousand|million|billion|trillion|dozen|lakh|lac|crore)|mn|bn)s?(?!\w)|([kKMB])(?!\w)"
+    r"[\s-]?((?i:hundred|thousand|million|billion|trillion|dozen|lakh|lac|crore|mil|mln)|mn|bn)s?(?!\w)|([kKMB])(?!\w)"
 )
 
 _WORD_VALUES = {
@@ -232,7 +243,7 @@ _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?!\w)", re.IGNORECASE)
 
 # --- which of them is meant: the lower the rank the better, the last of the best one counts ---
 
-_FREE, _IN_WORDS, _PART, _ASIDE, _IN_BRACKETS, _DENIED = range(6)
+_TOTAL, _FREE, _IN_WORDS, _PART, _ASIDE, _IN_BRACKETS, _DENIED = range(7)
 _BEFORE = (
     r"(?:\s+(?:the|an?|his|her|its|their|our|my|these|those|all|each|every|only|just|about|around|first|last|next|other)"
     rf"){{0,2}}\s+(?:{_CURRENCY}\s?)?-?$"
@@ -270,6 +281,8 @@ _DENIED_BEHIND = re.compile(
     r"|\s+(?:wrong|incorrect|impossible|too)\b)",
     re.IGNORECASE,
 )
+_TOTAL_BEFORE = re.compile(rf"\b(?:altogether|overall|in\s+total|in\s+all),?{_BEFORE}", re.IGNORECASE)
+_TOTAL_BEHIND = re.compile(r"(?:\s+[^\W\d]+){0,2}?\s+(?:altogether|overall|in\s+total|in\s+all)\b", re.IGNORECASE)
 _FOR_TIME = re.compile(rf"\bfor{_BEFORE}", re.IGNORECASE)
 _TIME = re.compile(r"\s*-?(?:more\s+)?(?:second|minute|hour|day|week|month|year|people|person)s?\b", re.IGNORECASE)
 _CALCULATED = re.compile(
@@ -280,13 +293,13 @@ _CALCULATED = re.compile(
 _OPERATORS = {"plus": "+", "minus": "-", "times": "×", "multiplied": "×", "divided": "/", "x": "×", "–": "-"}
 _UNDECIDED = re.compile(
     r"(?:%|°)?(?:\s?[^\W\d]+\.?){0,3}?\s*(?:,\s*)?(?:/|&|\b(?:or|and|to|and/or)\b)"
-    r"(?:\s*(?:or|maybe|perhaps|possibly|even|about|also|else|then|with|is|it['’]?s))?\s*[$€£¥₹]?\s?-?"
+    r"(?:\s*(?:or|maybe|perhaps|possibly|even|about|also|else|then|with|is|it['’]?s|(?:could|may|might)\s+be))?\s*[$€£¥₹]?\s?-?"
     r"|(?:%|°)?\s*[,;–-]\s*[$€£¥₹]?-?"
     # 5 feet 6 inches, 1 hour 30 minutes
     r"|\s?(?:f(?:ee|oo)t|ft|h|hours?|hrs?|minutes?|mins?|pounds?|lbs?|dollars?|euros?|yards?|years?|months?|weeks?|days?|k?m)?\s?",
     re.IGNORECASE,
 )
-_RANGE = re.compile(r"\b(?:between|rang\w+|anywhere|somewhere)\b", re.IGNORECASE)
+_RANGE = re.compile(r"\(\s*(?:or|maybe|perhaps)\b|\b(?:between|rang\w+|anywhere|somewhere)\b", re.IGNORECASE)
 _LEADS = re.compile(
     r"(?:(?:about|approximately|approx\.?|around|roughly|exactly|only|just|a\s+total\s+of|the\s+number|it\s+is|that\s+is|they?"
     rf"\s+(?:is|are))\s+)*[^\w]*{_CURRENCY}?\s?-?",
@@ -371,7 +384,7 @@ def _extended(text: str, start: int, end: int, value: Fraction) -> Quantity:
     while size := _SIZE.match(text, end):
         word = size[1].lower() if size[1] else size[2].replace("K", "k")
         value, end = value * _SIZES[word], size.end()
-    return _quantity(text, start, end, value, _ASIDE if _ORDINAL.match(text, end) else _FREE)
+    return _quantity(text, start, end, value, _ASIDE if _ORDINAL.match(text, end) else 0)
 
 
 def _power(base: Fraction, exponent: int) -> Fraction | None:
@@ -381,7 +394,7 @@ def _power(base: Fraction, exponent: int) -> Fraction | None:
     return base**exponent
 
 
-def _quantity(text: str, start: int, end: int, value: Fraction | None, rank: int = _FREE) -> Quantity:
+def _quantity(text: str, start: int, end: int, value: Fraction | None, rank: int = 0) -> Quantity:
     negative = _is_negative(text[max(0, start - _REACH) : start])
     shown = ("-" if negative else "") + text[start:end]
     return Quantity(start, end, -value if negative and value is not None else value, shown, rank)
@@ -472,6 +485,8 @@ def _rank(text: str, quantity: Quantity) -> int:
         return _FREE
     if _DENIED_BEHIND.match(behind):
         return _DENIED
+    if _TOTAL_BEHIND.match(behind) or _TOTAL_BEFORE.search(before):
+        return _TOTAL
     if _FOR_TIME.search(before) and _TIME.match(behind):
         return _ASIDE
     return next((rank for rank, pattern in _RANKED if pattern.search(before)), _FREE)
@@ -492,6 +507,7 @@ _GLUED = re.compile(
     rf"(?<=[\d^)}}])\s?[{_LETTER}]{{3,}}|(?<=\d)(?:cm|mm|km|kg|mg|ml|ft|in|lb|lbs|oz|hr|hrs|min|am|pm)\b"
 )
 _NOT_IN_FORMULAS = re.compile(r"[?#@\"“”…\n]|\.\s|[.,;:]$")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-zA-Z]+\*?\}(?:\{[clr|]+\})?")
 _UNIT = re.compile(r"\s?(?:[%°]\s?)?[mgslhLKCFWVNJA]?")
 _MATH_MARKS = re.compile(r"\\[()\[\]]|\$\$|(?<!\\)\$|\n")
 
@@ -560,7 +576,7 @@ def _of_side(text: str) -> Statement | None:
         told_apart = left.rank == right.rank and left.value != right.value and gap not in calculated
         if told_apart and _UNDECIDED.fullmatch(gaps[gap][:_REACH]):
             return Statement("open", text)
-    if len(chosen) > 1 and _RANGE.search(text):
+    if len({quantity.value for quantity in live}) > 1 and _RANGE.search(text):
         return Statement("open", text)
     return Statement("number", live[place].text, live[place].value)
 
@@ -583,6 +599,8 @@ def _of_formula(text: str, quantities: list[Quantity]) -> Statement:
     if None not in values and quantities:
         gloss = re.search(r"(?<=\d)\s+\([^()]*\)$", text)
         first = quantities[0]
+        if gloss and _RANGE.match(gloss[0].lstrip()):
+            return Statement("open", text)
         if gloss and sum(quantity.end <= gloss.start() for quantity in quantities) == 1:
             quantities, values, text = [first], {first.value}, text[: gloss.start()]
         rest = _between(text, quantities)
@@ -613,7 +631,7 @@ def _leads(text: str, first: Quantity) -> bool:
 def is_formula(text: str) -> bool:
     """Whether a text is a formula, list, point, interval or equation and no prose."""
     return bool(re.search(r"[^\W_]|\\[A-Za-z]", text)) and not (
-        _PROSE.search(text) or _GLUED.search(text) or _NOT_IN_FORMULAS.search(text)
+        _PROSE.search(_ENVIRONMENT.sub("", text)) or _GLUED.search(text) or _NOT_IN_FORMULAS.search(text)
     )
 
 
@@ -621,6 +639,8 @@ def formula_in(text: str) -> str:
     """The formula of a text: the last one between dollars or \\( and \\), else the last piece without prose."""
     if (math := last_math(text)) is not None:
         return math
+    if is_formula(text):
+        return text
     pieces = [piece.strip(" $.,;:?\n") for piece in _PROSE.split(text)]
     return next((piece for piece in reversed(pieces) if re.search(r"\d|\\[A-Za-z]|[=<>≤≥]", piece)), text).strip()
 

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from mold.data.examples import DEFAULT_TEMPLATE, check_template
+from mold.method.loss import check_rows
 
 METHODS = {
     "mixture": "stepwise attention of a mixture of layers (MoLSAKI)",
@@ -27,8 +28,24 @@ def check_choices(options: object) -> None:
         choices = option.metadata.get("choices")
         if option.name in TrainingArguments.__dataclass_fields__ or choices is None:
             continue  # transformers checks its own
-        if (value := getattr(options, option.name)) not in choices:
+        value = getattr(options, option.name)
+        if value not in choices and not (value is None and option.default is None):
             raise ValueError(f"{option.name}: is {value!r}, must be one of {', '.join(choices)}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "beta": 1.0,
+        "tau_1": 0.1,
+        "tau_2": 0.5,
+        "tau_row": 1.0,
+        "row_reduction": "sum",
+        "row_norm": "softmax",
+        "row_keys": "all",
+        "key_scope": "all",
+    },
+}
+"""What `MoldConfig.preset` may be, and the values that it gives to options that are not given."""
 
 
 @dataclass
@@ -47,22 +64,62 @@ class MoldConfig(TrainingArguments):
         metadata={"help": "; ".join(f"{k}: {v}" for k, v in METHODS.items()), "choices": list(METHODS)},
     )
     alpha: float = field(default=0.5, metadata={"help": "Weight of the answer against the rationale, in [0, 1]."})
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the attention loss. 1 where not given, 0 for a method without attention."},
+    preset: str = field(
+        default="paper",
+        metadata={"help": "Values of the attention loss's options that are not given.", "choices": list(PRESETS)},
     )
-    tau_1: float = field(default=0.1, metadata={"help": "Temperature of the teacher's layer weights."})
-    tau_2: float = field(default=0.5, metadata={"help": "Temperature of the student's router."})
-    row_reduction: str = field(
-        default="sum",
+    beta: None | str | float = field(  # noqa: RUF036 - HfArgumentParser reads this order alone
+        default=None,
+        metadata={
+            "help": 'Weight of the attention loss; 0 for a method without attention where not given. "auto": chosen '
+            "before the first step, so that attention has its attention_share of the gradient."
+        },
+    )
+    attention_share: float = field(
+        default=0.1,
+        metadata={"help": "beta=auto: attention's share of the gradient's norm, beside the cross-entropy's."},
+    )
+    beta_warmup: float = field(
+        default=0.0, metadata={"help": "Share of the steps over which beta rises from 0, at the beginning."}
+    )
+    beta_decay: float = field(
+        default=0.0, metadata={"help": "Share of the steps over which beta falls to 0, at the end."}
+    )
+    tau_1: float | None = field(default=None, metadata={"help": "Temperature of the teacher's layer weights."})
+    tau_2: float | None = field(default=None, metadata={"help": "Temperature of the student's router."})
+    tau_row: float | None = field(
+        default=None, metadata={"help": "Temperature of the softmax over a step's key words, with row_norm=softmax."}
+    )
+    row_reduction: str | None = field(
+        default=None,
         metadata={"help": 'Over the rows of a step: "sum" (paper) or "mean".', "choices": ["sum", "mean"]},
     )
-    row_norm: str = field(
-        default="softmax",
+    row_norm: str | None = field(
+        default=None,
         metadata={
             "help": 'How a step becomes a distribution: "softmax" (paper) or "l1".',
             "choices": ["softmax", "l1"],
         },
+    )
+    row_keys: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Key words of a step\'s softmax: "all" (paper), or "visible": those that the step can see.',
+            "choices": ["all", "visible"],
+        },
+    )
+    key_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Which key words count: "all" (paper), or "question": those of the question alone.',
+            "choices": ["all", "question"],
+        },
+    )
+    mol_teacher_layers_left_out: list[int] | None = field(
+        default=None, metadata={"help": "mixture: layers of the teacher that are no part of it; -1 is the last."}
+    )
+    mol_student_layers_left_out: list[int] | None = field(
+        default=None, metadata={"help": "mixture: layers of the student that are no part of it; -1 is the last."}
     )
     mol_two_tasks: bool = field(
         default=False,
@@ -119,6 +176,11 @@ class MoldConfig(TrainingArguments):
         return self.method in ("mixture", "single_layer")
 
     @property
+    def trains_attention(self) -> bool:
+        """Whether the attention loss has a weight."""
+        return self.beta == "auto" or self.beta > 0
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """The texts an example is trained as (`mold.data.examples.render`); evaluation completes the last one."""
         if self.method == "step_by_step" or self.mol_two_tasks:
@@ -132,20 +194,33 @@ class MoldConfig(TrainingArguments):
 
     def __post_init__(self):
         check_choices(self)
-        if self.beta is None:
-            self.beta = 1.0 if self.with_attention else 0.0
-        if self.beta > 0 and not self.with_attention:
+        self._take_preset()
+        if self.trains_attention and not self.with_attention:
             raise ValueError(
-                f"beta: is {self.beta}, must be 0 with method={self.method!r}, which has no attention loss"
+                f"beta: is {self.beta!r}, must be 0 with method={self.method!r}, which has no attention loss"
             )
         if self.mol_two_tasks and self.method in ("rationales", "answers"):
             raise ValueError(f"mol_two_tasks: is True, must be False with method={self.method!r}, which has one task")
-        for name, low, high in (("alpha", 0, 1), ("beta", 0, float("inf"))):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: is {getattr(self, name)}, must be in [{low}, {high}]")
+        for name, high in (("alpha", 1), ("beta", float("inf")), ("beta_warmup", 1), ("beta_decay", 1)):
+            value = getattr(self, name)
+            if not (name == "beta" and value == "auto") and not 0 <= value <= high:
+                raise ValueError(f"{name}: is {value}, must be in [0, {high}]")
+        if not 0 < self.attention_share < 1:
+            raise ValueError(f"attention_share: is {self.attention_share}, must be between 0 and 1")
+        if self.beta_warmup + self.beta_decay > 1:
+            raise ValueError(
+                f"beta_decay: is {self.beta_decay}, must leave no more than 1 with beta_warmup={self.beta_warmup}"
+            )
+        for name in ("mol_teacher_layers_left_out", "mol_student_layers_left_out"):
+            if getattr(self, name) and self.method != "mixture":
+                raise ValueError(
+                    f"{name}: is {getattr(self, name)}, must not be given with method={self.method!r}, which has no "
+                    "mixture"
+                )
         for name in ("tau_1", "tau_2"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be greater than 0")
+        check_rows(self.row_norm, self.tau_row, self.row_keys)
         if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
             raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
         if self.use_liger_kernel:
@@ -162,6 +237,18 @@ class MoldConfig(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
         self._refuse_reentrant_checkpointing()
+
+    def _take_preset(self):
+        """Give the options that are not given the preset's values, and beta its type."""
+        values = PRESETS[self.preset] if self.with_attention else PRESETS[self.preset] | {"beta": 0.0}
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.beta != "auto":
+            try:
+                self.beta = float(self.beta)
+            except ValueError as error:
+                raise ValueError(f'beta: is {self.beta!r}, must be a number or "auto"') from error
 
     def _refuse_reentrant_checkpointing(self):
         if not getattr(self, self.checkpointing_option):

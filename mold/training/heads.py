@@ -26,7 +26,7 @@ from mold.data.examples import PROMPT
 from mold.extras import missing_extra
 from mold.method.loss import predicting_positions, region_cross_entropy, region_sums
 from mold.training.chunked_cross_entropy import chunked_cross_entropy, liger_cross_entropy, logits_of
-from mold_kernels.backends import BACKENDS
+from mold_kernels.backends import RUNTIMES
 
 
 def make_head(model: PreTrainedModel, kind: str, *, check: bool = True) -> FullHead | ChunkedHead:
@@ -48,7 +48,7 @@ class FullHead:
 
     def __init__(self, model: PreTrainedModel):
         self._model = model
-        self.keeps_logits = _keeps_logits(model)
+        self.keeps_logits = keeps_logits(model)
 
     def learned(self, regions: torch.Tensor) -> torch.Tensor | None:
         """Positions [K] that some text of the batch learns from, of regions [B, T]; None: all logits are made."""
@@ -93,7 +93,7 @@ class ChunkedHead:
                 f"cross_entropy: is {kind!r}, must be 'full' with an output layer {type(self._layer).__name__}: an "
                 "adapter or quantization on it would be left out"
             )
-        if not _keeps_logits(model):
+        if not keeps_logits(model):
             raise ValueError(f"cross_entropy: is {kind!r}, must be 'full' for {name}: it cannot leave out its logits")
         self._hidden = None
         model.base_model.register_forward_hook(self._keep_hidden)
@@ -145,7 +145,7 @@ class ChunkedHead:
             )
 
 
-def _keeps_logits(model: PreTrainedModel) -> bool:
+def keeps_logits(model: PreTrainedModel) -> bool:
     """Whether the model's forward can be told which logits to make."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -153,7 +153,7 @@ def _keeps_logits(model: PreTrainedModel) -> bool:
 def _check_liger(device: torch.device, softcap: float | None) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise missing_extra("cross_entropy='liger'", "liger-kernel", "liger")
-    if device.type not in BACKENDS["triton"].devices:
+    if device.type not in RUNTIMES["triton"].devices:
         raise ValueError(
             f"cross_entropy: is 'liger', must be 'chunked' or 'full' on {device.type}: liger-kernel runs on GPUs"
         )

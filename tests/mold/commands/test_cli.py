@@ -175,7 +175,7 @@ def test_commands_that_are_none(mold):
         ({"dataset": "nowhere.jsonl"}, "dataset: nowhere.jsonl does not exist"),
         ({"dataset_format": "csv"}, "dataset_format: is 'csv', must be"),
         ({"learning_rte": 1}, "--learning_rte: is no option of mold extract; did you mean learning_rate?"),
-        ({"beta": "much"}, "argument --beta: invalid float value: 'much'"),
+        ({"beta": "much"}, "beta: is 'much', must be a number or \"auto\""),
         ({"num_eval": 99}, "num_eval: is 99, must be"),
         ({"num_train": 99}, "num_train: is 99, but only 10 examples are left"),
         ({"max_length": 20}, "more than max_length=20, which would cut a step"),

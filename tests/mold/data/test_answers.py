@@ -1,9 +1,7 @@
 # ruff: noqa: RUF001 - signs that texts hold
-import sys
-
 import pytest
 
-from mold.data.answers import answer_kind, answers_match, extract_answer
+from mold.data.answers import answer_kind, answers_match, extract_answer, judge_answer, split_completion
 from mold.data.problems import generate_problems
 
 
@@ -115,8 +113,6 @@ def test_kinds(right, kind):
     ],
 )
 def test_the_same_answer(predicted, right):
-    if "\\" in predicted or "^" in predicted:
-        pytest.importorskip("math_verify")
     assert answers_match(predicted, right)
 
 
@@ -133,7 +129,6 @@ def test_the_same_answer(predicted, right):
         ("5 - 3", "5"),
         ("5 * 3", "5"),
         ("1/0", "1"),
-        ("five", "5"),
         ("0", "0.000001"),
         ("A", "B"),
         ("a bee", "B"),
@@ -146,12 +141,6 @@ def test_the_same_answer(predicted, right):
 )
 def test_another_answer(predicted, right):
     assert not answers_match(predicted, right)
-
-
-def test_without_math_verify_a_formula_is_wrong_and_no_crash(monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    assert not answers_match(r"\frac{1}{2}", "0.5")
-    assert answers_match("1/2", "0.5")
 
 
 def test_own_problems_end_in_their_answers():
