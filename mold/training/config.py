@@ -66,7 +66,7 @@ class MoldConfig(TrainingArguments):
     alpha: float = field(default=0.5, metadata={"help": "Weight of the answer against the rationale, in [0, 1]."})
     preset: str = field(
         default="paper",
-        metadata={"help": "Values of the attention loss's options that are not given.", "choices": list(PRESETS)},
+        metadata={"help": "Values of the attention loss's options that are not given.", "choices": PRESETS},
     )
     beta: None | str | float = field(  # noqa: RUF036 - HfArgumentParser reads this order alone
         default=None,
