@@ -103,8 +103,8 @@ def _decode_error(line: bytes) -> UnicodeDecodeError | None:
 
 def _not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> ValueError:
     return ValueError(
-        f"{path}:{number}: holds the byte 0x{error.object[error.start]:02x}, must be UTF-8 (Latin-1 or another encoding: "
-        "save it as UTF-8)"
+        f"{path}:{number}: holds the byte 0x{error.object[error.start]:02x}, must be UTF-8 (Latin-1 or another "
+        "encoding: save it as UTF-8)"
     )
 
 
