@@ -105,7 +105,7 @@ def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def score(predictions: Sequence[dict]) -> dict:
-    """right, total, accuracy, its 95 % interval (low, high); how many gave no answer, were not judged or truncated."""
+    """right, total, accuracy, its 95 % interval (low, high), and how many: no answer, not judged, truncated."""
     right, total = sum(row["correct"] for row in predictions), len(predictions)
     low, high = wilson_interval(right, total)
     return {
