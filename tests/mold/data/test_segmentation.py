@@ -53,6 +53,86 @@ SENTENCES = [
 ]
 
 
+ABBREVIATIONS = [
+    "A cup costs Rs. 20 and a plate Rs. 1,200.|Both cost kr. 90 or 15 Rs. per box.|He has 90 Rs.|He pays.",
+    "See p. 5, pp. 6-7, no. 3, ch. 2, sec. 4, vol. 3, eq. (5) and Eq. \\ref{a}.|Also Fig. A and Vol. II of it.|Go.",
+    "The no. of pens is 5.|I said no.|He left.|No. 5 is red.",
+    "Kim et al. found 5, Roe et al. [7] found 6.|It was shown by Kim et al.|Then he left.",
+    "Gov. Brown, Sen. Ray, Lt. Col. Lee and sgt. york came.|He is a Sgt.|He has 5 men.|10 reps.|Then a rest.",
+    "Mt. Fuji and Ft. Worth are far.|It is 100 ft.|Tom is 6 ft. tall.",
+    "Wong Bros. made 5.|Wong Bros. Toys made 6.|He saw the Bros.|Then he left.",
+    "It is 5 in. long, 3 cm. wide, 2 m. high and 30 sq. in. big.|3 kg. of it go.|He came in.|Then it is 5 m.|Go.",
+    "On Mon. he ran, in Sept. and on Tues. he sat.|It was Mon.|On Mon. Jan. 5 and 3 Feb. 2019 it rained.",
+    "Nile Inc. sold 5.|He works at Roy & Co. Ltd. in Rome, not at Nile Inc.|Tom does.",
+    "He took approx. 5 min. and max. 7 min. to run.|He ran at 9 mph. and ca. 5 rpm. on.",
+    "He lives on Main St.|He has 5 of the St. Mary pens.|Dr. No is 3.",
+    "Roe v. Wade was in 1973.|It is v.|Then we go.|MR. ROE HAS RS. 15.|SEE FIG. 3.",
+    "John Roe Sr. has 5.|Luego el Sr. Luna llega.|She has an M.Sc. in maths.|He has a B.A.|Tom has none.",
+]
+MARKUP = [
+    "We have $n \\ge 7.$|Then $m = 8.$|We get $$x = 5.$$|So \\(y = 6.\\)|Then 7.",
+    "We get \\[x = 9.\\]|Then \\[ y = 6. \\]|So.",
+    "It is $n = 5.$ so we go on.|Use `x = 5.`|Then ```y.```|It is \\text{5 cm.}|So $x$ is.",
+    "It holds.[1]|Then 6.[2, 3]|Then 7.¹|Then 8.†|Then 9.^{4}|It is 5.[^note]|It is.<sup>2</sup>|So.",
+    "<b>It is 5.</b>|<i>Then.</i>|~~No.~~|„Es sind 5.“|»Dann 6.«|***So 7.***|End.",
+    "He has 5.$3 and 6.`7` and (it was 5.) and ran.",
+]
+LISTS = [
+    "1. Add 5.|2. Add 6.|3. Stop.",
+    "Do this: 1. Add 5.|2. Add 6.",
+    "First: 1) add 5.|2) add 6.\n|(3) Add 7.|(4) Add 8.",
+    "1.) Add 5.|2.) Add 6.\n|[3] Add 7.|[4] Add 8.",
+    "a. Add 5.|b. Add 6.|c) Stop.|D. Go.",
+    "i. Add 5.|ii. Add 6.|iii. Add 7.|iv. Add 8.|(v) Stop.",
+    "Q1. What is 5?|Q2. What is 6?\n|Q3: Go.",
+    "Step One. Add 5.|Step Two. Add 6.\n|Step III: Add 7.\n|Part 2. Add 8.|Part 3. Stop.",
+    "**1.** Add 5.|**2.** Add 6.\n|### 3. Stop.\n|- 4. Go.|5. End.",
+    "1.1. Add 5.\n|1\\. Add 6.\n|1: Add 7.\n|3️⃣ Add 8.",
+    # No markers: nothing counts on from one to the next.
+    "Is it 3 or 4?|4.|So he has 4.|It is 1.|It is 2.|So 3.",
+    "Tom: 1.|Ann: 2.|So 3.|See Fig. 1.|Then No. 2.|Go.",
+]
+SCRIPTS = [
+    "राम के पास 5 हैं।|सीता के पास 3 हैं॥|5 हैं।",
+    "لديه 5 كتب؟|نعم.|لا",
+    "اس کے پاس 5 ہیں۔|اور 3 ہیں۔",
+    "5 አለው።|3 አለው፧|እሺ",
+    "Նա ունի 5։|Հետո 3։",
+    "သူ 5 ရှိတယ်။|သူ 3 ရှိတယ်",
+]
+WORDLESS = [
+    "| x | y |\n|:--|--:|\n||| 5 | 6 |",
+    "Go.\n=====\n||Stop.\n~~~~~\n||So.\n* * *\n||Then.\n─────\n||+ 5 |\n+---+\n||End.\n→",
+    "Go.\n\\begin{align*}\n||x = 5 \\\\\n\\end{align*}\n||\\begin{tabular}{|c|p{5cm}|} 7\n\\hline\n||Stop.\n\\]",
+    "\\begin{array}{cc}\n5 & 6\n\\end{array}.",
+    "Go.\n$$\n||x = 5\n$$\n||So.\n```python\n||x = 6\n```\n<ul>\n||<li>7</li>\n</ul>",
+]
+
+
+@pytest.mark.parametrize("marked", [*ABBREVIATIONS, *MARKUP, *LISTS, *SCRIPTS])
+def test_sentences_of_a_kind(marked):
+    text = marked.replace("\n|", "\n").replace("|", " ")
+    expected = [part.strip() for part in marked.split("|")]
+    assert pieces(text, split_sentences(text)) == expected
+    assert pieces(text, split_sentences(text.replace("।|", "।"))) == expected
+
+
+def test_no_space_is_needed_behind_the_ends_of_scripts_without_case():
+    for text in (
+        "他有5个｡|她有3个．|共８．５个。|是吗?！|对",
+        "5 हैं।|3 हैं॥|7",
+        "5 አለው።|3",
+        "So \\[x = 5.\\]|Then $$y.$$|Z",
+    ):
+        assert pieces(text.replace("|", ""), split_sentences(text.replace("|", ""))) == text.split("|")
+
+
+@pytest.mark.parametrize("marked", WORDLESS)
+def test_a_line_without_words_is_no_step(marked):
+    text = marked.replace("\n||", "\n")
+    assert pieces(text, split_sentences(text)) == [part.strip() for part in marked.split("\n||")]
+
+
 @pytest.mark.parametrize("marked", SENTENCES)
 def test_sentences(marked):
     text = marked.replace("|", "" if "。" in marked else " ")
@@ -127,6 +207,17 @@ NUMBERS = {
     "48 clips 1. x": "48 1",
     "1/99999999999999999999": "1 99999999999999999999",
     "one half, 10^6, 1e5": "10 6 1",
+    "\\sqrt2, \\cdot5, 3\\times4, \\pi6, \\text{cm}7, \\log_2 8": "2 5 3 4 6 7 2 8",
+    "\\frac12 and \\dfrac 3 4, \\binom5{6}, \\theta_1 = 7, \\mathrm{R2D2}": "1 2 3 4 5 6 7",
+    "1/2\\cdot 8, 3\\div 1/2 and 1/2 of": "1 2 8 3 1 2 1/2",
+    "No.5, Rs.1,500.50, Fig.3, p.7 and is.5": "5 1,500.50 3 7 5",
+    "$.75, (.5), =.25, \\cdot.6 and _.7_": ".75 .5 .25 .6 .7",
+    "1.) Add 5\n(2) Add 6. (3) Add 7\n[4] 8": "5 6 7 8",
+    "1. Add 5. 2. Add 6. 3.Stop": "5 6",
+    "First: 1) add 5. 2) add 6.": "5 6",
+    "ii. Add 5\nQ1. Add 6\n1.1. Add 7\n4: Add 8\n### Case 2: 9": "5 6 7 8 9",
+    "Step 1. Add 5. Step 2. Add 6. Step Three. 7": "5 6 7",
+    "Is it 3 or 4? 4. So 5. Tom: 1. Ann: 2.": "3 4 4 5 1 2",
     "": "",
 }
 
