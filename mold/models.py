@@ -1,8 +1,9 @@
-"""Loading teachers and students, and making a student from some of a teacher's layers."""
+"""Loading teachers and students, telling them apart, and making a student from some of a teacher's layers."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from mold.extras import missing_extra
 
 SMOLLM2 = "smollm2-135m-instruct"
 _LAYER = re.compile(r"^(?P<before>.*?\.(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
@@ -130,6 +133,17 @@ def spread_layers(total: int, count: int) -> list[int]:
     return [round(index * (total - 1) / (count - 1)) for index in range(count)]
 
 
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the names, shapes and up to 64 evenly spaced values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:
     """What from_pretrained takes: a folder or hub name, and the keyword arguments that go with it."""
     path = Path(name)
@@ -143,6 +157,6 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:
         raise ValueError(f"model: {name} does not exist")
     if path.suffix == ".gguf":
         if importlib.util.find_spec("gguf") is None:
-            raise ValueError(f'{name}: reading .gguf files needs the gguf package: pip install "mold-distill[gguf]"')
+            raise missing_extra(f"{name}, a .gguf file,", "gguf", "gguf")
         return path.parent, {"gguf_file": path.name}
     return (path, {}) if path.exists() else (name, {"revision": revision})

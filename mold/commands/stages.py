@@ -26,8 +26,7 @@ from mold.generation.batches import Journal
 from mold.generation.keywords import name_keywords
 from mold.generation.prompting import load_prompt, prompt_for, use_chat
 from mold.generation.rationales import Sampling, read_given, write_rationales
-from mold.method.signals import weights_fingerprint
-from mold.models import load_model
+from mold.models import load_model, weights_fingerprint
 from mold.report import plots
 
 logger = logging.get_logger(__name__)

@@ -29,7 +29,8 @@ from mold.evaluation.likelihoods import log_likelihoods
 from mold.evaluation.predictions import accuracy, generate_predictions
 from mold.files import write_atomically, write_jsonl
 from mold.generation.batches import Journal
-from mold.method.signals import SignalCache, SignalSettings, extract_signals
+from mold.method.extraction import extract_signals
+from mold.method.signals import SignalCache, SignalSettings
 from mold.models import load_model, spread_layers, take_layers
 from mold.training.adapters import lora_config
 from mold.training.config import DataOptions, EvalOptions, MoldConfig, PromptOptions, StudentOptions, TeacherOptions

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mold.data.readers import json_lines
 from mold.evaluation.predictions import wilson_interval
 from mold.evaluation.statistics import examples_needed, paired_difference
+from mold.files import json_lines
 
 HELD_OUT = "held out"
 """The name of the examples that were kept from training, beside the test sets."""

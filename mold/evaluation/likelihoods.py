@@ -14,7 +14,7 @@ from mold.data.examples import ANSWER, DEFAULT_TEMPLATE, RATIONALE, Example
 from mold.generation.batches import batches_by_length
 from mold.method.loss import predicting_positions
 from mold.training.adapters import without_adapter
-from mold.training.chunked_cross_entropy import keeps_logits
+from mold.training.heads import keeps_logits
 
 TERMS = {"rationale": RATIONALE, "answer": ANSWER}
 _NEEDS_RATIONALE = ("joint", "explain")

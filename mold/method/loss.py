@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig
 
-from mold.data.examples import ANSWER, PROMPT
+from mold.data.examples import ANSWER, PROMPT, RATIONALE
 from mold.method.attention_interface import LayerAttention, stack_attention
 from mold.method.router import FixedLayer, LayerRouter, check_layer, kept_layers
 from mold_kernels import layer_mixture_kl, teacher_layer_weights
+
+TERMS = ("rationale", "answer", "attention")
+"""What a loss is made of."""
 
 ROW_KEYS = ("all", "visible")
 # In place of attention to key words that a step cannot see: no mass is left of it in float32, and it is finite, so that
@@ -175,6 +178,13 @@ class MoldLoss(nn.Module):
                 row_norm=self.row_norm,
             )
         return AttentionLoss(loss, weights)
+
+
+def denominators(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a batch adds to the divisors of TERMS, int64 [3]: rationale and answer tokens, examples with a signal."""
+    predicted = batch["regions"][:, 1:]
+    signals = batch["num_keys"] > 0
+    return torch.stack([(predicted == RATIONALE).sum(), (predicted == ANSWER).sum(), signals.sum()])
 
 
 def check_rows(row_norm: str, tau_row: float, row_keys: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from mold.extras import missing_extra
 from mold.training.config import StudentOptions
 
 
@@ -22,7 +23,7 @@ def add_adapter(model: PreTrainedModel, peft_config, args: TrainingArguments) ->
     try:
         from peft import get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
-        raise ImportError('peft_config: needs peft: pip install "mold-distill[peft]"') from error
+        raise missing_extra("peft_config", "peft", "peft") from error
     if without_adapter(model) is not model:
         raise ValueError("peft_config: is given for a model that has an adapter, must be None")
     if getattr(model, "is_quantized", False):
@@ -45,7 +46,7 @@ def lora_config(options: StudentOptions):
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError('use_peft: needs peft: pip install "mold-distill[peft]"') from error
+        raise missing_extra("use_peft", "peft", "peft") from error
     return LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,17 @@ METHODS = {
     "answers": "plain fine-tuning on answers alone",
 }
 """What `MoldConfig.method` may be: the method of the paper and the baselines of its tables."""
+
+
+def check_choices(options: object) -> None:
+    """Raise a ValueError that names the option unless all of a dataclass that have ``choices`` hold one of them."""
+    for option in fields(options):
+        choices = option.metadata.get("choices")
+        if option.name in TrainingArguments.__dataclass_fields__ or choices is None:
+            continue  # transformers checks its own
+        value = getattr(options, option.name)
+        if value not in choices and not (value is None and option.default is None):
+            raise ValueError(f"{option.name}: is {value!r}, must be one of {', '.join(choices)}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -55,7 +66,7 @@ class MoldConfig(TrainingArguments):
     alpha: float = field(default=0.5, metadata={"help": "Weight of the answer against the rationale, in [0, 1]."})
     preset: str = field(
         default="paper",
-        metadata={"help": "Values of the attention loss's options that are not given.", "choices": list(PRESETS)},
+        metadata={"help": "Values of the attention loss's options that are not given.", "choices": PRESETS},
     )
     beta: None | str | float = field(  # noqa: RUF036 - HfArgumentParser reads this order alone
         default=None,
@@ -176,9 +187,13 @@ class MoldConfig(TrainingArguments):
             return ("explain", "predict")
         return ("answer",) if self.method == "answers" else ("joint",)
 
+    @property
+    def checkpointing_option(self) -> str:
+        """The name of transformers' option, which 5.19 renamed; the older one is the only one before."""
+        return "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
+
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method: is {self.method!r}, must be one of {', '.join(METHODS)}")
+        check_choices(self)
         self._take_preset()
         if self.trains_attention and not self.with_attention:
             raise ValueError(
@@ -205,15 +220,6 @@ class MoldConfig(TrainingArguments):
         for name in ("tau_1", "tau_2"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be greater than 0")
-        for name, choices in (
-            ("row_reduction", ("sum", "mean")),
-            ("row_norm", ("softmax", "l1")),
-            ("key_scope", ("all", "question")),
-            ("padding_side", ("right", "left")),
-            ("cross_entropy", ("full", "chunked", "liger")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
         check_rows(self.row_norm, self.tau_row, self.row_keys)
         if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
             raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
@@ -234,8 +240,6 @@ class MoldConfig(TrainingArguments):
 
     def _take_preset(self):
         """Give the options that are not given the preset's values, and beta its type."""
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: is {self.preset!r}, must be one of {', '.join(PRESETS)}")
         values = PRESETS[self.preset] if self.with_attention else PRESETS[self.preset] | {"beta": 0.0}
         for name, value in values.items():
             if getattr(self, name) is None:
@@ -247,11 +251,9 @@ class MoldConfig(TrainingArguments):
                 raise ValueError(f'beta: is {self.beta!r}, must be a number or "auto"') from error
 
     def _refuse_reentrant_checkpointing(self):
-        # transformers 5.19 renamed the options; the older names are the only ones before.
-        prefix = "activation" if hasattr(self, "activation_checkpointing") else "gradient"
-        if not getattr(self, f"{prefix}_checkpointing"):
+        if not getattr(self, self.checkpointing_option):
             return
-        name = f"{prefix}_checkpointing_kwargs"
+        name = f"{self.checkpointing_option}_kwargs"
         kwargs = dict(getattr(self, name) or {})
         if kwargs.setdefault("use_reentrant", False):
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,17 +23,19 @@ from transformers.utils import logging
 
 from mold.data.conversations import example_from_row
 from mold.data.encoding import Collator, encode_example, has_signal, with_question_keys
-from mold.data.examples import ANSWER, RATIONALE, Example
-from mold.files import write_atomically
-from mold.method.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
-from mold.method.loss import MoldLoss, predicting_positions, region_cross_entropy, visible_keys
-from mold.method.signals import OnlineTeacher, SignalCache
+from mold.data.examples import Example
+from mold.files import append_jsonl, write_atomically
+from mold.method.attention_interface import check_attention_dropout, use_mold_attention
+from mold.method.loss import TERMS, MoldLoss, denominators, visible_keys
+from mold.method.online_teacher import OnlineTeacher
+from mold.method.signals import SignalCache
 from mold.models import load_model
 from mold.processes import check_processes
 from mold.training.adapters import add_adapter, check_adapter, without_adapter
 from mold.training.attention_weight import AttentionWeight
-from mold.training.chunked_cross_entropy import ChunkedHead, keeps_logits
 from mold.training.config import MoldConfig
+from mold.training.diagnostics import Diagnostics
+from mold.training.heads import make_head
 from mold.training.host_memory import freed_memory_kept
 from mold.training.router_training import RouterTraining
 
@@ -43,10 +44,9 @@ logger = logging.get_logger(__name__)
 COMPLETE_FILE = "mold_complete.json"
 """Written last into a checkpoint; one without it was cut short and is never resumed from."""
 METRICS_FILE = "metrics.jsonl"
-TERMS = ("rationale", "answer", "attention")
 
 
-class MoldTrainer(AttentionWeight, RouterTraining, Trainer):
+class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
     """Trains a student on rationales, answers and its teacher's stepwise attention.
 
     Args:
@@ -158,10 +158,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Trainer):
         )
         self._refuse_unsupported_parallelism()
         self.mold_loss.to(self.args.device)
-        self._keeps_logits = keeps_logits(without_adapter(self.model))
-        self._chunked_head = None
-        if args.cross_entropy != "full":
-            self._chunked_head = ChunkedHead(without_adapter(self.model), args.cross_entropy)
+        self._head = make_head(without_adapter(self.model), args.cross_entropy)
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
@@ -239,7 +236,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        counts = torch.stack([_denominators(batch) for batch in batches]).sum(0).to(device)
+        counts = torch.stack([denominators(batch) for batch in batches]).sum(0).to(device)
         if self.args.average_tokens_across_devices:
             counts = self.accelerator.reduce(counts)
         return batches, counts
@@ -247,7 +244,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the three terms, normalised over the accumulation window."""
         sums, weights, outputs = self._term_sums(model, inputs)
-        counts = _denominators(inputs)
+        counts = denominators(inputs)
         counted = counts if num_items_in_batch is None else num_items_in_batch
         loss = self._weigh(sums, counted, self.scheduled_beta(self.state.global_step))
         if not torch.isfinite(loss):
@@ -271,23 +268,14 @@ class MoldTrainer(AttentionWeight, RouterTraining, Trainer):
 
     def term_counts(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What each term of a batch is divided by: int64 [3] as TERMS."""
-        return _denominators(inputs)
+        return denominators(inputs)
 
     def _term_sums(self, model, inputs):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
         with_attention = "teacher_attention" in inputs and self._wants_attention()
-        arguments, positions = {}, None
-        if self._chunked_head:
-            arguments = self._chunked_head.arguments
-        elif model.training and self._keeps_logits:  # prompts and padding need none
-            positions = predicting_positions(inputs["regions"])
-            arguments = {"logits_to_keep": positions}
-        outputs = self._forward(model, inputs, with_attention, **arguments)
-        targets = inputs["input_ids"], inputs["regions"]
-        if self._chunked_head:
-            cross_entropy = self._chunked_head.cross_entropy(*targets)
-        else:
-            cross_entropy = region_cross_entropy(outputs.logits, *targets, positions)
+        learned = self._head.learned(inputs["regions"])
+        outputs = self._forward(model, inputs, with_attention, **self._head.arguments(learned))
+        cross_entropy = self._head.cross_entropy(outputs, inputs["input_ids"], inputs["regions"], learned)
         if not with_attention:
             return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
         self.mold_loss.train(model.training)
@@ -309,8 +297,10 @@ class MoldTrainer(AttentionWeight, RouterTraining, Trainer):
                 "row_spans": inputs["row_spans"],
                 "key_spans": inputs["key_spans"],
             }
+        if "position_ids" in inputs:
+            kwargs["position_ids"] = inputs["position_ids"]
         if "cu_seqlens" in inputs:
-            kwargs |= {"position_ids": inputs["position_ids"], "cu_seqlens": inputs["cu_seqlens"].tolist()}
+            kwargs["cu_seqlens"] = inputs["cu_seqlens"].tolist()
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs)
 
     def _wants_attention(self):
@@ -375,7 +365,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Trainer):
             self._reset_window()
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
-            _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
+            append_jsonl(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
 
     def _term_metrics(self, sums, counts, prefix):
         values = (sums / counts.clamp(min=1)).tolist()
@@ -414,7 +404,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Trainer):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 sums += self._term_sums(model, inputs)[0]
-            counts += _denominators(inputs)
+            counts += denominators(inputs)
         sums, counts = self.accelerator.reduce(sums), self.accelerator.reduce(counts)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts, self.beta).item()}
@@ -422,63 +412,6 @@ class MoldTrainer(AttentionWeight, RouterTraining, Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def term_gradient_norms(self, items: Sequence[dict]) -> dict[str, float]:
-        """Norm of each unweighted term's gradient with respect to the model, on one batch of items of `encode`.
-
-        The attention loss is small by nature; this tells whether beta times it pulls at all.
-        """
-        inputs = self._prepare_inputs(self.data_collator(list(items)))
-        self.model.train()
-        norms = {}
-        for index, term in enumerate(TERMS):
-            count = _denominators(inputs)[index]
-            if not count:
-                continue
-            with self.compute_loss_context_manager():
-                sums, _, _ = self._term_sums(self.model, inputs)
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(sums[index] / count, parameters, allow_unused=True)
-            norms[term] = math.sqrt(sum(g.float().square().sum().item() for g in gradients if g is not None))
-        return norms
-
-    @torch.no_grad()
-    def attention_maps(self, items: Sequence[dict]) -> list[dict]:
-        """Steps x key words of teacher and student, mixed over layers, of items of `encode` that have a signal.
-
-        Returns:
-            A dictionary an item: id, steps, key_words (texts), teacher and student [S][M], their layer weights, and
-            the KL between them.
-        """
-        model, maps = self.model, []
-        was_training = model.training
-        model.eval()
-        self.mold_loss.eval()
-        for item in items:
-            if not has_signal(item):
-                continue
-            first_task = {name: value for name, value in item.items() if name != "predict"}
-            inputs = self._prepare_inputs(self.data_collator([first_task]))
-            outputs = self._forward(model, inputs, with_attention=True)
-            counts = inputs["num_steps"], inputs["num_keys"]
-            teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
-            teacher_weights = self.mold_loss.teacher_weights(teacher, *counts)
-            visible = visible_keys(inputs["row_spans"], inputs["key_spans"])
-            kl, student_weights = self.mold_loss(outputs.attentions, teacher, *counts, visible)
-            maps.append(
-                {
-                    "id": item["example"].id,
-                    "steps": item["example"].step_texts,
-                    "key_words": item["example"].key_word_texts,
-                    "teacher": torch.einsum("bl,blsm->bsm", teacher_weights, teacher)[0].tolist(),
-                    "student": torch.einsum("bl,lbsm->bsm", student_weights, student)[0].tolist(),
-                    "teacher_layer_weights": teacher_weights[0].tolist(),
-                    "student_layer_weights": student_weights[0].tolist(),
-                    "kl": kl.item(),
-                }
-            )
-        model.train(was_training)
-        return maps
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -488,21 +421,3 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     if not checkpoints:
         return None
     return str(max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
-
-
-def _append_line(path: Path, row: dict) -> None:
-    """Append a row to a JSON-lines file, cutting off what a killed run left of its last line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        whole = file.seek(0, 2)
-        while whole and (file.seek(whole - 1), file.read(1))[1] != b"\n":
-            whole -= 1
-        file.truncate(whole)
-        file.write(json.dumps(row).encode() + b"\n")
-
-
-def _denominators(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Rationale tokens, answer tokens and examples with a signal of a batch: int64 [3]."""
-    predicted = inputs["regions"][:, 1:]
-    signals = inputs["num_keys"] > 0
-    return torch.stack([(predicted == RATIONALE).sum(), (predicted == ANSWER).sum(), signals.sum()])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mold.models import SMOLLM2, load_model, load_tokenizer, spread_layers, take_layers
+from mold.models import SMOLLM2, load_model, load_tokenizer, spread_layers, take_layers, weights_fingerprint
 from tests.tiny_models import FAMILIES, make_model
+from tests.tiny_runs import make_teacher
 from tests.tiny_tokenizers import make_tokenizer
 
 
@@ -92,3 +93,15 @@ def test_a_gguf_model_can_be_trained_and_saved(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     for (name, parameter), (_, saved) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(parameter, saved), name
+
+
+def test_every_parameter_counts_in_the_fingerprint():
+    teacher = make_teacher()
+    before = weights_fingerprint(teacher)
+    assert weights_fingerprint(make_teacher()) == before
+    for parameter in teacher.parameters():
+        with torch.no_grad():
+            parameter.flatten()[0] += 1
+        after = weights_fingerprint(teacher)
+        assert after != before
+        before = after

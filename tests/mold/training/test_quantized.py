@@ -8,8 +8,8 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from mold.training.adapters import lora_config
-from mold.training.chunked_cross_entropy import ChunkedHead
 from mold.training.config import StudentOptions
+from mold.training.heads import ChunkedHead
 from tests.tiny_runs import BARE, EXAMPLES, STUDENT_TOKENIZER, make_student, make_trainer, metrics, weights
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
