@@ -446,7 +446,9 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     for name, change in recipe.trainings().items():
         options = make_options({**values, **change}, [], "run", f"recipe: {name}")
         sizes = "" if recipe.train_sizes is None else f" of {', '.join(map(str, recipe.train_sizes))} examples"
-        yield f"train {name}{sizes}: {len(recipe.seeds)} seeds, {options.training.num_train_epochs:g} epochs"
+        steps = options.training.max_steps
+        length = f"{steps} steps" if steps > 0 else f"{options.training.num_train_epochs:g} epochs"
+        yield f"train {name}{sizes}: {len(recipe.seeds)} seeds, {length}"
 
 
 def _check_baseline(recipe: Recipe) -> None:
