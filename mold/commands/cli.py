@@ -224,6 +224,7 @@ def info():
     console.print(table)
     for op, rows in itertools.groupby(backend_rows(), key=lambda row: row[0]):
         table = Table(*HEADER[1:], "here", title=op)
+        table.columns[HEADER.index("options") - 1].min_width = len("key_padding_mask")
         for _, name, *cells in rows:
             table.add_row(name, *cells, "missing" if reasons[name] else "yes")
         console.print(table)
