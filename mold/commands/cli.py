@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -207,6 +208,7 @@ def info():
     from mold.commands import train as run
     from mold_kernels import cuda, native
     from mold_kernels.backends import available_backends
+    from mold_kernels.tables import HEADER, backend_rows
 
     table = Table("what", "here")
     for name, version in run.versions().items():
@@ -217,9 +219,16 @@ def info():
     for backend, module in (("native", native), ("cuda", cuda)):
         for name, value in (module.build_info() or {}).items():
             table.add_row(f"{backend}: {name}", value)
-    for name, reason in available_backends().items():
+    reasons = available_backends()
+    for name, reason in reasons.items():
         table.add_row(f"backend {name}", "available" if reason is None else f"missing: {reason}")
     console.print(table)
+    for op, rows in itertools.groupby(backend_rows(), key=lambda row: row[0]):
+        table = Table(*HEADER[1:], "here", title=op)
+        table.columns[HEADER.index("options") - 1].min_width = len("key_padding_mask")
+        for _, name, *cells in rows:
+            table.add_row(name, *cells, "missing" if reasons[name] else "yes")
+        console.print(table)
 
 
 def parse_options(arguments: list[str], config: Path | None, defaults: dict, command: str):
