@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -22,3 +23,8 @@ def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
     """Write one JSON object a line, whole or not at all."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(Path(path), text.encode())
+
+
+def digest(*values) -> str:
+    """A hash of values that JSON can hold, or that have a text."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

