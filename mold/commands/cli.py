@@ -12,26 +12,29 @@ import sys
 import traceback
 
 COMMANDS = {
-    "demo": "The whole path on generated problems: extract, train, evaluate, report. A few minutes on a CPU.",
-    "generate": "Let a teacher write rationales, or check some from elsewhere. Goes on where a killed run stopped.",
-    "keywords": "Let a teacher name the key words of commonsense examples. Goes on where a killed run stopped.",
-    "extract": "The teacher's stepwise attention of a data set, into a cache. Goes on where a killed run stopped.",
-    "train": "Train a student, evaluate it before and after, write the report. Goes on where a killed run stopped.",
-    "eval": "Evaluate a student on a data set with its losses, or compare models (eval_sets, lm_eval_tasks).",
-    "analyse": "Attention to key words by step and layer, of any models on any rationales, as a plot.",
-    "run": "Run all stages of a recipe, from data to the table of accuracies; what is done and matches is skipped.",
-    "plan": "Predict a training step's peak memory and time from options of `mold train`, without weights.",
-    "inspect": "One example: its steps, key words and token spans, and the teacher's attention if there is a cache.",
+    "demo": "The whole path on generated problems, in a few minutes on a CPU.",
+    "generate": "Let a teacher write rationales, or check some from elsewhere.",
+    "keywords": "Let a teacher name the key words of commonsense examples.",
+    "extract": "The teacher's stepwise attention of a data set, into a cache.",
+    "train": "Train a student, evaluate it before and after, write the report.",
+    "eval": "Evaluate a student with its losses, or compare models.",
+    "analyse": "Attention to key words by step and layer, of any models, as a plot.",
+    "run": "Run all stages of a recipe, from data to the table of accuracies.",
+    "plan": "Predict a training step's peak memory and time, without weights.",
+    "inspect": "One example: steps, key words, tokens and the teacher's attention.",
     "info": "Versions, devices and backends, and why one is missing.",
 }
+"""What there is, in a line of at most 80 columns."""
 
 
 def usage() -> str:
     """What `mold --help` prints."""
     lines = ["usage: mold COMMAND [options]", "", "Distil where a teacher looks while it reasons.", ""]
     lines += [f"  {name:9} {summary}" for name, summary in COMMANDS.items()]
-    lines += ["", "mold COMMAND --help lists a command's options; --traceback with any of them shows where an error is"]
-    return "\n".join([*lines, "from; mold --version."])
+    lines += ["", "A killed command goes on where it stopped when it is started again."]
+    lines += ["mold COMMAND --help lists a command's options. With any of them, --traceback shows"]
+    lines += ["where an error is from. mold --version says which one this is."]
+    return "\n".join(lines)
 
 
 def dispatch(arguments: list[str]) -> None:

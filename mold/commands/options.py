@@ -32,7 +32,7 @@ class DataOptions(_Group):
 
     dataset: str | None = field(
         default=None,
-        metadata={"help": 'A file, folder or hub name of examples, or "generated": our own word problems.'},
+        metadata={"help": 'File, folder or hub name, or "generated": our own problems.'},
     )
     dataset_format: str = field(
         default="auto",
@@ -40,18 +40,14 @@ class DataOptions(_Group):
             "help": "auto, plain, gsm8k, svamp, asdiv, singleeq, multiarith, commonsense_qa or strategyqa.",
         },
     )
-    dataset_split: str | None = field(
-        default=None, metadata={"help": "train, test, ...: the file of a folder, the split of a data set on the hub."}
-    )
-    rationales: str | None = field(
-        default=None, metadata={"help": "A JSONL file of rationales, in place of those that the data set has."}
-    )
+    dataset_split: str | None = field(default=None, metadata={"help": "train, ...: of a folder's files or of the hub."})
+    rationales: str | None = field(default=None, metadata={"help": "JSONL, in place of those in the data set."})
     num_train: int | None = field(
-        default=None, metadata={"help": "Examples to train on; all there are where not given.", "at_least": 1}
+        default=None, metadata={"help": "Examples to train on; all if not given.", "at_least": 1}
     )
     num_eval: int | None = field(
         default=None,
-        metadata={"help": "Examples held out of training; a tenth, at most 200, where not given.", "at_least": 1},
+        metadata={"help": "Held-out examples; a tenth, at most 200, if not given.", "at_least": 1},
     )
     split_seed: int = field(default=0, metadata={"help": "Of the split, and of the generated problems."})
 
@@ -68,12 +64,8 @@ class TeacherOptions(_Group):
     teacher_dtype: str = field(
         default="float32", metadata={"help": "dtype of the teacher's weights.", "choices": DTYPES}
     )
-    teacher_online: bool = field(
-        default=False, metadata={"help": "Run the teacher beside the student instead of reading its cached signals."}
-    )
-    signals_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the teacher's signals; output_dir/signals where not given."}
-    )
+    teacher_online: bool = field(default=False, metadata={"help": "Run the teacher too: without cached signals."})
+    signals_dir: str | None = field(default=None, metadata={"help": "Of its signals; output_dir/signals if not given."})
     extract_batch_size: int = field(default=8, metadata={"help": "Examples a teacher forward.", "at_least": 1})
     extract_shard_size: int = field(default=64, metadata={"help": "Examples a file of the cache.", "at_least": 1})
 
@@ -83,29 +75,23 @@ class StudentOptions(_Group):
     """The student."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The student. Not given: made from some of the teacher's layers."}
+        default=None, metadata={"help": "Not given: made from the teacher's layers."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
     model_dtype: str = field(default="float32", metadata={"help": "dtype of the student's weights.", "choices": DTYPES})
     student_num_layers: int | None = field(
-        default=None, metadata={"help": "Keep this many layers, evenly spread; all where not given.", "at_least": 1}
+        default=None, metadata={"help": "Keep so many layers, evenly spread.", "at_least": 1}
     )
-    student_layers: list[int] | None = field(
-        default=None, metadata={"help": "Keep these layers (ascending, from 0) instead of evenly spread ones."}
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the router, not the student."})
+    student_layers: list[int] | None = field(default=None, metadata={"help": "Keep these layers (ascending, from 0)."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the router alone."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter.", "at_least": 1})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, over its rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter.", "at_least": 0})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers that get an adapter; all linear ones but the output where not given."}
+        default=None, metadata={"help": "Not given: all linear ones but the output."}
     )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the student's weights in 4 bits (bitsandbytes, a GPU, use_peft)."}
-    )
-    num_maps: int = field(
-        default=4, metadata={"help": "Held-out examples whose attention maps the report shows.", "at_least": 0}
-    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: weights in 4 bits (bitsandbytes, GPU)."})
+    num_maps: int = field(default=4, metadata={"help": "Held-out examples with maps in the report.", "at_least": 0})
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,7 +105,7 @@ class GenerationOptions(_Group):
 
     generate_batch_size: int = field(default=16, metadata={"help": "Prompts a batch.", "at_least": 1})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion.", "at_least": 1})
-    static_cache: bool = field(default=False, metadata={"help": "Keys and values of fixed size (compiled on GPUs)."})
+    static_cache: bool = field(default=False, metadata={"help": "Keys, values of fixed size (GPUs: compiled)."})
 
 
 @dataclass
@@ -127,14 +113,12 @@ class PromptOptions(_Group):
     """How the teacher is prompted."""
 
     prompt: str = field(
-        default="auto", metadata={"help": "math, commonsense, yes_no or a YAML file; auto: told from the answers."}
+        default="auto", metadata={"help": "math, commonsense, yes_no, a YAML file; auto: by the answers."}
     )
-    num_shots: int | None = field(
-        default=None, metadata={"help": "Worked examples in the prompt, 0 for zero-shot; all it has where not given."}
-    )
+    num_shots: int | None = field(default=None, metadata={"help": "Worked examples; 0: none; all if not given."})
     chat: str = field(
         default="auto",
-        metadata={"help": "Whether prompts use the chat template: auto, on or off.", "choices": ("auto", "on", "off")},
+        metadata={"help": "Whether the chat template is used: auto, on, off.", "choices": ("auto", "on", "off")},
     )
     temperature: float = field(default=0.0, metadata={"help": "Of sampling; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
@@ -149,23 +133,21 @@ class EvalOptions(_Group):
     eval_sets: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Data sets as NAME=PATH or NAME=PATH@SPLIT, for accuracy alone. Questions that `dataset` asks too "
-            "are counted. Not given: `dataset` itself, with its losses."
+            "help": "Data sets, NAME=PATH or NAME=PATH@SPLIT, for accuracy alone; questions that `dataset` asks too "
+            "are counted. Not given: `dataset` itself, with losses."
         },
     )
-    models: list[str] | None = field(
-        default=None, metadata={"help": "Models or run folders; model_name_or_path where not given."}
-    )
+    models: list[str] | None = field(default=None, metadata={"help": "Several, in place of model_name_or_path."})
     eval_limit: int | None = field(
-        default=None, metadata={"help": "First examples of each set or task; all where not given.", "at_least": 1}
+        default=None, metadata={"help": "First examples of each; all if not given.", "at_least": 1}
     )
     lm_eval_tasks: list[str] | None = field(
-        default=None, metadata={"help": "Tasks of lm-evaluation-harness (extra: lm-eval) to ask the models as well."}
+        default=None, metadata={"help": "lm-evaluation-harness too (extra: lm-eval)."}
     )
     lm_eval_include_path: str | None = field(default=None, metadata={"help": "A folder of more tasks, as YAML."})
     lm_eval_shots: int | None = field(
         default=None,
-        metadata={"help": "Solved examples before each question of a task; as the task says where not given."},
+        metadata={"help": "Solved examples shown; as the task says."},
     )
 
     def __post_init__(self):
@@ -186,11 +168,9 @@ class InspectOptions(_Group):
 class PlanOptions(_Group):
     """What is planned for."""
 
-    gpu: str | None = field(
-        default=None, metadata={"help": "Plan for this GPU (h100-80gb, ...) instead of this machine's CPU."}
-    )
+    gpu: str | None = field(default=None, metadata={"help": "h100-80gb, ...; this machine's CPU if not given."})
     memory: float | None = field(
-        default=None, metadata={"help": "GiB there are; all the machine has where not given.", "at_least": 0}
+        default=None, metadata={"help": "GiB there are; all it has if not given.", "at_least": 0}
     )
 
 

@@ -150,10 +150,10 @@ def help_text(command: str) -> str:
     width, lines = max(80, min(120, shutil.get_terminal_size().columns)), []
     last = "transformers' training options"
     for title in sorted(sections, key=lambda name: name == last):
-        lines += ["", f"{title}:"]
+        lines.append(f"{title}:")
         for option in sections[title]:
             lines += _help_lines(option, width)
-    return "\n".join(lines).lstrip("\n")
+    return "\n".join(lines)
 
 
 def _help_lines(option: dataclasses.Field, width: int, column: int = 31) -> list[str]:
@@ -163,7 +163,8 @@ def _help_lines(option: dataclasses.Field, width: int, column: int = 31) -> list
     default = option.default
     if default not in (dataclasses.MISSING, None, False, ""):
         default = getattr(default, "value", default)
-        text += f" [{json.dumps(default) if isinstance(default, str) and not default.isprintable() else default}]"
+        if not (isinstance(default, str) and not default.isprintable()):  # as a template is
+            text += f" [{default}]"
     name = f"  --{option.name}"
     wrapped = textwrap.wrap(text, width - column, break_on_hyphens=False) or [""]
     if len(name) + 1 > column:

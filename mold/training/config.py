@@ -34,69 +34,60 @@ class MoldConfig(TrainingArguments):
 
     method: str = field(
         default="mixture",
-        metadata={"help": "; ".join(f"{k}: {v}" for k, v in METHODS.items()), "choices": list(METHODS)},
+        metadata={"help": f"{', '.join(METHODS)} (docs/training.md).", "choices": list(METHODS)},
     )
-    alpha: float = field(default=0.5, metadata={"help": "Weight of the answer against the rationale, in [0, 1]."})
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the answer, from 0 to 1."})
     beta: float | None = field(
         default=None,
-        metadata={"help": "Weight of the attention loss. 1 where not given, 0 for a method without attention."},
+        metadata={"help": "Weight of the attention; 1, or 0 without any."},
     )
-    tau_1: float = field(default=0.1, metadata={"help": "Temperature of the teacher's layer weights."})
+    tau_1: float = field(default=0.1, metadata={"help": "Temperature of the teacher's layers."})
     tau_2: float = field(default=0.5, metadata={"help": "Temperature of the student's router."})
     row_reduction: str = field(
         default="sum",
-        metadata={"help": 'Over the rows of a step: "sum" (paper) or "mean".', "choices": ["sum", "mean"]},
+        metadata={"help": 'Over a step\'s rows: "sum" (paper) or "mean".', "choices": ["sum", "mean"]},
     )
     row_norm: str = field(
         default="softmax",
         metadata={
-            "help": 'How a step becomes a distribution: "softmax" (paper) or "l1".',
+            "help": 'A step\'s: "softmax" (paper) or "l1".',
             "choices": ["softmax", "l1"],
         },
     )
     mol_two_tasks: bool = field(
         default=False,
-        metadata={"help": "Two texts an example, one explains and one predicts, as step_by_step has them."},
+        metadata={"help": "The two texts of step_by_step an example."},
     )
-    mol_teacher_layer: int = field(default=-1, metadata={"help": "single_layer: the teacher's; -1 is the last."})
-    mol_student_layer: int = field(default=-1, metadata={"help": "single_layer: the student's; -1 is the last."})
-    template: str = field(
-        default=DEFAULT_TEMPLATE, metadata={"help": "The training text; holds {question}, {rationale} and {answer}."}
-    )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Most tokens of an example. A longer one is an error: nothing is cut."}
-    )
+    mol_teacher_layer: int = field(default=-1, metadata={"help": "single_layer: the teacher's."})
+    mol_student_layer: int = field(default=-1, metadata={"help": "single_layer: the student's."})
+    template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "With {question}, {rationale} and {answer}."})
+    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of an example, or it is refused."})
     cross_entropy: str = field(
         default="full",
         metadata={
-            "help": '"full", or "chunked": tokens x vocabulary logits are never stored; "liger": likewise, by '
-            "liger-kernel (GPUs).",
+            "help": '"full"; "chunked": without all logits at once; "liger": likewise, by liger-kernel (GPUs).',
             "choices": ["full", "chunked", "liger"],
         },
     )
     padding_free: bool = field(
         default=False,
-        metadata={"help": "A batch is one row of texts one behind another, without padding; none sees another."},
+        metadata={"help": "A batch is one row; no text sees another."},
     )
     keep_freed_memory: bool = field(
         default=True,
-        metadata={
-            "help": "On a CPU, keep what a step frees for the next one: faster, takes up to a sixth more memory."
-        },
+        metadata={"help": "CPU: keep what a step frees: faster, takes up to a sixth more memory."},
     )
-    pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad batches to a multiple of this many tokens."})
+    pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad to a multiple of this."})
     padding_side: str = field(default="right", metadata={"help": "Side of the padding.", "choices": ["right", "left"]})
     mol_router_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the student's router; learning_rate where not given."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given by name."}
+        default=None, metadata={"help": "JSON: keyword arguments of from_pretrained."}
     )
 
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of everything that is written."})
-    logging_steps: float = field(
-        default=0.02, metadata={"help": "Steps between two loggings, or below 1 their share of all steps."}
-    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of all that is written."})
+    logging_steps: float = field(default=0.02, metadata={"help": "Steps between loggings, or a share below 1."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the spans and signals are no arguments of a model's forward."}
     )
