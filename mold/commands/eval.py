@@ -183,12 +183,16 @@ def comparison_table(results: list[dict]) -> Table:
 
 def remarks(results: list[dict]) -> Iterator[str]:
     """What must be known about some of the accuracies."""
-    labels = {"seen": "questions that the training data asks too", "no_answer": "without an answer"}
-    labels["truncated"] = "cut off at max_new_tokens"
-    for name, label in labels.items():
+    wordings = {
+        "seen": "{} questions that the training data asks too",
+        "no_answer": "{} without an answer",
+        "not_judged": "not judged: {}",
+        "truncated": "{} cut off at max_new_tokens",
+    }
+    for name, wording in wordings.items():
         for result in results:
-            if result[name]:
-                yield f"{result['model']} on {result['set']}: {result[name]} {label}"
+            if result.get(name):
+                yield f"{result['model']} on {result['set']}: {wording.format(result[name])}"
 
 
 def tasks_table(results: list[dict]) -> Table:

@@ -1,42 +1,96 @@
-"""Answers: found in a completion, and compared with the right one."""
+r"""Answers: found in a completion, and compared with the right one.
+
+Who decides what: this module knows the template, choices, yes and no, and where a completion says its answer;
+`mold.data.quantities` reads plain numbers, exactly; math-verify compares everything else (`mold.data.formulas`). Where
+math-verify would say something else, the plain reading wins:
+
+- a percent sign counts for nothing ("50%" is 50, not 0.5), as data sets of word problems have it;
+- the base of a numeral counts (52_8 is not 52: math-verify drops the index);
+- a list of numbers has all of its members as often as the right one has them (math-verify compares sets: 13, 13, 14
+  would be 13, 14), in any order; a point or tuple in brackets has an order, which math-verify keeps;
+- of prose only a formula in it is given to math-verify, which takes the letters of words for a product ("listen" would be
+  "silent").
+"""
 # ruff: noqa: RUF001 - the look-alike signs below are the ones that texts hold
 
 from __future__ import annotations
 
-import logging
 import re
-import unicodedata
+from collections import Counter
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from mold.data.examples import DEFAULT_TEMPLATE
+from mold.data.examples import ASSISTANT, DEFAULT_TEMPLATE
+from mold.data.formulas import same_formula
+from mold.data.quantities import (
+    Statement,
+    boxed,
+    boxes,
+    find_quantities,
+    formula_in,
+    is_formula,
+    last_math,
+    plain,
+    stated,
+)
 from mold.data.segmentation import find_numbers, split_sentences
 
 AnswerKind = Literal["choice", "yes_no", "number", "text"]
 
-_PHRASE = re.compile(r"####|\banswer\b(?:\s+(?!is\b|are\b)[^\s.:=]+){0,5}?\s*(?::|=|\b(?:is|be)\b:?)", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-# In brackets or named an option; alone or before punctuation; a letter that is no English word.
-_CHOICE = (
-    re.compile(r"(?:(?<=\()(?=[A-J]\))|(?i:(?<=option )|(?<=choice )))([A-J])\b"),
-    re.compile(r"\b([A-J])(?=\W*$|[).:,;])"),
-    re.compile(r"\b([B-HJ])\b"),
-)
-_YES_NO = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
-_NUMBER = re.compile(
-    r"(?P<sign>[-\u2212]?)\s?[$€£]?\s?(?P<sign2>[-\u2212]?)"
-    r"(?:(?P<whole>\d+)\s+(?=\d+\s?/))?(?P<top>\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?(?P<bottom>\d+))?"
-)
 _TOLERANCE = Fraction(1, 10**6)  # relative: data sets state 1/3 as 0.3333333
+
+# --- where a completion says its answer ---
+
+_BLANK = r"[^\S\n]"
+_MARKS = r"[#>*_`\[(<| \t]*"
+# What opens another problem, at the start of a line; and behind a sentence, where it is written as a heading.
+_NEXT_PROBLEM = re.compile(
+    rf"""
+    ^{_MARKS} (?i: (?:here\s+is\s+)? (?:(?:an?other|the\s+next|next|new|follow-?up|similar|practice|bonus)\s)? (?:
+          (?:q|question|problem|exercise|puzzle|task|instruction|human|user|student|prompt|input) [*_]* {_BLANK}? :
+        | (?:q|question|problem|exercise|puzzle|task|example) {_BLANK}? \#? \d+ [*_]* {_BLANK}? (?:[:.)]|$)
+        | q\. {_BLANK}+ (?=\S)
+        ) | <\|(?:im_start|user|start_header_id)\b | \[INST\] | <start_of_turn> | \#\#\#{_BLANK}(?:instruction|question) )
+    | (?<=[.!?$\d*]) {_BLANK}+ (?:Question|Problem|Q) (?:{_BLANK}?\d+)? : (?=\s)
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+# The line that ends a solution of GSM8K; "#### Step 2: Add" is a heading of Markdown.
+_SOLUTION_END = re.compile(r"####[^\S\n]*(?P<answer>[^\n]*)")
+_SOLUTION_ANSWER = re.compile(
+    r"[*_$\\({\s]*(?:[-−–+]?\s?[$€£]?\s?(?!\d{1,2}[.)]\s+[A-Za-z])[\d.]|boxed|d?frac|sqrt|[A-Ja-j][).*_]*\s*$|(?:yes|no)\b)",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(
+    rf"\banswer[*_`\"')\]]*{_BLANK}*(?::|=(?!=))"
+    rf"|^{_MARKS}(?:the{_BLANK}+)?(?:(?:final|correct|short){_BLANK}+)?answer[*_:. \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_PHRASE = re.compile(
+    r"\banswers?\b[*_`\"']*(?:\s++(?!(?:is|are|choices?|options?)\b)[^\s.:=]++){0,5}?\s*(?:=(?!=)|\b(?:is|be|was)\b:?)"
+    r"|\banswer\b(?:\s++(?!(?:is|are|choices?|options?)\b)[^\s.:=]++){1,5}?:",
+    re.IGNORECASE,
+)
+_OPENING_MARKS = re.compile(r"[\s*_`:>#]*(?:[-•]\s+)?(?:\\displaystyle\s*)?")
+_DISPLAYS = {"$$": "$$", "\\[": "\\]", "\\begin{": "\\end{"}
+_TRIES = 3  # phrases that are looked at, from the last one on
+
+
+class _Announcement(NamedTuple):
+    start: int  # of the marker
+    answer: str | None
 
 
 def answer_kind(right: str) -> AnswerKind:
-    """What kind of answer a task wants, told from the right one: a choice's letter, yes or no, a number, or a text."""
-    if re.fullmatch(r"\(?[A-J]\)?", right.strip()):
+    """What kind of answer a task wants, told from the right one: a choice's letter, yes or no, a number, or a text.
+
+    A point, list, interval, equation or expression with unknowns is a text.
+    """
+    if re.fullmatch(r"\(?[A-J]\)?\.?", right.strip()):
         return "choice"
-    if right.strip().casefold() in ("yes", "no"):
+    if right.strip(" .").casefold() in _AFFIRMED:
         return "yes_no"
-    return "text" if _number(right) is None else "number"
+    return "text" if _right_number(right) is None else "number"
 
 
 def extract_answer(
@@ -44,9 +98,10 @@ def extract_answer(
 ) -> str | None:
     r"""The answer a completion gives.
 
-    A completion that goes on with a question of its own is read up to there. The answer is the line behind the
-    template's answer marker; without one, the last \boxed{...}; then the sentence behind the last "the answer is" or
-    "####"; then, whatever the kind of answer asks for: the last number, letter in brackets, or yes or no. A text has to
+    A completion that goes on with another problem is read up to there (see `first_problem`). The answer is what stands
+    behind the template's answer marker or "Answer:", the last of them, or behind "####"; without one, the last
+    \boxed{...}; then the sentence behind the last "the answer is"; then, whatever the kind of answer asks for: the number
+    that the last sentence with one states, the sentence that names a choice, or says yes or no, a formula. A text has to
     be announced.
 
     Args:
@@ -59,36 +114,389 @@ def extract_answer(
     Returns:
         The answer's text, None where nothing looks like one.
     """
+    text = first_problem(completion, template)
     if task in ("predict", "answer"):
-        return completion.strip().partition("\n")[0].strip() or None
-    opening = template.split("{question}")[0].strip()
+        return _behind(text, 0, whole_line=True)
+    if label := _label(text, template):
+        if label.answer is not None:
+            return label.answer
+        text = text[: label.start]
+    if (content := boxed(text)) is not None:
+        return content
+    announced, rest = _announced(text, kind)
+    if announced is not None and (rest is None or (found := _unannounced(rest, kind)) is None):
+        return announced
+    if announced is not None:
+        return found
+    return None if label else _unannounced(text, kind)
+
+
+def split_completion(completion: str, template: str = DEFAULT_TEMPLATE) -> str:
+    """The rationale in a completion: up to its last sentence before the line that announces the answer, or all of it.
+
+    It ends where `extract_answer` stops to read.
+    """
+    text = first_problem(completion, template)
+    if label := _label(text, template):
+        return without_announcement(text[: label.start])
+    if (found := boxes(text)) and _only_marks(text[found[-1].end :]):
+        line = text.rfind("\n", 0, found[-1].start) + 1
+        if _only_marks(text[line : found[-1].start]):
+            return without_announcement(text[:line])
+    return text.strip(" *\n")
+
+
+def first_problem(completion: str, template: str = DEFAULT_TEMPLATE) -> str:
+    """A completion up to where it goes on with another problem.
+
+    Another problem is opened by the template's own opening, "Q:", "Problem:" and the like, or another turn of a chat; the
+    first line "#### answer" ends a solution.
+    """
+    content = len(completion) - len(completion.lstrip())
+    ends = [found.start() for found in _NEXT_PROBLEM.finditer(completion) if found.start() > content][:1]
+    opening = template.split("{question}")[0].replace(ASSISTANT, "").strip()
     if opening:
-        completion = re.split(rf"\n\s*{re.escape(opening)}", completion, maxsplit=1)[0]
+        own = re.compile(rf"^{_BLANK}*{re.escape(opening)}", re.MULTILINE)
+        ends += [found.start() for found in own.finditer(completion) if found.start() > content][:1]
+    text = completion[: min(ends, default=len(completion))]
+    for found in _SOLUTION_END.finditer(text):
+        if _SOLUTION_ANSWER.match(found["answer"]):
+            return text[: found.end()]
+    return text
+
+
+def without_announcement(text: str) -> str:
+    """A text that an answer's marker follows, without what belongs to the marker: "The final", "###", "**"."""
+    body, tail = text[:-200], text[-200:]
+    while True:
+        shorter = re.sub(r"[\s*_#>`(\[<|:$-]+$|\\[(\[]$", "", tail)
+        shorter = re.sub(
+            r"(?:^|(?<=[\s*_#>(]))(?:so|thus|therefore|hence|then|and|the|my|our|final|correct|right|short|numerical|numeric"
+            r"|this\s+is),?$",
+            "",
+            shorter,
+            flags=re.IGNORECASE,
+        )
+        if shorter == tail:
+            return (body + tail).strip(" *\n")
+        tail = shorter
+
+
+def _only_marks(text: str) -> bool:
+    return not text.strip(" \t\n$*_`#>.\\[]()")
+
+
+def _label(text: str, template: str) -> _Announcement | None:
+    """The last of the template's markers, "Answer:", headings and "####", with the answer behind it."""
+    found = []
     marker = template.split("{rationale}")[1].split("{answer}")[0].strip()
-    if marker and marker in completion:
-        return completion.rpartition(marker)[2].strip().partition("\n")[0].strip() or None
-    if boxed := _BOXED.findall(completion):
-        return boxed[-1].strip() or None
-    for phrase in reversed(list(_PHRASE.finditer(completion))):
-        if sentences := split_sentences(completion, phrase.end()):
-            return completion[slice(*sentences[0])].lstrip(" *_`").rstrip(" *_`.") or None
-    if kind == "number" and (numbers := find_numbers(completion)):
-        start, end = numbers[-1]
-        sign = re.search(r"(?:^|[=\s(])([-\u2212])\s?[$€£]?$", completion[:start])
-        minus = sign is not None and not re.search(r"\d\s*$", completion[: sign.start(1)])
-        return ("-" if minus else "") + completion[start:end]
-    found = {"choice": _CHOICE[0], "yes_no": _YES_NO}.get(kind)
-    letters = found.findall(completion) if found else []
-    return letters[-1] if letters else None
+    if marker and (place := text.rfind(marker)) >= 0:
+        found.append((place, place + len(marker)))
+    for pattern in (_LABEL, _SOLUTION_END):
+        for match in pattern.finditer(text):
+            last = match
+            if pattern is _SOLUTION_END and not (
+                _SOLUTION_ANSWER.match(match["answer"]) or not text[match.end() :].strip()
+            ):
+                continue
+            end = last.start("answer") if pattern is _SOLUTION_END else last.end()
+            found.append((last.start(), end))
+    if not found:
+        return None
+    start, end = max(found)
+    answer = _behind(text, end, whole_line=True)
+    return _Announcement(start, answer)
+
+
+def _announced(text: str, kind: AnswerKind) -> tuple[str | None, str | None]:
+    """What the last "the answer is" says that states an answer of the kind; else what the last one says and the rest."""
+    last = rest = None
+    for phrase in list(_PHRASE.finditer(text))[: -_TRIES - 1 : -1]:
+        answer = _behind(text, phrase.end(), whole_line=False)
+        if answer is None:
+            continue
+        if _states(answer, kind):
+            return answer, None
+        if last is None:
+            last, rest = answer, text[phrase.end() :]
+    return last, rest
+
+
+def _behind(text: str, start: int, whole_line: bool) -> str | None:
+    """The answer behind a marker: a display of LaTeX, a line, or its first sentence."""
+    start = _OPENING_MARKS.match(text, start).end()
+    for opening, closing in _DISPLAYS.items():
+        if text.startswith(opening, start):
+            end = text.find(closing, start + len(opening))
+            return text[start + len(opening) * (opening != "\\begin{") : len(text) if end < 0 else end].strip() or None
+    end = text.find("\n", start)
+    end = len(text) if end < 0 else end
+    while whole_line and text[start:end].rstrip(" *_").endswith((":", "=")) and text[end:].strip():
+        following = end + len(text[end:]) - len(text[end:].lstrip())
+        end = text.find("\n", following)
+        end = len(text) if end < 0 else end
+    if not whole_line:
+        for _, last in split_sentences(text, start, end):
+            # "Rs. 72": the first of these ends no sentence.
+            if last == end or not re.fullmatch(r"[A-Za-z]{2,6}\.", text[start:last].strip()):
+                end = last
+                break
+        return text[start:end].strip().strip("*_`").rstrip(" *_`.!").strip() or None
+    return text[start:end].strip().strip("*_`").strip() or None
+
+
+def _states(answer: str, kind: AnswerKind) -> bool:
+    if kind == "number":
+        return stated(answer) is not None
+    if kind == "choice":
+        return bool(_mentions(answer))
+    return kind == "text" or bool(_said(answer))
+
+
+def _unannounced(text: str, kind: AnswerKind) -> str | None:
+    if kind == "text":
+        return last_math(text)
+    find = {"number": _last_number, "choice": _last_choice, "yes_no": _last_yes_no}[kind]
+    return find(text)
+
+
+# --- numbers ---
+
+_CONCLUDES = re.compile(r"\W*(?:so|thus|hence|therefore|in\s+total|altogether|in\s+all|finally)\b", re.IGNORECASE)
+_BULLET = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,2}[.)]\s+(?=\S))")
+
+
+def _last_number(text: str) -> str | None:
+    """The number that the last sentence with one states; of a calculation, its last number.
+
+    Numbers in words count in a sentence that concludes, or where the text has no digits.
+    """
+    digits = any(char.isdigit() for char in text)
+    for line in reversed(text.split("\n")):
+        for start, end in reversed(split_sentences(line)):
+            sentence = _BULLET.sub("", line[start:end])
+            statement = _statement_of(sentence, not digits or bool(_CONCLUDES.match(sentence)))
+            if statement is None:
+                continue
+            if statement.kind == "formula" and not re.search(r"\\|√|[!^_|\[{]|\*\*", statement.text):
+                return find_quantities(plain(statement.text))[-1].text
+            return statement.text
+    return None
+
+
+def _statement_of(sentence: str, in_words: bool) -> Statement | None:
+    """What a sentence that announces nothing states; letters alone are no formula there."""
+    typed = plain(sentence)
+    if not find_numbers(typed) and not (in_words and find_quantities(typed)):
+        return None
+    statement = stated(sentence)
+    return statement if statement and (statement.value is not None or find_quantities(plain(statement.text))) else None
+
+
+def _right_number(right: str) -> Fraction | None:
+    """The number that a right answer is: alone, behind "x =", or with a currency and a unit of a few words."""
+    statement = stated(right)
+    if statement is None or statement.kind != "number":
+        return None
+    side = re.split(r"=|≈", plain(boxed(right) or right))[-1].strip(" $*_`.,")
+    found = find_quantities(side)
+    if len(found) != 1:
+        return statement.value if "=" in right and not re.search(r"[A-Za-z]{2}", right) else None
+    before, behind = side[: found[0].start], side[found[0].end :]
+    if not re.fullmatch(r"(?:minus|negative|about|approximately|Rs\.?|[A-Z]{3})?[-–\s$€£¥₹≈(]*", before):
+        return None
+    in_words = not any(char.isdigit() for char in found[0].text)
+    if not re.fullmatch(
+        r"[)!]?" if in_words else r"[\s$)]*[-°%]?(?:\s*[^\W\d_]+[./]?){0,3}\s*(?:\([^()\d]*\))?", behind
+    ):
+        return None
+    return statement.value
+
+
+# --- choices ---
+
+_FOLLOWS_A = r"(?=\s+(?:or|and|nor|because|since|is|was|seems|rather|instead|over|but)\b)"
+_MENTION = re.compile(
+    rf"""
+      [(\[]\s?(?P<bracket>[A-Ja-j])\s?[)\]]
+    | (?i:\b(?:option|choice|letter|alternative|answer)\s+)["'(\[]?(?P<named>[A-J](?![\w'’-])|[b-j](?![\w'’-])|a(?=\s*(?:[).,;:]|$)))
+    | (?<![\w'’.-])(?P<marked>[A-J])(?=\s*(?:$|[).:,;/&!?\]"'\n]))
+    | (?<![\w'’.-])(?P<bare>[B-HJ]|A{_FOLLOWS_A})(?![\w'’.-])
+    | \A\W*(?P<lower>[a-j])(?=\s*(?:\W*\Z|[).:](?:\s|\Z)))
+    """,
+    re.VERBOSE,
+)
+_DENIES = re.compile(
+    r"(?:\b(?:not|neither|nor|never|except|cannot|unlike|over|than|without|instead\s+of|eliminat\w+|rul\w+\s+out|exclud\w+"
+    r"|discard\w*|reject\w*)|n['’]t)(?:\s+(?:be|the|an?|options?|choices?|answers?|letter|either|both|just|really|likely)){0,4}\W{0,3}$",
+    re.IGNORECASE,
+)
+_DENIED_BEHIND = re.compile(
+    r"\W{0,3}(?:[^\W\d]+\s+){0,4}?(?:is|are|was|were|can|could|do|does|would|will|seems?|makes?)(?:n['’]t|not\b|\s+(?:\w+\s+)?(?:not|never|no)\b"
+    r"|\s+(?:\w+\s+)?(?:wrong|incorrect|false|eliminated|ruled|excluded|unlikely|impossible|out|irrelevant)\b)",
+    re.IGNORECASE,
+)
+_DECIDES = re.compile(
+    r"\b(?:so|thus|hence|therefore|but|because|since|is|are|was|were|would|will|can|could|may|might|makes?|seems?|fits?"
+    r"|must|leav\w+|leads?|rather|instead|not|than|over|which|while|whereas|if|then)\b|n['’]t\b|[.!?→=]",
+    re.IGNORECASE,
+)
+_LEADING = re.compile(
+    r"\W*(?:(?:it\s+is|it['’]s|is|the|probably|likely|most\s+likely|definitely|i\s+think|only)\s+)*\W*", re.IGNORECASE
+)
+_DECLARES = re.compile(
+    r"\b(?:options?|choices?|alternative|correct|right|best|choose|chose|pick|select|go(?:ing)?\s+with|opt|settle|conclude"
+    r"|guess|answer|must\s+be|so|thus|hence|therefore)\b",
+    re.IGNORECASE,
+)
+
+
+class _Mention(NamedTuple):
+    letter: str
+    start: int
+    end: int
+
+
+def _mentions(text: str) -> list[_Mention]:
+    return [_Mention(found[found.lastgroup].upper(), *found.span()) for found in _MENTION.finditer(text)]
+
+
+def _choice(text: str) -> str | None:
+    """The letter a text decides for, "" where it leaves several or denies what it names, None where it names none."""
+    text = plain(boxed(text) or text)
+    mentions = _mentions(text)
+    if not mentions:
+        return None
+    groups = [[mentions[0]]]
+    for left, right in zip(mentions, mentions[1:], strict=False):
+        (groups[-1].append if _one_list(text, left, right) else lambda mention: groups.append([mention]))(right)
+    live = [group for group in groups if not _is_denied(text, group)]
+    if not live:
+        return ""
+    leads = live[0] is groups[0] and _LEADING.fullmatch(text[: min(groups[0][0].start, 60)])
+    letters = {mention.letter for mention in (live[0] if leads else live[-1])}
+    return letters.pop() if len(letters) == 1 else ""
+
+
+def _one_list(text: str, left: _Mention, right: _Mention) -> bool:
+    """Whether two mentions are members of one list: "A or B", "(A) bank (B) mall"."""
+    if right.start - left.end > 100:
+        return False
+    gap = text[left.end : right.start].lstrip(").:] ")
+    joined = "\n" not in gap and re.search(r"[,;/&]|\b(?:or|and|nor)\b", gap)
+    if not joined and ord(right.letter) != ord(left.letter) + 1:
+        return False
+    return len(gap.split()) <= 8 and not _DECIDES.search(gap)
+
+
+def _is_denied(text: str, group: list[_Mention]) -> bool:
+    before, behind = text[max(0, group[0].start - 60) : group[0].start], text[group[-1].end : group[-1].end + 80]
+    return bool(_DENIES.search(before) or _DENIED_BEHIND.match(behind))
+
+
+def _last_choice(text: str) -> str | None:
+    """The last sentence that declares a choice; else the first line where it begins with one; else the last mention."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    sentences = [line[slice(*span)] for line in lines for span in split_sentences(line)]
+    named = [(sentence, _choice(sentence)) for sentence in sentences if _mentions(plain(sentence))]
+    for sentence, letter in reversed(named):
+        if letter is not None and _DECLARES.search(sentence) and not _is_repeated(sentence, letter):
+            return sentence if letter == "" else letter
+    if lines and len({mention.letter for line in lines for mention in _mentions(plain(line))[:1]}) == 1:
+        first = _mentions(plain(lines[0]))
+        if first and not plain(lines[0])[: first[0].start].strip(" ([*"):
+            return first[0].letter
+    for sentence, letter in reversed(named):
+        if letter and not _is_repeated(sentence, letter):
+            return letter
+    return None
+
+
+def _is_repeated(sentence: str, letter: str) -> bool:
+    """Whether a sentence only lists choices, as the question does."""
+    return letter == "" and len({mention.letter for mention in _mentions(plain(sentence))}) > 2
+
+
+# --- yes and no ---
+
+_AFFIRMED = {"yes": True, "true": True, "no": False, "false": False}
+_SAID = re.compile(
+    r"(?P<denied>(?:\b(?:not|never|neither|nor|hardly)|n['’]t|\bcannot\s+be)\s+(?:(?:be|at\s+all|really|entirely|quite)\s+)?)?"
+    r"\b(?P<word>yes|yeah|yep|no|nope|true|false|correct|incorrect)\b(?!\s+(?:doubt|longer|matter|idea|more|one|less|other|answer)\b)",
+    re.IGNORECASE,
+)
+_SAYS_YES = frozenset(("yes", "yeah", "yep", "true", "correct"))
+# "There is no bird": no answer.
+_DETERMINER = re.compile(
+    r"\s+(?!(?:it|he|she|they|we|you|i|this|that|because|since|as|but|and|or|so)\b)[a-z]", re.IGNORECASE
+)
+
+
+class _Said(NamedTuple):
+    yes: bool
+    start: int
+    end: int
+
+
+def _said(text: str) -> list[_Said]:
+    found = []
+    for match in _SAID.finditer(text):
+        word = match["word"].lower()
+        if word == "no" and not match["denied"] and match.start() and _DETERMINER.match(text, match.end()):
+            continue
+        found.append(_Said((word in _SAYS_YES) != bool(match["denied"]), match.start(), match.end()))
+    return found
+
+
+def _yes_or_no(text: str) -> bool | None:
+    """What a text says, None where it says both without deciding, or neither."""
+    said = _said(plain(boxed(text) or text))
+    if not said:
+        return None
+    text = plain(boxed(text) or text)
+    if len({answer.yes for answer in said}) == 1:
+        return None if re.search(r"\bneither\b", text, re.IGNORECASE) and len(said) > 1 else said[0].yes
+    decisions = list(re.finditer(r"\b(?:so|thus|hence|therefore)\b", text, re.IGNORECASE))
+    if decisions and (behind := {answer.yes for answer in said if answer.start > decisions[-1].start()}):
+        return behind.pop() if len(behind) == 1 else None
+    first, second = said[0], next(answer for answer in said if answer.yes != said[0].yes)
+    if text[: first.start].strip(" *_\"'([,.") and not text[: first.start].strip().endswith((":", "is")):
+        return None
+    gap = text[first.end : second.start]
+    return None if re.fullmatch(r"\W*(?:(?:and|or|but|also|maybe|perhaps|then|again|it\s+is)\W*)*", gap) else first.yes
+
+
+def _last_yes_no(text: str) -> str | None:
+    """What the completion begins with, or what its last sentence with a yes or no says."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    sentences = [line[slice(*span)] for line in lines for span in split_sentences(line)]
+    named = [sentence for sentence in sentences if _said(sentence)]
+    if not named:
+        return None
+    last = named[-1]
+    begins = re.match(r"\W*(yes|no)\b\s*(?:[,.;:!*]|$)", sentences[0], re.IGNORECASE)
+    if begins and not re.search(r"\b(?:so|thus|hence|therefore)\b", last, re.IGNORECASE):
+        return begins[1]
+    said = _said(last)
+    return last[said[0].start : said[0].end] if len(said) == 1 else last
+
+
+# --- comparing ---
 
 
 def answers_match(predicted: str | None, right: str) -> bool:
-    r"""Whether two answers say the same.
+    """Whether two answers say the same; what cannot be judged is wrong (see `judge_answer`)."""
+    return judge_answer(predicted, right) is True
+
+
+def judge_answer(predicted: str | None, right: str) -> bool | None:
+    r"""Whether two answers say the same, None where that cannot be judged within the limits of `mold.data.formulas`.
 
     Numbers are compared by value, to a millionth: currency, percent signs, thousands separators and units do not count,
-    "1/2" is 0.5. What is no plain number (\frac{1}{2}, 2^3) math-verify judges, if it is installed (the extra
-    ``math``). Letters of choices are compared without brackets, yes and no by the first such word, everything else
-    without case and extra space.
+    "1/2" is 0.5, "5 thousand" 5000, and of a sentence the number that it states counts (see
+    `mold.data.quantities.stated`); one that leaves open which of several it is counts as none. Choices are compared by
+    the letter that is decided for, yes and no by what is said ("not true" is no). Everything else is compared without
+    case, Markdown and extra space, and formulas, points, lists, intervals and equations by math-verify.
 
     Args:
         predicted: None counts as wrong.
@@ -98,50 +506,58 @@ def answers_match(predicted: str | None, right: str) -> bool:
         return False
     kind = answer_kind(right)
     if kind == "choice":
-        found = next((match[1] for pattern in _CHOICE if (match := pattern.search(predicted))), None)
-        return found == right.strip(" ()")
+        return _choice(predicted) == right.strip(" ().")
     if kind == "yes_no":
-        found = _YES_NO.search(predicted)
-        return (
-            found is not None
-            and {"true": "yes", "false": "no"}.get(found[1].casefold(), found[1].casefold()) == right.strip().casefold()
-        )
-    if kind == "number" and (value := _number(predicted)) is not None:
-        target = _number(right)
-        return abs(value - target) <= _TOLERANCE * abs(target)
-    if kind == "number" and not re.search(r"[\\^*/+×÷]", predicted):
+        return _yes_or_no(predicted) is _AFFIRMED[right.strip(" .").casefold()]
+    if kind == "text" and _folded(predicted) == _folded(right):
+        return True
+    statement = stated(predicted) if kind == "number" or is_formula(_formula(right)) else None
+    if statement is None:
         return False
-    return _folded(predicted) == _folded(right) or _verified(predicted, right)
+    if kind == "number":
+        target = _right_number(right)
+        if statement.kind == "number":
+            return abs(statement.value - target) <= _TOLERANCE * abs(target)
+        return statement.kind == "formula" and _is_number(statement.text, target)
+    expected, found = _formula(right), formula_in(_formula(predicted))
+    if _folded(expected) == _folded(found):
+        return True
+    if (members := _members(expected)) is not None and (others := _members(found)) is not None:
+        return members == others
+    if _INDEX.search(expected) or _INDEX.search(found):
+        return re.sub(r"[\s{}]", "", expected) == re.sub(r"[\s{}]", "", found)
+    return same_formula(found, expected)
 
 
-def _verified(predicted: str, right: str) -> bool:
-    try:
-        from math_verify import parse, verify
-    except ImportError:
+_INDEX = re.compile(r"\d\s?_\s?\{?\d")
+
+
+def _is_number(formula: str, target: Fraction) -> bool | None:
+    """Whether a formula is a number; one with an unknown on its right side is none."""
+    side = re.sub(r"\\[A-Za-z]+", " ", formula.rpartition("=")[2])
+    if re.search(r"(?<![A-Za-z])[A-DF-HJ-Za-df-hj-z](?![A-Za-z])", side) or _INDEX.search(formula):
         return False
-    # Its time limits use signals, which only the main thread may set; it warns of their absence at every call.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    expected, found = parse(f"${right}$", parsing_timeout=None), parse(f"${predicted}$", parsing_timeout=None)
-    return bool(expected and found) and verify(expected, found, timeout_seconds=None)
+    shown = (
+        str(target.numerator) if target.denominator == 1 else rf"\frac{{{target.numerator}}}{{{target.denominator}}}"
+    )
+    return same_formula(formula, shown)
 
 
-def _number(text: str) -> Fraction | None:
-    """The number that a text starts with behind its last "=", or its only one; None for a calculation or a list."""
-    # "2½" to "2 1/2"
-    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text.rpartition("=")[2].strip(" *_`"))
-    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
-    found = list(_NUMBER.finditer(text))
-    if not found or (len(found) > 1 and found[0].start() > 0) or "\\" in text:
+def _formula(text: str) -> str:
+    return plain(boxed(text) or text).strip(" \n$*`.").strip()
+
+
+def _members(formula: str) -> Counter | None:
+    """The numbers of a list without brackets, None for anything else."""
+    pieces = re.split(r"\s*(?:[,;]\s*(?:and|or)?|\b(?:and|or)\b)\s*", formula.strip(" $"))
+    statements = [stated(piece) for piece in pieces]
+    if len(pieces) < 2 or not all(
+        statement and statement.kind == "number" and re.fullmatch(r"[-+$\s\d./%]+", piece)
+        for piece, statement in zip(pieces, statements, strict=True)
+    ):
         return None
-    number = found[0]
-    if re.match(r"\s*[-+*/×÷^;:]\s*[$(]?\d", text[number.end() :]):
-        return None
-    try:
-        value = Fraction(number["top"].replace(",", "")) / int(number["bottom"] or 1) + int(number["whole"] or 0)
-    except (ValueError, ZeroDivisionError):
-        return None
-    return -value if number["sign"] or number["sign2"] else value
+    return Counter(statement.value for statement in statements)
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .")
+    return " ".join(plain(boxed(text) or text).casefold().split()).strip(" .$*_`\"'“”")

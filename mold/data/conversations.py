@@ -6,13 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mold.data.answers import without_announcement
 from mold.data.examples import Example
+from mold.data.quantities import boxed, boxes
 
+# "Answer: 9", "**Answer:** 9", "the answer is 9", "#### 9"; a heading alone on its line.
 _ANSWER_MARKER = re.compile(
-    r"####|(?:\b(?:so|thus|therefore|hence),?\s+)?(?:\bthe\s+)?(?:\bfinal\s+)?\banswer(?:\s+is\b:?|\s*:)",
-    re.IGNORECASE,
+    r"####(?!#)|\banswer[*_`]*(?:\s+is\b:?|\s*:)[*_`]*|^[#*_ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[*_ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
 )
-_THOUGHT = re.compile(r"^\s*<think>(?P<thought>.*?)</think>(?P<rest>.*)$", re.DOTALL)
+_THOUGHT_MARKS = re.compile(r"</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+_CONVERSATIONS = ("messages", "conversations", "conversation")
 
 
 def example_from_row(row: Example | Mapping[str, Any], place: str) -> Example:
@@ -37,37 +42,46 @@ def example_from_row(row: Example | Mapping[str, Any], place: str) -> Example:
 def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A conversation's row as question, rationale, answer and history; any other row as it is.
 
-    Conversations are {"messages": [...]} that end with the assistant, and {"prompt", "completion"}, each a text or a
-    list of messages. The last user message is the question, what stands before it is the history. The assistant's
-    message is the rationale up to its answer: "Answer: ...", "the answer is ..." or "#### ..." at its end; or its
-    reasoning_content, thinking or <think> ... </think>, and the rest is the answer. A row's own "answer" wins.
+    Conversations are {"messages": [...]} that end with the assistant (or "conversations", as ShareGPT has them, with from
+    and value), and {"prompt", "completion"}, each a text or a list of messages. The last user message is the question,
+    what stands before it is the history. The assistant's message is the rationale up to its answer: "Answer: ...", "the
+    answer is ..." or "#### ..." at its end, or the last \\boxed{...}, which stays in its sentence; or its
+    reasoning_content, thinking or <think> ... </think>, and of the rest the answer, or all of it where it is one line. A
+    row's own "answer" wins.
 
     Raises:
-        ValueError: the messages are malformed, or no answer is found; names the place.
+        ValueError: the messages are malformed, use tools, or no answer is found; names the place.
     """
-    if "messages" in row:
-        turns = _turns(row["messages"], "messages", place)
-    elif "prompt" in row:
+    named = next((name for name in _CONVERSATIONS if name in row), None)
+    if named is None and "prompt" not in row:
+        return dict(row) | {"history": _history(row.get("history"), place)}
+    if row.get("tools") or row.get("functions"):
+        raise ValueError(f"{place}: has tools, must have none: messages that call tools cannot be trained on yet")
+    if named is not None:
+        turns = _turns(row[named], named, place)
+        if isinstance(row.get("system"), str) and row["system"].strip():
+            turns = [("system", row["system"], None), *turns]
+    else:
         if "completion" not in row:
             raise ValueError(f"{place}: has a prompt, must have a completion too")
         turns = [*_turns(row["prompt"], "prompt", place, "user"), *_turns(row["completion"], "completion", place)]
-    else:
-        return dict(row) | {"history": _history(row.get("history"), place)}
     roles = [role for role, _, _ in turns]
     if roles[-2:] != ["user", "assistant"]:
         raise ValueError(f"{place}: has messages of {', '.join(roles)}; must end with user, assistant")
     *history, (_, question, _), (_, content, thought) = turns
-    if (found := _THOUGHT.match(content)) and not thought:
-        thought, content = found["thought"], found["rest"]
+    marked, content = _split_thought(content)
+    thought = thought.strip() if thought and thought.strip() else marked
     rationale, answer = _split_answer(content)
     if thought:
-        rationale, answer = thought, answer or content
+        # A rest of several lines could never be found again in a completion.
+        lines = [line for line in content.split("\n") if line.strip()]
+        rationale, answer = thought, answer or (content if len(lines) == 1 else None)
     if row.get("answer") is not None:
         answer = row["answer"]
     if answer is None:
         raise ValueError(
-            f'{place}: no answer found in {content[-80:]!r}; it must end with "Answer: ..." or "#### ...", or the row '
-            "must have an answer"
+            f'{place}: no answer found in {content[-80:]!r}; it must end with "Answer: ...", "#### ..." or a '
+            "\\boxed{...}, or the row must have an answer"
         )
     kept = {key: row[key] for key in ("id", "keywords", "correct") if row.get(key) is not None}
     history = tuple((role, text) for role, text, _ in history)
@@ -79,13 +93,40 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     }
 
 
+def _split_thought(content: str) -> tuple[str, str]:
+    """The thought and what stands behind it; the opening mark may stand in the prompt, and blocks may be empty."""
+    parts = _THOUGHT_MARKS.split(content)
+    if len(parts) == 1:
+        return "", content
+    marks = [mark[0] for mark in _THOUGHT_MARKS.finditer(content)]
+    closed = max((place for place, mark in enumerate(marks) if mark.startswith("</")), default=None)
+    if closed is None:  # never closed: a thought without an end, in which the answer has to be
+        return "", "\n".join(parts).strip()
+    thought = "\n".join(part.strip() for part in parts[: closed + 1] if part.strip())
+    return thought, "\n".join(parts[closed + 1 :]).strip()
+
+
 def _split_answer(content: str) -> tuple[str, str | None]:
-    """What stands before the last answer marker, and the answer: the one line behind it."""
-    for found in reversed(list(_ANSWER_MARKER.finditer(content))):
-        answer = content[found.end() :].strip()
+    """What stands before the last answer marker, and the answer: the one line behind it, or the last box."""
+    content = content.rstrip()
+    last = content.rfind("\n") + 1
+    # A marker at the end of the line before announces the last line.
+    for found in reversed(list(_ANSWER_MARKER.finditer(content, _line_before(content, last)))):
+        answer = content[found.end() :].strip().strip("*_`").strip()
         if answer and "\n" not in answer:
-            return content[: found.start()], answer.rstrip(".")
+            return without_announcement(content[: found.start()]), answer.rstrip(".")
+    found = boxes(content)
+    if found and content.rfind("\n\n", 0, len(content)) < found[-1].end:
+        line = content.rfind("\n", 0, found[-1].start) + 1
+        alone = not (content[line : found[-1].start] + content[found[-1].end :]).strip(" \t\n$*_`#.\\[]()")
+        return without_announcement(content[:line]) if alone else content, boxed(content)
     return content, None
+
+
+def _line_before(content: str, last: int) -> int:
+    """Where the last line with text before the place begins."""
+    before = content[:last].rstrip()
+    return before.rfind("\n") + 1
 
 
 def _turns(messages, name: str, place: str, role: str = "assistant") -> list[tuple[str, str, str | None]]:
@@ -96,13 +137,18 @@ def _turns(messages, name: str, place: str, role: str = "assistant") -> list[tup
         raise ValueError(f"{place}: {name} is {messages!r}, must be a text or a list of messages")
     turns = []
     for message in messages:
+        if isinstance(message, Mapping) and "from" in message and "role" not in message:
+            message = {**message, "role": message["from"], "content": message.get("value")}
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
-            raise ValueError(f"{place}: {name} holds {message!r}, must hold messages with the texts role and content")
-        if message.get("tool_calls"):
+            raise ValueError(
+                f"{place}: {name} holds {message!r}, must hold messages with the texts role and content (or from and value)"
+            )
+        role = _ROLES.get(message["role"].casefold(), message["role"])
+        if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function", "observation"):
             raise ValueError(f"{place}: {name} holds tool calls, which cannot be trained on yet")
-        turns.append((message["role"], message["content"], message.get("reasoning_content") or message.get("thinking")))
+        turns.append((role, message["content"], message.get("reasoning_content") or message.get("thinking")))
     return turns
 
 

@@ -8,82 +8,55 @@ half-open; every function takes time linear in the text. Source: MoLSAKI, EMNLP 
 
 import re
 import reprlib
-import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from mold.data.list_markers import without_markers
+from mold.data.sentence_ends import LETTER, REACH, SENTENCE_END, UNSPACED, VULGAR, ends_sentence
+
 Span = tuple[int, int]  # half-open [start, end)
 
-SEGMENTATION_VERSION = 1
+SEGMENTATION_VERSION = 2
 """Of the rules below. Teacher signals of another version are refused: their steps may be other ones."""
 
-# Thai, kana, Han and Hangul: words there stand without spaces, so a neighbouring letter is no part of the word.
-_UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_VULGAR = "¼-¾⅐-⅞↉"
-_LETTER = rf"[^\W\d_{_VULGAR}{_UNSPACED}]"
-_ALPHANUMERIC = rf"[^\W_{_UNSPACED}]"
+_ALPHANUMERIC = rf"[^\W_{UNSPACED}]"
 _WORD_BORDER = rf"(?:(?<!{_ALPHANUMERIC})|(?!{_ALPHANUMERIC}))"
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# What opens a line without being key information, and headings such as "Step 1:" anywhere.
-_BLANK = r"[^\S\n]"
-_MARKER = re.compile(
-    rf"""
-    ^ (?: {_BLANK}*
-        (?: [-*•–—>]+ (?=\s)  |  \#+ (?=\s)                             # bullets, Markdown headings and quotes
-          | [*_]*                                                       # Markdown emphasis: **1.** **Step 1:**
-            (?: \(? \d{{1,2}} [.)] [*_]* (?= {_BLANK}+\S | {_LETTER})   # 1.  2)  (3)  1.Take
-              | \(? [A-Za-z]  [.)] [*_]* (?= {_BLANK}+\S )              # a.  b)  (C)
-              | step {_BLANK}+ \d+ [a-z]? (?: {_BLANK}* (?: [:)–—-] | \.(?!\d) ) [*_]* | (?= {_BLANK}* $ ) )
-            )
-        )
-    )+ {_BLANK}*
-    | \bstep\s+\d+[a-z]?\s*:
+# What a line holds that only opens, closes or draws something: LaTeX environments and rules, HTML tags, code fences.
+_FRAME = re.compile(
+    r"""
+    \\(?:begin|end) \{[^{}\n]*\} (?: \{(?:[^{}\n]|\{[^{}\n]*\})*+\} | \[[^\[\]\n]*\] )*+
+  | \\(?:hline|toprule|midrule|bottomrule|centering|noindent|displaystyle|newline|(?:small|med|big)skip|q?quad)\b
+  | \\cline\{[\d-]*\} | \\label\{[^{}\n]*\} | \\\\\[\w.]*\]
+  | </?[a-z][^<>\n]*> | ^(?:```|~~~)[\w+-]*$
     """,
-    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+    re.VERBOSE | re.IGNORECASE,
 )
-
-# --- sentences ---
-
-_CLOSING = r"""[)\]}"'”’»›」』】）*_]*"""
-# CJK text has no space after its full stop.
-_SENTENCE_END = re.compile(rf"(?P<mark>[。！？]+|[.!?…]+(?={_CLOSING}(?:\s|$)))(?P<closing>{_CLOSING})")
-_WORD_BEFORE = re.compile(rf"(?:(?P<previous>\w+)\s+)?(?P<digit>\d?)(?P<word>{_LETTER}+(?:\.{_LETTER}+)*)$")
-_WORD_AFTER = re.compile(r"""[\s("'“‘«\[*_]*(\w*)""")
-_REACH = 32  # characters looked at on each side of a period: longer than any abbreviation
-
-_NEVER_LAST = _words("mr mrs ms dr st prof rev capt vs e.g i.e cf")
-_LAST_BEFORE_CAPITAL = _words(
-    "etc a.m p.m approx inc co ltd corp jr sr dept ave blvd avg incl oz ft lb lbs min hr hrs sec yd yds mi pt qt gal "
-    "ph.d tsp tbsp wk wks yr yrs sq mph"
-)
-_BEFORE_NUMBER = _words("No Nos Fig Eq Vol Ch pp Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec")
-_SYMBOLS = ("Sm", "Sc", "So")
-_NO_SENTENCE_START = tuple("=+×÷,;:")
-# After a single letter or "U.S." these open a sentence ("The answer is A. This ..."); other capitals go on with a name.
-_OPENERS = _words(
-    "A After All Also An And Another As At Because Both But By Each Even Every Finally First For From He Hence Her His "
-    "How However I If In It Its Let My Next No Not Now On Once One Only Option Or Our Second She Since So That The "
-    "Their Then There Therefore These They This Those Thus To We What When Where Which While Who With You Your"
-)
-_LABELS = "ABCDEXYZ"  # choices and unknowns ("in box B. Tom"): initials only behind another name ("Mary B. Smith")
 
 # --- numbers ---
 
+# A LaTeX command is no word that the digits behind it belong to, but with its subscript it is a name, like x_1.
+_COMMAND = re.compile(
+    r"\\(?!(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|"
+    r"kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|varphi|chi|psi|omega)_)[a-z]+",
+    re.IGNORECASE,
+)
+_OPERATOR_COMMAND = re.compile(r"\\(?:cdot|times|div|ast)(?![A-Za-z])")
+# TeX takes a digit for each argument: \frac12 is 1/2.
+_DIGIT_ARGUMENTS = re.compile(r"(?P<command>\\(?:[dtc]?frac|[dt]?binom)[ \t]*)(?P<first>\d)[ \t]*(?P<second>\d)")
+
 # A word is consumed whole, so that the digits glued behind its letters are never seen; the x of "3x4" is no word.
-_WORD = rf"(?!(?<=[\d{_VULGAR}])x\.?\d){_LETTER}[^\W{_UNSPACED}]*(?:(?<=\d)\.\d+)*"
-_PLAIN = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?: ?[{_VULGAR}])?|(?<![\d.])\.\d+|[{_VULGAR}]"
+_WORD = rf"(?!(?<=[\d{VULGAR}])x\.?\d){LETTER}[^\W{UNSPACED}]*(?:(?<=\d)\.\d+)*"
+# A full stop is a decimal point where no word stands before it: not in "No.5".
+_BARE_DECIMAL = rf"(?:(?<![^\W_])(?<!\.)|(?<=[\d{VULGAR}]x))\.\d+"
+_PLAIN = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?: ?[{VULGAR}])?|{_BARE_DECIMAL}|[{VULGAR}]"
 _FRACTION = r"(?:(?P<whole>\d{1,3}+)[ \u00a0])?(?P<top>\d{1,9}+)[/⁄](?P<bottom>\d{1,9}+)(?![.,/⁄]?\d)"
 _WORD_OR_NUMBER = re.compile(rf"(?P<word>{_WORD})|(?P<fraction>{_FRACTION})|{_PLAIN}", re.IGNORECASE)
 _PLAIN_NUMBER = re.compile(_PLAIN)
 # A hyphen before a letter ("1/2-inch"), an x inside a word and the ** of Markdown are no operators.
-_OPERATOR_BEFORE = re.compile(rf"(?:[-+−×÷·/=]|(?<!\*)\*|(?<!{_LETTER})x)[\s(]*$", re.IGNORECASE)
-_OPERATOR_AFTER = re.compile(rf"[\s)]*(?:[+−×÷·/=]|\*(?!\*)|[-x](?!{_LETTER}))", re.IGNORECASE)
+_OPERATOR_BEFORE = re.compile(rf"(?:[-+−×÷·/=]|(?<!\*)\*|(?<!{LETTER})x)[\s(]*$", re.IGNORECASE)
+_OPERATOR_AFTER = re.compile(rf"[\s)]*(?:[+−×÷·/=]|\*(?!\*)|[-x](?!{LETTER}))", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -129,7 +102,7 @@ def split_sentences(text: str, start: int = 0, end: int | None = None) -> list[S
         first, last = _trim(region, piece)
         if first == last:
             continue
-        has_content = any(char.isalnum() or unicodedata.category(char) in _SYMBOLS for char in region[first:last])
+        has_content = any(map(str.isalnum, _FRAME.sub("", region[first:last])))
         if sentences and not (begun and has_content):
             sentences[-1] = (sentences[-1][0], last)
         else:
@@ -161,16 +134,18 @@ def find_numbers(text: str, start: int = 0, end: int | None = None) -> list[Span
     Source: the paper takes every number, by a regular expression; the rules are ours.
     """
     region = _region(text, start, end)
-    masked = _MARKER.sub(lambda marker: " " * len(marker[0]), region)
-    spans: list[Span] = []
+    masked = without_markers(region)
+    spans = [found.span(name) for found in _DIGIT_ARGUMENTS.finditer(masked) for name in ("first", "second")]
+    masked = _DIGIT_ARGUMENTS.sub(_blanks, masked)
+    masked = _COMMAND.sub(_blanks, _OPERATOR_COMMAND.sub(lambda found: "·".ljust(len(found[0])), masked))
     position = 0
     while match := _WORD_OR_NUMBER.search(masked, position):
         if match["fraction"] and not _is_fraction(masked, match):
             match = _PLAIN_NUMBER.match(masked, match.start())
         position = match.end()
         if not match.groupdict().get("word"):
-            spans.append((start + match.start(), start + match.end()))
-    return spans
+            spans.append(match.span())
+    return [(start + first, start + last) for first, last in sorted(spans)]
 
 
 def find_keywords(text: str, keywords: Sequence[str], start: int = 0, end: int | None = None) -> list[Span]:
@@ -299,6 +274,10 @@ def _region(text: str, start: int, end: int | None) -> str:
     return text[start:end]
 
 
+def _blanks(match: re.Match) -> str:
+    return " " * len(match[0])
+
+
 def _trim(text: str, span: Span) -> Span:
     piece = text[span[0] : span[1]]
     first = span[0] + len(piece) - len(piece.lstrip())
@@ -307,49 +286,23 @@ def _trim(text: str, span: Span) -> Span:
 
 def _pieces(region: str) -> Iterator[Span]:
     """Cut the region at line ends and sentence ends; pieces keep their whitespace and may hold nothing else."""
+    masked = without_markers(region)
     for line in re.finditer(r"[^\n]+", region):
         start, end = line.span()
-        marker = _MARKER.match(region, start, end)
-        content = marker.end() if marker else start
-        for match in _SENTENCE_END.finditer(region, content, end):
-            before = region[max(content, match.start() - _REACH) : match.start()]
-            after = region[match.end() : min(end, match.end() + _REACH)]
-            if not _goes_on(before, match["mark"], match["closing"], after):
+        for match in SENTENCE_END.finditer(masked, start, end):
+            if ends_sentence(masked, match):
                 yield start, match.end()
                 start = match.end()
         yield start, end
 
 
-def _goes_on(before: str, mark: str, closing: str, after: str) -> bool:
-    """Say whether the sentence goes on behind the mark."""
-    following = _WORD_AFTER.match(after)[1]
-    if (closing and following[:1].islower()) or after.lstrip().startswith(_NO_SENTENCE_START):
-        return True
-    match = _WORD_BEFORE.search(before)
-    if mark != "." or not match or not after.strip():
-        return False
-    word = match["word"]
-    name_follows = following[:1].isupper() and following not in _OPENERS
-    if word.lower() in _NEVER_LAST:
-        return not match["digit"]  # "31st." is no saint
-    if word.lower() in _LAST_BEFORE_CAPITAL or word.lower().rpartition(".")[2] in _LAST_BEFORE_CAPITAL:
-        return not following[:1].isupper()
-    if word in _BEFORE_NUMBER:
-        return following[:1].isdigit()
-    if len(word) == 1:
-        previous = match["previous"] or ""
-        is_initial = word.isupper() and word != "I" and name_follows
-        return is_initial and (word not in _LABELS or (previous[:1].isupper() and previous != following))
-    return all(len(part) == 1 for part in word.split(".")) and following not in _OPENERS
-
-
 def _is_fraction(masked: str, match: re.Match) -> bool:
     if int(match["top"]) >= int(match["bottom"]):
         return False
-    before = masked[max(0, match.start() - _REACH) : match.start()]
+    before = masked[max(0, match.start() - REACH) : match.start()]
     return bool(match["whole"]) or not (_OPERATOR_BEFORE.search(before) or _OPERATOR_AFTER.match(masked, match.end()))
 
 
 def _phrase_pattern(phrase: str) -> str:
     words = r"\s+".join(re.sub("['’]", "['’]", re.escape(word)) for word in phrase.split())
-    return words + ("(?:['’]s|e?s(?:['’]s)?)?" if re.match(_LETTER, phrase[-1]) else "")
+    return words + ("(?:['’]s|e?s(?:['’]s)?)?" if re.match(LETTER, phrase[-1]) else "")

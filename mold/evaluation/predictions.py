@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mold.data.answers import answer_kind, answers_match, extract_answer
+from mold.data.answers import answer_kind, extract_answer, judge_answer
 from mold.data.chat import render_for
 from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.generation.batches import Completion, Journal, batches_by_length, generate_batch
@@ -42,7 +42,8 @@ def generate_predictions(
 
     Returns:
         A dictionary an example, in their order: id, question, answer (the right one), prediction (None where no answer
-        was found), completion, correct, truncated.
+        was found), completion, correct, judged (false where it cannot be within the limits of `mold.data.formulas`; wrong
+        then), truncated.
     """
     model.eval()
     rendered = [render_for(example, template, tokenizer, task) for example in examples]
@@ -73,13 +74,15 @@ def generate_predictions(
 
 def _prediction(example: Example, completion: Completion, template: str, task: str) -> dict:
     prediction = extract_answer(completion.text, template, answer_kind(example.answer), task)
+    verdict = judge_answer(prediction, example.answer)
     return {
         "id": example.id,
         "question": example.question,
         "answer": example.answer,
         "prediction": prediction,
         "completion": completion.text,
-        "correct": answers_match(prediction, example.answer),
+        "correct": verdict is True,
+        "judged": verdict is not None,
         "truncated": completion.truncated,
     }
 
@@ -112,7 +115,7 @@ def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def score(predictions: Sequence[dict]) -> dict:
-    """right, total, accuracy, its 95 % interval (low, high), and how many gave no answer or were truncated."""
+    """right, total, accuracy, its 95 % interval (low, high), and how many gave no answer, were not judged or truncated."""
     right, total = sum(row["correct"] for row in predictions), len(predictions)
     low, high = wilson_interval(right, total)
     return {
@@ -122,5 +125,6 @@ def score(predictions: Sequence[dict]) -> dict:
         "low": low,
         "high": high,
         "no_answer": sum(row["prediction"] is None for row in predictions),
+        "not_judged": sum(not row.get("judged", True) for row in predictions),
         "truncated": sum(row["truncated"] for row in predictions),
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mold.data.answers import answer_kind, answers_match, extract_answer
+from mold.data.answers import answer_kind, extract_answer, judge_answer, split_completion
 from mold.data.examples import ASSISTANT, DEFAULT_TEMPLATE, Example, question_key
 from mold.data.readers import json_lines
 from mold.generation.batches import Completion, Journal, batch_seed, batches_by_length, generate_batch
@@ -132,14 +132,6 @@ def write_rationales(
     return rows, counts
 
 
-def split_completion(completion: str, template: str = DEFAULT_TEMPLATE) -> str:
-    """The rationale in a completion: what stands before the answer marker, or all of it without one."""
-    marker = _parts(template)[2].strip()
-    if marker and marker in completion:
-        completion = completion.rpartition(marker)[0]
-    return re.sub(r"\n?#### .*$", "", completion).strip(" *\n")
-
-
 def _prompt_of(tokenizer, prompt, example, stage, template, chat) -> list[int]:
     opening, reasoning, marker = _parts(template)
     turns = [(f"{opening}{shot['question']}", f"{shot['rationale']}{marker}{shot['answer']}") for shot in prompt.shots]
@@ -171,8 +163,8 @@ def _check_written(example: Example, completion: Completion, stage: str, templat
         wrong = "empty"
     elif prediction is None:
         wrong = "without an answer"
-    elif not answers_match(prediction, example.answer):
-        wrong = "with a wrong answer"
+    elif wrong_answer := _wrong_answer(prediction, example.answer):
+        wrong = wrong_answer
     elif stage == "hint" and _MENTIONS_HINT.search(rationale):
         wrong = "that speak of the hint"
     return {"rationale": rationale, "prediction": prediction, "stage": stage, "wrong": wrong}
@@ -181,13 +173,18 @@ def _check_written(example: Example, completion: Completion, stage: str, templat
 def _check_given(example: Example, entry: Mapping, template: str) -> dict:
     rationale, kind = entry["rationale"], answer_kind(example.answer)
     prediction = entry.get("prediction") or extract_answer(rationale, template, kind)
-    right = entry.get("correct")
-    if right is None:
-        right = answers_match(prediction, example.answer)
-    wrong = None if right else "with a wrong answer"
+    if entry.get("correct") is None:
+        wrong = _wrong_answer(prediction, example.answer)
+    else:
+        wrong = None if entry["correct"] else "with a wrong answer"
     return {"rationale": split_completion(rationale, template), "prediction": prediction, "stage": "given"} | {
         "wrong": wrong
     }
+
+
+def _wrong_answer(prediction: str | None, right: str) -> str | None:
+    verdict = judge_answer(prediction, right)
+    return {True: None, False: "with a wrong answer", None: "with an answer that cannot be judged"}[verdict]
 
 
 def _consider(best: dict, example: Example, found: dict, counts: Counter) -> None:

@@ -59,7 +59,7 @@ def test_the_whole_path(mold, models, problems, tmp_path):
         assert (folder / name).stat().st_size > 0
     rows = [json.loads(line) for line in (folder / "predictions_after.jsonl").read_text().splitlines()]
     assert len(rows) == 4
-    assert {"id", "question", "answer", "prediction", "completion", "correct", "truncated"} == rows[0].keys()
+    assert {"id", "question", "answer", "prediction", "completion", "correct", "judged", "truncated"} == rows[0].keys()
 
     # The trained student again, by eval: the same numbers as after training.
     trained = options_of(models, problems, folder, model_name_or_path=folder)

@@ -1,7 +1,6 @@
 import datasets
 import pytest
 import torch
-import trl
 from safetensors.torch import load_file
 
 from mold import StepwiseAttentionMixin
@@ -11,6 +10,8 @@ from mold.data.problems import generate_problems
 from mold.method.signals import SignalSettings, extract_signals
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
+
+trl = pytest.importorskip("trl")
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
 EXAMPLES = generate_problems(8, seed=4)

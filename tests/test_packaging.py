@@ -1,0 +1,13 @@
+"""What pyproject.toml says of versions is what is tested."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_lowest_versions_are_those_that_are_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "tests/lowest.txt").read_text().splitlines()
+    allowed = [line.split(">=") for line in project["dependencies"] if not line.startswith("torch>=")]
+    assert allowed == [line.split("==") for line in lines if not line.startswith("#")]
