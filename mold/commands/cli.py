@@ -32,8 +32,8 @@ def usage() -> str:
     lines = ["usage: mold COMMAND [options]", "", "Distil where a teacher looks while it reasons.", ""]
     lines += [f"  {name:9} {summary}" for name, summary in COMMANDS.items()]
     lines += ["", "A killed command goes on where it stopped when it is started again."]
-    lines += ["mold COMMAND --help lists a command's options. With any of them, --traceback shows"]
-    lines += ["where an error is from. mold --version says which one this is."]
+    lines += ["mold COMMAND --help lists a command's options; --traceback beside them shows"]
+    lines += ["where an error is from; mold --version says which one this is."]
     return "\n".join(lines)
 
 
@@ -41,7 +41,7 @@ def dispatch(arguments: list[str]) -> None:
     """Run the command that the arguments begin with.
 
     Raises:
-        ValueError: there is no such command, or it refuses its arguments.
+        ValueError: the command refuses its arguments.
     """
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
@@ -53,7 +53,8 @@ def dispatch(arguments: list[str]) -> None:
     elif name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {close[0]}?" if close else "mold --help lists them"
-        raise ValueError(f"No such command {name!r}; {hint}")
+        print(f"mold: error: No such command {name!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
     elif "--help" in rest or "-h" in rest:
         module = importlib.import_module(f"mold.commands.{name}")
         print(f"usage: mold {name} {getattr(module, 'USAGE', '[options]')}\n\n{COMMANDS[name]}\n")
@@ -74,6 +75,7 @@ def main() -> None:
     shown = len(arguments) < len(sys.argv) - 1
     try:
         dispatch(arguments)
+        sys.stdout.flush()
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -25,6 +25,8 @@ from mold.training.config import MoldConfig
 
 logger = logging.get_logger(__name__)
 
+_LISTS = {option.name for group in GROUPS.values() for option in fields(group) if "list" in str(option.type)}
+
 # A plan and a look need no device of their own, and must not be refused for one that is not here.
 _FIXED = {"plan": {"use_cpu": True}, "inspect": {"use_cpu": True}}
 
@@ -57,6 +59,8 @@ def make_options(command: str, chosen: Mapping[str, Any], arguments: Sequence[st
     flat = []
     for name, value in chosen.items():
         if isinstance(value, list):
+            if name not in _LISTS:
+                raise ValueError(f"{name}: is {value!r}, must be one value")
             flat += [f"--{name}", *map(str, value)]
         elif value is not None:
             flat.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
@@ -206,9 +210,13 @@ def parse_yaml(text: str, source: str):
 
 
 def _hint(name: str, commands: Sequence[str]) -> str:
-    others = [command for command in TAKES if name in TAKES[command]]
-    if others:
-        return f"; it is one of mold {', '.join(others)}"
-    known = [option for command in commands for option in TAKES[command]]
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else "; --help lists them"
+    """What may have been meant by an option that none of the commands takes."""
+    ours = {option for command in commands for option in TAKES[command]}
+    everywhere = {option for taken in TAKES.values() for option in taken}
+    for known in (ours, everywhere):
+        for close in difflib.get_close_matches(name, sorted(known), 1, 1.0 if name in everywhere else 0.6):
+            owners = ", ".join(command for command in TAKES if close in TAKES[command])
+            if close == name:
+                return f"; it is one of mold {owners}"
+            return f"; did you mean {close}{'' if close in ours else f', of mold {owners}'}?"
+    return "; --help lists them"

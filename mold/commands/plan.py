@@ -1,4 +1,4 @@
-"""What `mold plan` prints: a step's memory and time, the largest T, and what each saver buys."""
+"""mold plan: a step's memory and time, the largest T, and what each saver buys."""
 
 from __future__ import annotations
 
