@@ -4,7 +4,7 @@
     python -m benchmarks.cpu_attention --lengths 512        # quicker
 
 First table, forward and backward of a layer's attention, batch 1: torch's scaled_dot_product_attention, ours, ours with
-the pooled attention A, and aten's flash attention (engine "cpu") with A. Second table, the pooled attention alone:
+the pooled attention A, and aten's flash attention with A. Second table, the pooled attention alone:
 vectorised torch, native, and the native kernel without the call around it (checks, operator, autograd: a few hundred
 microseconds of Python, with whatever the last contender left in the caches). As shares of the forward what it cannot do
 without: its products at the rate of torch's matrix product followed by its exponentials at the rate of torch's exp; its
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.machine import about_this_machine
-from mold_kernels import attention_with_lse, native, span_attention
+from mold_kernels import SpanPlan, attention_with_lse, native, span_attention
 
 SHAPES = {"Hq 9, Hkv 3, D 64": (9, 3, 64), "Hq 32, Hkv 8, D 128": (32, 8, 128)}
 TOKENS_A_STEP, TOKENS_A_KEY_WORD = 45, 13  # of GSM8K's human rationales: 4.6 steps, 16 numbers in about 210 tokens
@@ -99,25 +99,25 @@ def attention_contenders(shape: tuple[int, int, int], length: int, dtype: torch.
     def sdpa(q, k, v):
         return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
 
-    def with_pooled(engine, backend):
+    def with_pooled(attention, pooling):
         def function(q, k, v):
-            out, lse = attention_with_lse(q, k, v, engine=engine)
-            return out, span_attention(q, k, lse, rows, keys, backend=backend)
+            out, lse = attention_with_lse(q, k, v, backend=attention)
+            return out, span_attention(q, k, lse, rows, keys, backend=pooling)
 
         return function
 
     return {
         "torch SDPA": contender(sdpa),
-        "ours": contender(lambda q, k, v: attention_with_lse(q, k, v, engine="native")[:1]),
+        "ours": contender(lambda q, k, v: attention_with_lse(q, k, v, backend="native")[:1]),
         "ours with A": contender(with_pooled("native", "native")),
-        "aten with A": contender(with_pooled("cpu", "torch")),
+        "aten with A": contender(with_pooled("aten", "torch")),
     }
 
 
 def span_contenders(shape: tuple[int, int, int], length: int, dtype: torch.dtype) -> dict:
     heads, kv_heads, width = shape
     q, k = (torch.randn(1, length, count, width).to(dtype).transpose(1, 2) for count in (heads, kv_heads))
-    _, lse = attention_with_lse(q, k, k, engine="native")
+    _, lse = attention_with_lse(q, k, k, backend="native")
     rows, keys = make_spans(length)
 
     def contender(backend):
@@ -129,8 +129,10 @@ def span_contenders(shape: tuple[int, int, int], length: int, dtype: torch.dtype
 
         return forward
 
+    plan = SpanPlan(rows, keys, length)
+    inputs = plan.row_spans, plan.key_spans, None, list(plan.pieces(192 * kv_heads // heads)), width**-0.5, None, False
+
     def kernel():
-        inputs = rows, keys, width**-0.5, False
         pooled = native.span_attention_forward(q, k, lse, *inputs)
         return lambda: native.span_attention_backward(torch.ones_like(pooled), q, k, lse, *inputs)
 

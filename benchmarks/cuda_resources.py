@@ -37,7 +37,7 @@ class Kernel:
 
     @property
     def threads(self) -> int:
-        sizes = {"layer_mixture": 512, "touching": 32, "column_grad": 64}
+        sizes = {"layer_mixture_kl": 512, "touching": 32, "column_grad": 64}
         return next((threads for part, threads in sizes.items() if part in self.name), 128)
 
     @property
@@ -128,7 +128,7 @@ def _readable(mangled: str) -> str:
 
 def _shared(name: str) -> int:
     """Dynamic shared memory that the launchers ask for, at D = 256 in the forward; float32 stages weights too."""
-    if name.startswith("layer_mixture"):
+    if name.startswith("layer_mixture_kl"):
         return 128
     if not (template := re.search(r"(forward|rows|columns)<(\w+)(?:, (\d+))?>", name)):
         return 0

@@ -1,7 +1,7 @@
 """Are the Triton kernels right and fast on this GPU? Checks every one, then measures; ends within 8 minutes.
 
     python -m benchmarks.gpu                    # one table; writes results/gpu.json
-    python -m benchmarks.gpu --tune             # first measures other tiles and keeps the fastest in a cache
+    python -m benchmarks.gpu --tiles            # first says which tiles would be better than the table's
     TRITON_INTERPRET=1 python -m benchmarks.gpu --smoke     # no GPU: tiny shapes on the CPU, times mean nothing
 
 First every op against the float64 reference on fresh random inputs: a failure ends the run. Then, with medians over
@@ -13,6 +13,7 @@ attention loss, the eager form until it runs out of memory, and the longest T th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
@@ -199,7 +200,7 @@ def check_all(bench: Bench, length: int) -> None:
             name = " ".join(["D", str(dim), *each])
             compare(
                 f"attention_with_lse {name}",
-                lambda *t, each=each: attention_with_lse(*t, **each, engine="triton"),
+                lambda *t, each=each: attention_with_lse(*t, **each, backend="triton"),
                 lambda *t, each=each: reference.attention_with_lse(*t, **each),
                 (q, k, v),
             )
@@ -219,13 +220,11 @@ def check_all(bench: Bench, length: int) -> None:
             (q, k),
             wide=(lse,),
         )
-        weight = bench.random(kv_heads * dim)
         compare(
             f"value_pool D {dim}",
-            lambda v, w, mask=mask: value_pool(v, w, mask, 1e-6, backend="triton"),
-            lambda v, w, mask=mask: reference.value_pool(v, w, mask, 1e-6),
+            lambda v, mask=mask: value_pool(v, mask, 1e-6, backend="triton"),
+            lambda v, mask=mask: reference.value_pool(v, mask, 1e-6),
             (v,),
-            wide=(weight,),
         )
     maps = bench.random(6, 3, 20, 33).abs()
     counts = [torch.tensor(values, device=bench.device) for values in ([20, 3, 0], [33, 1, 5])]
@@ -274,12 +273,12 @@ def measure_ops(bench: Bench, length: int, shape: roofline.Shape) -> None:
         )
         return first, second
 
-    ours = compare("triton", lambda q, k, v: attention_with_lse(q, k, v, engine="triton"))
+    ours = compare("triton", lambda q, k, v: attention_with_lse(q, k, v, backend="triton"))
     for row, name in zip(ours, ("attention_forward", "attention_backward"), strict=True):
         row.ratio, row.note = floors[name] / row.median if row.median else None, "of the floor"
     others = {
         "SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-        "flex": lambda q, k, v: attention_with_lse(q, k, v, engine="flex"),
+        "flex": lambda q, k, v: attention_with_lse(q, k, v, backend="flex"),
     }
     if bench.device == "cpu":
         del others["flex"]  # has no gradient there
@@ -289,15 +288,14 @@ def measure_ops(bench: Bench, length: int, shape: roofline.Shape) -> None:
                 row.ratio, row.note = row.median / mine.median, f"of {name}'s speed has the Triton kernel"
 
     with torch.no_grad():
-        lse = attention_with_lse(q, k, v, engine="triton")[1]
+        lse = attention_with_lse(q, k, v, backend="triton")[1]
         bench.measure("op", "attention_lse forward", length, lambda: attention_lse(q, k, backend="triton"))
         bench.measure(
             "op", "span_attention forward", length,
             lambda: span_attention(q, k, lse, rows, keys, backend="triton"), **against_floor("span_attention_forward"),
         )  # fmt: skip
         mask = torch.ones(1, length, dtype=torch.bool, device=bench.device)
-        weight = bench.random(shape.kv_heads * shape.head_dim)
-        bench.measure("op", "value_pool forward", length, lambda: value_pool(v, weight, mask, 1e-6, backend="triton"))
+        bench.measure("op", "value_pool forward", length, lambda: value_pool(v, mask, 1e-6, backend="triton"))
     lse = lse.detach().requires_grad_()
     pooled = span_attention(q, k, lse, rows, keys, backend="triton")
     upstream = torch.randn_like(pooled)
@@ -367,25 +365,32 @@ class TrainingStep:
         return F.cross_entropy(self.model.lm_head(states).float(), target, reduction="sum")
 
 
-def tune_tiles(bench: Bench, length: int, shape: roofline.Shape) -> None:
-    """Measure the tiles next to the table's for the attention kernels in bfloat16; the fastest stay in a cache."""
+def compare_tiles(bench: Bench, length: int, shape: roofline.Shape) -> None:
+    """Which of the table's tile and its neighbours is the fastest, for every attention kernel in bfloat16."""
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     q, k, v = (bench.heads(count, length, shape.head_dim, torch.bfloat16).requires_grad_() for count in heads)
     rows, keys = text_spans(length, bench.device)
 
     def flash():
-        out, lse = attention_with_lse(q, k, v, engine="triton")
+        out, lse = attention_with_lse(q, k, v, backend="triton")
         torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
 
-    lse = attention_with_lse(q, k, v, engine="triton")[1].detach().requires_grad_()
+    lse = attention_with_lse(q, k, v, backend="triton")[1].detach().requires_grad_()
 
     def span():
         torch.autograd.grad(span_attention(q, k, lse, rows, keys, backend="triton").sum(), (q, k, lse))
 
+    choose = tiles.table_tile
     for kernel in sorted({name for name, _ in tiles.TABLE}):
-        run = span if kernel.startswith("span") else flash
-        best = tiles.tune(kernel, q, run, lambda run: bench.time(run, 0.2)[0])
-        bench.rows.append(Row("tune", kernel, length, note=str(best)))
+        table, times = tiles.choose_tile(kernel, q), {}
+        for tile in (table, *tiles.neighbours(table)):
+            tiles.table_tile = lambda name, *where, new={kernel: tile}: new.get(name) or choose(name, *where)
+            with contextlib.suppress(RuntimeError):  # a tile that does not fit the device
+                times[tile] = bench.time(span if kernel.startswith("span") else flash, 0.2)[0]
+        tiles.table_tile = choose
+        best = min(times, key=times.get)
+        note = "the table's" if best == table else f"{best} instead of the table's {table}"
+        bench.rows.append(Row("tiles", kernel, length, times[best], ratio=times[best] / times[table], note=note))
         print(bench.rows[-1], flush=True)
 
 
@@ -425,7 +430,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=420, help="no measurement begins after so many")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="of the random inputs")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--tune", action="store_true", help="measure other tiles first, keep the fastest in the cache")
+    parser.add_argument("--tiles", action="store_true", help="first look for tiles that are better than the table's")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, in Triton's interpreter")
     arguments = parser.parse_args()
     device = "cpu" if arguments.smoke else "cuda"
@@ -441,8 +446,8 @@ def main() -> None:
     print(json.dumps(facts))
     try:
         check_all(bench, 19 if arguments.smoke else 517)
-        if arguments.tune:
-            tune_tiles(bench, 8192, roofline.Shape(8192))
+        if arguments.tiles:
+            compare_tiles(bench, 8192, roofline.Shape(8192))
         if arguments.smoke:
             measure_ops(bench, 30, roofline.Shape(30, 2, 1, 16, 2))
             measure_steps(bench, TINY, [32], [48])

@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mold_kernels._triton import attention, layer_mixture, span_attention, tiles, value_pool
+from mold_kernels._triton import attention, layer_mixture_kl, span_attention, span_pieces, tiles, value_pool
+from mold_kernels.span_pieces import SPAN_PIECES, Pieces
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a program may have. The tiles of sm_80 serve GPUs with less, see CONSUMER."""
@@ -123,21 +124,24 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
     if case.options:
         valid, ranges, softcap = mask, tensor(2, length, dtype=torch.int32), 30.0
     tail = valid, ranges, 0.1, softcap
-    out, _ = attention.attention_forward(q, k, v, *tail)
-    attention.attention_backward(out, lse, q, k, v, out, lse, *tail)
-    attention.attention_forward(q, k, None, *tail)
-    attention.attention_backward(None, lse, q, k, None, None, lse, *tail)
+    out, _ = attention.attention_with_lse_forward(q, k, v, *tail)
+    attention.attention_with_lse_backward(out, lse, q, k, v, out, lse, *tail)
+    attention.attention_lse_forward(q, k, *tail)
+    attention.attention_lse_backward(lse, q, k, lse, *tail)
     spans = tensor(batch, steps, 2, dtype=torch.int32), tensor(batch, keys, 2, dtype=torch.int32)
-    pooled = span_attention.span_attention_forward(q, k, lse, *spans, ranges, 0.1, softcap, case.options)
-    span_attention.span_attention_backward(pooled, q, k, lse, *spans, ranges, 0.1, softcap, case.options)
+    rows = tiles.choose_tile("span_attention_backward_dk", q).m
+    pieces = Pieces(*SPAN_PIECES.fake(*spans, length, rows))
+    span_pieces.span_pieces(*spans, rows, pieces)
+    inputs = q, k, lse, *spans, ranges, pieces, 0.1, softcap, case.options
+    span_attention.span_attention_backward(span_attention.span_attention_forward(*inputs), *inputs)
     value_pool.value_pool_forward(v, mask, 1e-6)
     value_pool.value_pool_backward(tensor(batch, kv_heads * case.head_dim, dtype=torch.float32), v, mask, 1e-6)
     maps = tensor(layers, batch, steps, keys, dtype=torch.float32)
     weights, counts = tensor(batch, layers, dtype=torch.float32), tensor(batch, dtype=torch.int64)
-    loss, mixture_grad = layer_mixture.layer_mixture_kl_forward(
-        maps, maps, weights, counts, counts, 0.1, 1e-6, case.options
+    loss, mixture_grad = layer_mixture_kl.layer_mixture_kl_forward(
+        maps, maps, weights, counts, counts, 0.1, "l1" if case.options else "softmax", 1e-6
     )
-    layer_mixture.layer_mixture_kl_backward(loss, mixture_grad, maps, weights)
+    layer_mixture_kl.layer_mixture_kl_backward(loss, mixture_grad, maps, weights)
 
 
 def compile_kernels(arch: int, case: Case) -> list[Kernel]:

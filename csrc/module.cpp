@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <stdexcept>
 
@@ -46,7 +47,7 @@ View make_view(
     const std::vector<std::int64_t>& strides) {
     static const std::map<std::string, mold::Dtype> dtypes = {
         {"float32", mold::Dtype::float32}, {"float64", mold::Dtype::float64}, {"bfloat16", mold::Dtype::bfloat16},
-        {"bool", mold::Dtype::boolean},    {"int64", mold::Dtype::int64},
+        {"bool", mold::Dtype::boolean},    {"int32", mold::Dtype::int32},     {"int64", mold::Dtype::int64},
     };
     View view{address, dtypes.at(dtype), {1, 1, 1, 1}, {0, 0, 0, 0}};
     std::copy(sizes.begin(), sizes.end(), view.sizes);
@@ -54,26 +55,30 @@ View make_view(
     return view;
 }
 
-// The longest piece is what fits a block of rows.
-std::vector<mold::SpanPlan> plan(
-    const View& q, const View& k, const View& row_spans, const View& key_spans, bool mean) {
-    const std::int64_t group = q.sizes[1] / k.sizes[1];
-    return mold::plan_spans(
-        row_spans, key_spans, q.sizes[2], mean, std::max<std::int64_t>(1, mold::block_rows / group));
-}
-
 void span_attention_forward(
-    const View& q, const View& k, const View& lse, const View& row_spans, const View& key_spans, double scale,
-    bool mean, const View& pooled, int threads) {
-    const auto plans = plan(q, k, row_spans, key_spans, mean);
+    const View& q, const View& k, const View& lse, const View& row_spans, const View& key_spans,
+    const std::array<View, 4>& pieces, double scale, bool mean, const View& pooled, int threads) {
+    const auto [row_piece, row_start, before, columns] = pieces;
+    const auto plans = mold::plan_spans(row_spans, key_spans, row_piece, row_start, before, columns, mean);
     mold::level().kernels->span_attention_forward(q, k, lse, plans.data(), scale, pooled, threads);
 }
 
 void span_attention_backward(
     const View& grad, const View& q, const View& k, const View& lse, const View& row_spans, const View& key_spans,
-    double scale, bool mean, const View& dq, const View& dk, const View& dlse, int threads) {
-    const auto plans = plan(q, k, row_spans, key_spans, mean);
+    const std::array<View, 4>& pieces, double scale, bool mean, const View& dq, const View& dk, const View& dlse,
+    int threads) {
+    const auto [row_piece, row_start, before, columns] = pieces;
+    const auto plans = mold::plan_spans(row_spans, key_spans, row_piece, row_start, before, columns, mean);
     mold::level().kernels->span_attention_backward(grad, q, k, lse, plans.data(), scale, dq, dk, dlse, threads);
+}
+
+void layer_mixture_kl_forward(
+    const View& teacher, const View& student, const View& weights, const View& num_steps, const View& num_keys,
+    double tau, const std::string& row_norm, double l1_epsilon, const View& loss, const View& mixture_grad,
+    int threads) {
+    mold::level().kernels->layer_mixture_kl_forward(
+        teacher, student, weights, num_steps, num_keys, tau, mold::row_norm_named(row_norm), l1_epsilon, loss,
+        mixture_grad, threads);
 }
 
 // Calls the kernel of the level in use.
@@ -92,12 +97,13 @@ PYBIND11_MODULE(_native, module) {
     module.def("build_info", build_info);
     module.def("supported_levels", supported_levels);
     module.def("set_level", mold::set_level);
-    module.def("attention_forward", kernel(&mold::Kernels::attention_forward), call_guard<gil_scoped_release>());
-    module.def("attention_backward", kernel(&mold::Kernels::attention_backward), call_guard<gil_scoped_release>());
+    module.def("attention_with_lse_forward", kernel(&mold::Kernels::attention_with_lse_forward), call_guard<gil_scoped_release>());
+    module.def("attention_with_lse_backward", kernel(&mold::Kernels::attention_with_lse_backward), call_guard<gil_scoped_release>());
+    module.def("span_pieces", mold::span_pieces, call_guard<gil_scoped_release>());
     module.def("span_attention_forward", span_attention_forward, call_guard<gil_scoped_release>());
     module.def("span_attention_backward", span_attention_backward, call_guard<gil_scoped_release>());
-    module.def("layer_mixture_forward", kernel(&mold::Kernels::layer_mixture_forward), call_guard<gil_scoped_release>());
-    module.def("layer_mixture_backward", kernel(&mold::Kernels::layer_mixture_backward), call_guard<gil_scoped_release>());
+    module.def("layer_mixture_kl_forward", layer_mixture_kl_forward, call_guard<gil_scoped_release>());
+    module.def("layer_mixture_kl_backward", kernel(&mold::Kernels::layer_mixture_kl_backward), call_guard<gil_scoped_release>());
     module.def("value_pool_forward", kernel(&mold::Kernels::value_pool_forward), call_guard<gil_scoped_release>());
     module.def("value_pool_backward", kernel(&mold::Kernels::value_pool_backward), call_guard<gil_scoped_release>());
 }

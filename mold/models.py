@@ -1,8 +1,9 @@
-"""Loading teachers and students, and making a student from some of a teacher's layers."""
+"""Loading teachers and students, telling them apart, and making a student from some of a teacher's layers."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import re
@@ -20,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import find_adapter_config_file
+
+from mold.extras import missing_extra
 
 SMOLLM2 = "smollm2-135m-instruct"
 _LAYER = re.compile(r"^(?P<before>.*?\.(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
@@ -134,6 +137,17 @@ def spread_layers(total: int, count: int) -> list[int]:
     return [round(index * (total - 1) / (count - 1)) for index in range(count)]
 
 
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the names, shapes and up to 64 evenly spaced values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _adapter_config(source: str | Path, kwargs: dict) -> dict | None:
     """What peft says of an adapter's folder; None of any other model."""
     if "gguf_file" in kwargs:
@@ -155,6 +169,6 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:
         raise ValueError(f"model: {name} does not exist")
     if path.suffix == ".gguf":
         if importlib.util.find_spec("gguf") is None:
-            raise ValueError(f'{name}: reading .gguf files needs the gguf package: pip install "mold-distill[gguf]"')
+            raise missing_extra(f"{name}, a .gguf file,", "gguf", "gguf")
         return path.parent, {"gguf_file": path.name}
     return (path, {}) if path.exists() else (name, {"revision": revision})

@@ -49,9 +49,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
+from mold.extras import missing_extra
 from mold.method.attention_interface import mold_mask
-from mold.method.loss import region_sums
-from mold.training.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy, keeps_logits
+from mold.training.adapters import without_adapter
+from mold.training.config import MoldConfig, check_choices
+from mold.training.heads import ChunkedHead, FullHead, make_head
 from mold_kernels import attention_with_lse
 
 GIB = 2**30
@@ -59,6 +61,7 @@ EFFICIENCY = 0.5
 """Share of a GPU's peak rate and bandwidth that training reaches: assumed."""
 
 _PLANNED = "mold_planned"
+_TRAINING = MoldConfig.__dataclass_fields__
 _STATE_BYTES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0, "lion_32bit": 1.0, "sgd": 0.0}
 """Optimizer state, in parameters of the same dtype."""
 _STATE_BYTES_8BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "adamw_torch_8bit": 2, "lion_8bit": 1}
@@ -146,12 +149,12 @@ class Setup:
     length: int
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
-    dtype: str = "float32"
+    dtype: str = dataclasses.field(default="float32", metadata={"choices": ["float32", "bfloat16"]})
     bf16: bool = False
     activation_checkpointing: bool = False
-    cross_entropy: str = "full"
+    cross_entropy: str = dataclasses.field(default="full", metadata=_TRAINING["cross_entropy"].metadata)
     optim: str = "adamw_torch_fused"
-    attention: str = "mold"
+    attention: str = dataclasses.field(default="mold", metadata={"choices": ["mold", "eager"]})
     lora_rank: int = 0
     learned: float = 1.0
 
@@ -161,13 +164,7 @@ class Setup:
         if self.optim not in _STATE_BYTES | _STATE_BYTES_8BIT:
             known = ", ".join(_STATE_BYTES | _STATE_BYTES_8BIT)
             raise ValueError(f"optim: is {self.optim!r}, must be one whose memory is known: {known}")
-        for name, choices in (
-            ("dtype", ("float32", "bfloat16")),
-            ("cross_entropy", ("full", "chunked", "liger")),
-            ("attention", ("mold", "eager")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(choices)}")
+        check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,10 +223,13 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
         trained = [p for p in parameters if p.requires_grad]
         tracker.restart()
         weights = tracker.live
+        # liger-kernel's is planned as ours; neither is compared with logits, which have no values here.
+        kind = "full" if setup.cross_entropy == "full" else "chunked"
+        head = make_head(without_adapter(model), kind, check=False)
         # Gradients of an earlier batch of the window are there when the next one starts.
         for _ in range(min(2, setup.gradient_accumulation_steps)):
             tracker.restart()
-            loss = _loss(model, setup)
+            loss = _loss(model, head, setup)
             activations = tracker.live - weights
             loss.backward()
             del loss
@@ -288,7 +288,7 @@ def _model(config, setup):
             try:
                 from peft import LoraConfig, get_peft_model
             except ImportError as error:
-                raise ImportError("lora_rank: needs peft: pip install peft") from error
+                raise missing_extra("lora_rank", "peft", "peft") from error
             adapter = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
             model = get_peft_model(model, adapter)
     if setup.activation_checkpointing:
@@ -316,34 +316,26 @@ def _on_fake_cpu(model):
     return model
 
 
-def _loss(model, setup):
-    """The loss of a forward, as the trainer computes it; pooled attention is in `_PlannedAttention`."""
+def _loss(model, head, setup):
+    """The loss of a forward, by the trainer's own head; pooled attention is in `_PlannedAttention`."""
     batch, length = setup.per_device_train_batch_size, setup.length
-    ids = torch.zeros(batch, length, dtype=torch.int64)
-    count = max(1, int((length - 1) * setup.learned))
-    positions, targets = torch.zeros(count, dtype=torch.int64), torch.zeros(batch * count, dtype=torch.int64)
-    kwargs = {"use_cache": False, "output_attentions": setup.attention == "eager"}
-    inner = model.get_base_model() if setup.lora_rank else model
-    hidden = []
-    if setup.cross_entropy != "full":
-        kwargs |= ChunkedHead.arguments
-        inner.base_model.register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state))
-    elif keeps_logits(inner):
-        kwargs["logits_to_keep"] = positions
+    ids, regions = (torch.zeros(batch, length, dtype=torch.int64) for _ in range(2))
+    learned = _learned(head, batch, max(1, int((length - 1) * setup.learned)))
     with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16):
-        outputs = model(input_ids=ids, **kwargs)
-        if setup.cross_entropy != "full":
-            head = inner.get_output_embeddings()
-            learned = hidden.pop()[:, positions].flatten(0, 1)
-            losses = chunked_cross_entropy(learned, head.weight, targets, bias=head.bias)
-        else:
-            logits = outputs.logits if keeps_logits(inner) else outputs.logits[:, positions]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-    loss = region_sums(losses, targets).sum()
+        outputs = model(
+            input_ids=ids, use_cache=False, output_attentions=setup.attention == "eager", **head.arguments(learned)
+        )
+        loss = head.cross_entropy(outputs, ids, regions, learned).sum()
     if setup.attention == "eager":  # pooling the maps: the backward begins with a gradient of every layer's
         loss = loss + sum(maps.mean(1).sum() for maps in outputs.attentions)
     return loss
+
+
+def _learned(head: FullHead | ChunkedHead, batch: int, count: int):
+    """What `head.learned` would find where `count` positions of every text are learned; here are no values to find."""
+    if isinstance(head, FullHead):
+        return torch.zeros(count, dtype=torch.int64) if head.keeps_logits else None
+    return tuple(torch.zeros(batch * count, dtype=torch.int64) for _ in range(2))
 
 
 class _Tracker(TorchDispatchMode):

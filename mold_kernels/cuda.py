@@ -6,10 +6,8 @@ Importing it never fails; `why_missing` says why the kernels cannot run. Argumen
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -22,7 +20,10 @@ except ImportError as error:
         "(it is built where nvcc of CUDA 12.8 or newer is found)"
     )
 
-_TILE = 64
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIM = 256
+TILE = 64
+"""`span_attention` takes as many columns as fill such tiles."""
 _BLOCKS = 512
 """Enough blocks to fill a GPU of 132 to 148 multiprocessors a few times: work is split until there are as many."""
 
@@ -44,159 +45,69 @@ def build_info() -> dict[str, str] | None:
     return _cuda.build_info() if _cuda else None
 
 
-def takes(q: torch.Tensor) -> bool:
-    """Whether `span_attention` is implemented for the dtype and head dimension of q."""
-    return q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.shape[-1] <= 256
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The distinct tokens that any key span of an example holds, and where the spans are among them.
-
-    A span's tokens are neighbours among the columns too, so two numbers a key word say which columns it has.
-    """
-
-    tokens: torch.Tensor  # int32 [B, N], ascending; padded with T, which no row sees, to a multiple of the tile
-    spans: torch.Tensor  # int32 [B, M, 2], half-open ranges of columns
-    index: torch.Tensor  # int32 [B, T], the column of a token, or -1
-
-
-_last_columns: tuple[weakref.ref, tuple[int, int], Columns] | None = None
-
-
-def key_columns(key_spans: torch.Tensor, length: int) -> Columns:
-    """The columns of int [B, M, 2] key spans within [0, length].
-
-    N decides grids and working memory, and reading it waits for the device. The answer of the last call is kept, so
-    that this happens once a batch and not once a layer.
-    """
-    global _last_columns
-    if key_spans.is_inference():  # has no version: a change in place would go unseen
-        return _make_columns(key_spans, length)
-    state = key_spans._version, length
-    if _last_columns is None or _last_columns[0]() is not key_spans or _last_columns[1] != state:
-        _last_columns = weakref.ref(key_spans), state, _make_columns(key_spans, length)
-    return _last_columns[2]
-
-
-def _make_columns(key_spans: torch.Tensor, length: int) -> Columns:
-    spans = key_spans.clamp(0, length).long().flatten(1)
-    start = spans[:, 0::2]
-    end = spans[:, 1::2].maximum(start)
-    one = torch.ones_like(start)
-    edges = spans.new_zeros(spans.shape[0], length + 1).scatter_add_(1, start, one).scatter_add_(1, end, -one)
-    covered = edges.cumsum(1)[:, :length] > 0
-    until = covered.cumsum(1)
-    before = torch.nn.functional.pad(until, (1, 0))
-    count = -(-int(before[:, -1].max()) // _TILE) * _TILE
-    wanted = torch.arange(count, device=spans.device).repeat(spans.shape[0], 1)
-    return Columns(
-        tokens=torch.searchsorted(until, wanted, right=True, out_int32=True),
-        spans=before.gather(1, spans).int().view(key_spans.shape),
-        index=before[:, :length].masked_fill(~covered, -1).int(),
-    )
-
-
-def span_attention_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    row_spans: torch.Tensor,
-    columns: Columns,
-    scale: float,
-    row_reduction: str,
-) -> torch.Tensor:
-    """[B, S, M] float32; row_spans are int32 and within [0, T]."""
-    batch, steps, keys = *row_spans.shape[:2], columns.spans.shape[1]
-    count = columns.tokens.shape[1]
-    if not count or not steps:
+def span_attention_forward(q, k, lse, row_spans, key_spans, ranges, columns, scale, softcap, mean) -> torch.Tensor:
+    """[B, S, M] float32. Neither `ranges` nor `softcap`: the op's table lists no options."""
+    (tokens, before), (batch, steps, _), keys = columns, row_spans.shape, key_spans.shape[1]
+    count = tokens.shape[1]
+    if not count:
         return lse.new_zeros(batch, steps, keys)
-    splits = _splits(batch * steps * count // _TILE, most=k.shape[1])
+    splits = _splits(batch * steps * count // TILE, most=k.shape[1])
     partial = lse.new_empty(splits, batch, steps, count)
     pooled = lse.new_empty(batch, steps, keys)
-    _call(
-        "span_attention_forward",
-        _dtype_name(q),
-        *(q, k, lse, row_spans, columns.tokens, columns.spans),
-        scale,
-        row_reduction == "mean",
-        partial,
-        pooled,
-    )
+    spans = row_spans, tokens, _column_spans(key_spans, before)
+    _call("span_attention_forward", _dtype_name(q), q, k, lse, *spans, scale, mean, partial, pooled)
     return pooled
 
 
-def span_attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    row_spans: torch.Tensor,
-    columns: Columns,
-    scale: float,
-    row_reduction: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dlse of grad [B, S, M]."""
+def span_attention_backward(grad, q, k, lse, row_spans, key_spans, ranges, columns, scale, softcap, mean):
+    """(dq, dk, dlse) of grad [B, S, M]."""
+    tokens, before = columns
     batch, heads, length, head_dim = q.shape
-    kv_heads, steps, count = k.shape[1], row_spans.shape[1], columns.tokens.shape[1]
-    if not count or not steps:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(lse)
+    kv_heads, steps, count = k.shape[1], row_spans.shape[1], tokens.shape[1]
+    if not count:
+        return torch.zeros_like(q), k.new_zeros(k.shape), lse.new_zeros(lse.shape)
     # A power of two that brings the largest entry to between 1/2 and 1, so that the weights fit float16.
     largest = grad.abs().amax()
     unit = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)
-    row_tiles = -(-length // _TILE)
-    splits = _splits(batch * kv_heads * count // _TILE, most=row_tiles * (heads // kv_heads))
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    row_tiles = -(-length // TILE)
+    splits = _splits(batch * kv_heads * count // TILE, most=row_tiles * (heads // kv_heads))
+    dq, dk = torch.empty_like(q), k.new_empty(k.shape)
     dlse = lse.new_empty(batch, heads, length)
+    index = before[:, :-1].masked_fill(before.diff(dim=1) == 0, -1)
     _call(
         "span_attention_backward",
         _dtype_name(q),
-        *((grad / unit).contiguous(), unit, q, k, lse, row_spans, columns.tokens, columns.spans, columns.index),
-        scale,
-        row_reduction == "mean",
+        *((grad / unit).contiguous(), unit, q, k, lse, row_spans, tokens),
+        *(_column_spans(key_spans, before), index, scale, mean),
         lse.new_empty(batch, steps, count),
-        row_spans.new_empty(batch, row_tiles + count // _TILE, 2),
+        row_spans.new_empty(batch, row_tiles + count // TILE, 2),
         lse.new_empty(splits, batch, kv_heads, count, -(-head_dim // 16) * 16),
         *(dq, dk, dlse),
     )
     return dq, dk, dlse
 
 
-def layer_mixture_kl_forward(
-    teacher_attention: torch.Tensor,
-    student_attention: torch.Tensor,
-    student_weights: torch.Tensor,
-    num_steps: torch.Tensor,
-    num_keys: torch.Tensor,
-    tau: float,
-    row_norm: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss [B] and its gradient [B, S, M] in the student's mixture."""
-    mixture = student_attention.new_empty(student_attention.shape[1:])
+def _column_spans(key_spans, before):
+    """The key spans as ranges of columns: a span's tokens are neighbours among the columns too."""
+    return before.gather(1, key_spans.long().flatten(1)).view(key_spans.shape)
+
+
+def layer_mixture_kl_forward(teacher, student, weights, num_steps, num_keys, tau, row_norm, l1_epsilon):
+    """(loss [B], its gradient in the student's mixture [B, S, M])"""
+    mixture = student.new_empty(student.shape[1:])
     mixture_grad = torch.empty_like(mixture)
     loss = mixture.new_empty(mixture.shape[0])
-    _call(
-        "layer_mixture_kl_forward",
-        *(teacher_attention, student_attention, student_weights),
-        *(num_steps.long().contiguous(), num_keys.long().contiguous()),
-        tau,
-        row_norm == "softmax",
-        *(mixture, mixture_grad, loss),
-    )
+    counts = num_steps.long().contiguous(), num_keys.long().contiguous()
+    options = tau, row_norm, l1_epsilon
+    _call("layer_mixture_kl_forward", teacher, student, weights, *counts, *options, mixture, mixture_grad, loss)
     return loss, mixture_grad
 
 
-def layer_mixture_kl_backward(
-    grad: torch.Tensor, mixture_grad: torch.Tensor, student_attention: torch.Tensor, student_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients [L, B, S, M] and [B, L] of grad [B]."""
-    attention_grad = student_attention.new_empty(student_attention.shape)
-    weights_grad = student_weights.new_empty(student_weights.shape)
-    _call(
-        "layer_mixture_kl_backward",
-        *(grad.contiguous(), mixture_grad, student_attention, student_weights, attention_grad, weights_grad),
-    )
-    return attention_grad, weights_grad
+def layer_mixture_kl_backward(grad, mixture_grad, student, weights):
+    """(dstudent [L, B, S, M], dweights [B, L]) of grad [B]."""
+    dstudent, dweights = student.new_empty(student.shape), weights.new_empty(weights.shape)
+    _call("layer_mixture_kl_backward", grad.contiguous(), mixture_grad, student, weights, dstudent, dweights)
+    return dstudent, dweights
 
 
 def _splits(blocks: int, most: int) -> int:

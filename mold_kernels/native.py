@@ -5,15 +5,13 @@ Importing it never fails; `why_missing` says why the module is not there. Argume
 
 import torch
 
-from mold_kernels.reference import L1_EPSILON
-
 try:
     from mold_kernels import _native
 except ImportError as error:  # not built, built for another Python, or a library that it needs is not there
     _native = None
     _why_missing = f"the compiled module mold_kernels._native cannot be imported: {error}"
 
-DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def is_available() -> bool:
@@ -41,67 +39,79 @@ def set_level(name: str) -> None:
     _native.set_level(name)
 
 
-def attention_outputs(q) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse), uninitialised. In memory out is [B, T, Hq, D], so that joining the heads copies nothing."""
-    batch, heads, length, width = q.shape
-    out = q.new_empty(batch, length, heads, width).transpose(1, 2)
-    return out, q.new_empty(batch, heads, length, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def attention_forward(q, k, v, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse)."""
-    out, lse = attention_outputs(q)
+def attention_with_lse_forward(q, k, v, mask, ranges, scale, softcap):
+    """(out, lse). Neither `ranges` nor `softcap`: the op's table does not list their options."""
+    out, lse = empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     padding, threads = None if mask is None else _view(mask), torch.get_num_threads()
-    _native.attention_forward(_view(q), _view(k), _view(v), padding, scale, _view(out), _view(lse), threads)
+    _native.attention_with_lse_forward(_view(q), _view(k), _view(v), padding, scale, _view(out), _view(lse), threads)
     return out, lse
 
 
-def attention_backward(grad_out, grad_lse, q, k, v, out, lse, mask, scale: float):
+def attention_with_lse_backward(grad_out, grad_lse, q, k, v, out, lse, mask, ranges, scale, softcap):
     """(dq, dk, dv); a gradient that is None is zero."""
     grad_out = out.new_zeros(()).expand_as(out) if grad_out is None else grad_out
     grad_lse = lse.new_zeros(()).expand_as(lse) if grad_lse is None else grad_lse
-    dq, dk, dv = torch.empty_like(q), lse.new_empty(k.shape), lse.new_empty(v.shape)
+    dq, dk, dv = empty_heads(q), empty_heads(k, lse.dtype), empty_heads(v, lse.dtype)
     views = [None if tensor is None else _view(tensor) for tensor in (grad_out, grad_lse, q, k, v, mask)]
     results = map(_view, (out, lse, dq, dk, dv))
-    _native.attention_backward(*views, scale, *results, torch.get_num_threads())
+    _native.attention_with_lse_backward(*views, scale, *results, torch.get_num_threads())
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def span_attention_forward(q, k, lse, row_spans, key_spans, scale: float, mean: bool) -> torch.Tensor:
+def empty_heads(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Uninitialised [B, H, T, D], in memory [B, T, H, D], so that joining the heads copies nothing."""
+    batch, heads, length, width = tensor.shape
+    return tensor.new_empty(batch, length, heads, width, dtype=dtype or tensor.dtype).transpose(1, 2)
+
+
+def span_pieces(row_spans, key_spans, rows, pieces) -> None:
+    """Fills `pieces`, as `mold_kernels.span_pieces` describes them."""
+    _native.span_pieces(_view(row_spans), _view(key_spans), rows, *map(_view, pieces))
+
+
+def span_attention_forward(q, k, lse, row_spans, key_spans, ranges, pieces, scale, softcap, mean) -> torch.Tensor:
+    """[B, S, M]. Neither `ranges` nor `softcap`: the op's table lists no options."""
     pooled = lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
-    # Held here until the kernel returns; a view does not own its memory.
-    spans = row_spans.long(), key_spans.long()
-    views = map(_view, (q, k, lse, *spans))
-    _native.span_attention_forward(*views, scale, mean, _view(pooled), torch.get_num_threads())
+    views = map(_view, (q, k, lse, row_spans, key_spans))
+    _native.span_attention_forward(
+        *views, _row_pieces_and_columns(pieces), scale, mean, _view(pooled), torch.get_num_threads()
+    )
     return pooled
 
 
-def span_attention_backward(grad, q, k, lse, row_spans, key_spans, scale: float, mean: bool):
-    """(dq, dk, dlse)."""
-    spans = row_spans.long(), key_spans.long()
+def span_attention_backward(grad, q, k, lse, row_spans, key_spans, ranges, pieces, scale, softcap, mean):
+    """(dq, dk, dlse)"""
     # The kernel writes the rows and columns of the spans.
     dq, dk, dlse = torch.zeros_like(q), lse.new_zeros(k.shape), lse.new_zeros(lse.shape)
-    views = map(_view, (grad, q, k, lse, *spans))
+    views = map(_view, (grad, q, k, lse, row_spans, key_spans))
     gradients = map(_view, (dq, dk, dlse))
-    _native.span_attention_backward(*views, scale, mean, *gradients, torch.get_num_threads())
+    _native.span_attention_backward(
+        *views, _row_pieces_and_columns(pieces), scale, mean, *gradients, torch.get_num_threads()
+    )
     return dq, dk.to(k.dtype), dlse
 
 
-def layer_mixture_forward(teacher, student, weights, num_steps, num_keys, tau: float, l1: bool):
-    """(loss [B], its gradient by the mixed student attention [B, S, M])."""
+def _row_pieces_and_columns(pieces):
+    row_piece, row_start, _, _, before, columns, _ = pieces
+    return [_view(tensor) for tensor in (row_piece, row_start, before, columns)]
+
+
+def layer_mixture_kl_forward(teacher, student, weights, num_steps, num_keys, tau, row_norm, l1_epsilon):
+    """(loss [B], its gradient by the mixed student attention [B, S, M])"""
     loss, mixture_grad = student.new_empty(student.shape[1]), student.new_empty(student.shape[1:])
+    # Held here until the kernel returns; a view does not own its memory.
     counts = num_steps.long(), num_keys.long()
     views = map(_view, (teacher, student, weights, *counts))
-    epsilon, threads = L1_EPSILON if l1 else 0.0, torch.get_num_threads()
-    _native.layer_mixture_forward(*views, tau, epsilon, _view(loss), _view(mixture_grad), threads)
+    results = _view(loss), _view(mixture_grad)
+    _native.layer_mixture_kl_forward(*views, tau, row_norm, l1_epsilon, *results, torch.get_num_threads())
     return loss, mixture_grad
 
 
-def layer_mixture_backward(grad, mixture_grad, student, weights):
-    """(dstudent, dweights)."""
+def layer_mixture_kl_backward(grad, mixture_grad, student, weights):
+    """(dstudent, dweights)"""
     dstudent, dweights = student.new_empty(student.shape), weights.new_empty(weights.shape)
-    views = map(_view, (grad, student, weights, mixture_grad, dstudent, dweights))
-    _native.layer_mixture_backward(*views, torch.get_num_threads())
+    views = map(_view, (grad, mixture_grad, student, weights, dstudent, dweights))
+    _native.layer_mixture_kl_backward(*views, torch.get_num_threads())
     return dstudent, dweights
 
 

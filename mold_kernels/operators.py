@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("mold", "FRAGMENT")
 
@@ -29,7 +30,7 @@ def register_operator(schema: str, implementation: Callable, fake: Callable) -> 
 
 
 def register_gradient(operator: torch._ops.OpOverload, keep: Callable, differentiate: Callable) -> None:
-    """Make `operator` differentiable, once: a second derivative is an error.
+    """Make `operator` differentiable, once and backwards: a second derivative, or a tangent, is an error.
 
     Args:
         operator: of `register_operator`.
@@ -47,9 +48,19 @@ def register_gradient(operator: torch._ops.OpOverload, keep: Callable, different
             return operator(*inputs)
 
     def autograd(*inputs):
+        if forward_ad._current_level >= 0:
+            refuse_tangents(inputs)
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             return function.apply(*inputs)
         return below_autograd(*inputs)
+
+    def refuse_tangents(inputs):
+        for x in inputs:
+            if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(
+                    f"{operator.name()}: has no forward-mode derivative; differentiate backwards, or choose "
+                    'backend="reference"'
+                )
 
     backward = torch.autograd.function.once_differentiable(differentiate)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from mold_kernels.spans import row_weights, span_membership, visible_ranges
+from mold_kernels.spans import row_weights, span_membership
+from mold_kernels.visibility import visible_ranges
 
 L1_EPSILON = 1e-6
 """Added to every entry before `row_norm="l1"` divides a row by its sum, so that an all-zero row is uniform."""
@@ -58,12 +59,12 @@ def span_attention(q, k, lse, row_spans, key_spans, *, scale=None, row_reduction
     return rows @ probabilities @ span_membership(key_spans, length).to(dtype).mT
 
 
-def value_pool(v, weight, mask, eps):
+def value_pool(v, mask, eps):
     """Sum over valid tokens of the normalised values of all heads; see `mold_kernels.value_pool`."""
     batch, heads, length, head_dim = v.shape
     values = v.transpose(1, 2).reshape(batch, length, heads * head_dim).to(accumulation_dtype(v.dtype))
     values = values.masked_fill(~mask.unsqueeze(-1), 0)
-    return (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * weight.to(values.dtype)).sum(1)
+    return (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)).sum(1)
 
 
 def teacher_layer_weights(attention, num_steps, num_keys, tau=0.1):

@@ -26,13 +26,17 @@ from collections.abc import Iterator
 import torch
 
 from mold_kernels import _triton, cuda, native, reference
-from mold_kernels.attention import check_attention_inputs, check_visibility
-from mold_kernels.backends import choose_backend
-from mold_kernels.operators import register_gradient, register_operator
-from mold_kernels.spans import check_spans, key_columns, row_weights, visible_ranges
+from mold_kernels._triton.tiles import choose_tile
+from mold_kernels.backends import Backend, Op, lazily
+from mold_kernels.span_pieces import SpanPlan
+from mold_kernels.spans import row_weights
+from mold_kernels.visibility import check_heads, check_scale, check_visibility, positive_scale, visible_ranges
 
 _BLOCK_ELEMENTS = 1 << 22
 """Most probabilities that the torch backend holds at once (16 MiB in float32)."""
+
+_NATIVE_ROWS = 192
+"""Most rows of a piece, over all the query heads of a key head: its scores and queries stay in the cache."""
 
 
 def span_attention(
@@ -47,6 +51,7 @@ def span_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    plan: SpanPlan | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Causal attention probabilities, averaged over heads and pooled over spans of rows and of keys.
@@ -64,9 +69,8 @@ def span_attention(
         row_reduction: "sum" over the rows of a step (the paper), or "mean".
         sliding_window, softcap, cu_seqlens: as of `mold_kernels.attention_with_lse`, which made `lse`. Probabilities
             are 0 outside a row's window or sequence.
-        backend: "auto", "triton" (GPU; D up to 256, no float64), "cuda" (likewise, none of the three options above),
-            "native" (CPU; no float16, none of the three options), "torch" or "reference". A named backend is used or
-            refused, never replaced.
+        plan: `SpanPlan(row_spans, key_spans, T)`, for layers that have the same spans; None: it is made here.
+        backend: "auto" or a name of the README's table, which is used or refused, never replaced.
 
     Returns:
         [B, S, M], float32 (float64 with float64 q), differentiable in q, k and lse.
@@ -76,7 +80,8 @@ def span_attention(
 
     Source: MoLSAKI (EMNLP 2025), equations 2 and 3; the gradient is derived in this module's docstring.
     """
-    check_attention_inputs(q, k)
+    check_heads(q, k)
+    check_scale(scale)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse: shape is {list(lse.shape)}, must be {list(q.shape[:3])} (batch, heads, tokens of q)")
     if lse.dtype != reference.accumulation_dtype(q.dtype):
@@ -84,37 +89,40 @@ def span_attention(
     for name, tensor in (("lse", lse), ("row_spans", row_spans), ("key_spans", key_spans)):
         if tensor.device != q.device:
             raise ValueError(f"{name}: is on {tensor.device}, must be on {q.device} as q")
-    check_spans("row_spans", row_spans, q.shape[0], q.shape[2])
-    check_spans("key_spans", key_spans, q.shape[0], q.shape[2])
+    batch, length = q.shape[0], q.shape[2]
+    if row_spans.shape[:1] != (batch,):
+        raise ValueError(f"row_spans: shape is {list(row_spans.shape)}, must be [{batch}, number of spans, 2]")
+    if plan is None:
+        plan = SpanPlan(row_spans, key_spans, length)
+    elif not plan.is_of(row_spans, key_spans, length):
+        raise ValueError("plan: is of other spans, must be made of row_spans and key_spans as they are, and of q's T")
     if row_reduction not in ("sum", "mean"):
         raise ValueError(f'row_reduction: is {row_reduction!r}, must be "sum" or "mean"')
-    check_visibility(q, None, sliding_window, softcap, cu_seqlens)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    ranges = visible_ranges(q.shape[2], sliding_window, cu_seqlens, q.device)
-    candidates = ["torch", "reference"]
-    if _triton.takes(q):
-        candidates.insert(0 if q.is_cuda else 1, "triton")
-    if q.dtype in native.DTYPES and ranges is None and softcap is None:
-        candidates.insert(0, "native")
-    if cuda.takes(q) and ranges is None and softcap is None:
-        candidates.append("cuda")
-    match choose_backend("span_attention", backend, candidates, q.device):
-        case "reference":
-            options = {"sliding_window": sliding_window, "softcap": softcap, "cu_seqlens": cu_seqlens}
-            return reference.span_attention(
-                q, k, lse, row_spans, key_spans, scale=scale, row_reduction=row_reduction, **options
-            )
-        case "cuda":
-            return _CudaSpanAttention.apply(q, k, lse, row_spans, key_spans, scale, row_reduction)
-        case chosen:
-            mean = row_reduction == "mean"
-            return _OPERATORS[chosen](q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean)
+    options = {"sliding_window": sliding_window, "softcap": softcap, "cu_seqlens": cu_seqlens}
+    check_visibility(q, **options)
+    chosen = SPAN_ATTENTION.choose(backend, q, options)
+    if chosen.backward is None:
+        spans = plan.row_spans, plan.key_spans
+        return chosen.forward(q, k, lse, *spans, scale=scale, row_reduction=row_reduction, **options)
+    q, scale = positive_scale(q, scale)
+    ranges = visible_ranges(length, sliding_window, cu_seqlens, q.device)
+    tensors = q, k, lse, plan.row_spans, plan.key_spans, ranges, _PREPARE[chosen.name](plan, q, k)
+    return SPAN_ATTENTION.operator(*tensors, scale, softcap, row_reduction == "mean", chosen.name)
 
 
-def _torch_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
+_PREPARE = {
+    "native": lambda plan, q, k: list(plan.pieces(max(1, _NATIVE_ROWS * k.shape[1] // q.shape[1]))),
+    "triton": lambda plan, q, k: list(plan.pieces(choose_tile("span_attention_backward_dk", q).m)),
+    "cuda": lambda plan, q, k: list(plan.columns(cuda.TILE)),
+    "torch": lambda plan, q, k: list(plan.columns(1)),
+}
+"""What a backend reads of the spans: pieces of so many rows, or columns, so many at once."""
+
+
+def _torch_forward(q, k, lse, row_spans, key_spans, ranges, columns, scale, softcap, mean):
     """The torch backend: two thin matrix products a block of rows."""
-    dtype = lse.dtype
-    columns, membership = key_columns(key_spans, q.shape[2])
+    dtype, (columns, before) = lse.dtype, columns
+    membership = _membership(columns, before, key_spans)
     rows = row_weights(row_spans, q.shape[2], "mean" if mean else "sum", dtype)
     pooled = torch.zeros(*rows.shape[:2], columns.shape[1], dtype=dtype, device=q.device)
     for block, _, probabilities, _ in _blocks(q, k, lse, columns, rows, ranges, scale, softcap):
@@ -122,9 +130,9 @@ def _torch_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean
     return pooled @ membership.to(dtype).mT / q.shape[1]
 
 
-def _torch_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
-    dtype = lse.dtype
-    columns, membership = key_columns(key_spans, q.shape[2])
+def _torch_backward(grad, q, k, lse, row_spans, key_spans, ranges, columns, scale, softcap, mean):
+    dtype, (columns, before) = lse.dtype, columns
+    membership = _membership(columns, before, key_spans)
     rows = row_weights(row_spans, q.shape[2], "mean" if mean else "sum", dtype)
     column_grad = grad @ membership.to(dtype) / q.shape[1]
     dq, dlse = torch.zeros_like(q), torch.zeros(lse.shape, dtype=dtype, device=q.device)
@@ -136,29 +144,23 @@ def _torch_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softca
         weights *= scale if slope is None else slope.mul_(scale)
         dq[:, :, block] = (weights @ keys[:, :, None]).flatten(1, 2)
         dkeys += (weights.mT @ queries).sum(2)
-    index = columns[:, None, :, None].expand_as(dkeys)
-    # Padding columns all point at token 0 and add exact zeros there.
+    index = columns.clamp(max=q.shape[2] - 1).long()[:, None, :, None].expand_as(dkeys)
+    # Padding columns, which no row sees, all point at the last token and add exact zeros there.
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device).scatter_add_(2, index, dkeys)
     return dq, dk.to(k.dtype), dlse
 
 
-class _CudaSpanAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, lse, row_spans, key_spans, scale, row_reduction):
-        ctx.save_for_backward(q, k, lse)
-        rows = row_spans.clamp(0, q.shape[2]).int().contiguous()
-        ctx.arguments = rows, cuda.key_columns(key_spans, q.shape[2]), scale, row_reduction
-        return cuda.span_attention_forward(q, k, lse, *ctx.arguments)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return *cuda.span_attention_backward(grad, *ctx.saved_tensors, *ctx.arguments), *[None] * 4
+def _membership(columns, before, key_spans):
+    """Which columns each key word has: bool [B, M, N]. A span's tokens are neighbours among the columns too."""
+    start, end = key_spans.long().unbind(-1)
+    place = torch.arange(columns.shape[1], device=columns.device)
+    return (before.gather(1, start)[..., None] <= place) & (place < before.gather(1, end)[..., None])
 
 
 def _gather_keys(k: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The key vectors of the columns, [B, Hkv, N, D]."""
-    return k.gather(2, columns[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
+    """The key vectors of the columns, [B, Hkv, N, D]; anything at padding."""
+    index = columns.clamp(max=k.shape[2] - 1).long()
+    return k.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
 
 
 def _blocks(q, k, lse, columns, rows, ranges, scale, softcap) -> Iterator[tuple]:
@@ -186,58 +188,36 @@ def _blocks(q, k, lse, columns, rows, ranges, scale, softcap) -> Iterator[tuple]
         yield block, queries, scores.masked_fill_(hidden[:, None, None], -torch.inf).exp_(), slope
 
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor lse, Tensor row_spans, Tensor key_spans, Tensor? ranges, float scale, float? softcap, "
-    "bool mean"
+SPAN_ATTENTION = Op(
+    "span_attention",
+    inputs="Tensor q, Tensor k, Tensor lse, Tensor row_spans, Tensor key_spans, Tensor? ranges, Tensor[] pieces, "
+    "float scale, float? softcap, bool mean",
+    outputs="Tensor pooled",
+    options=("sliding_window", "softcap", "cu_seqlens"),
+    backends=[
+        Backend(
+            "native", native.span_attention_forward, native.span_attention_backward, dtypes=native.DTYPES, options=()
+        ),
+        Backend(
+            "triton",
+            lazily("_triton.span_attention", "span_attention_forward"),
+            lazily("_triton.span_attention", "span_attention_backward"),
+            dtypes=_triton.DTYPES,
+            head_dim=_triton.HEAD_DIM,
+        ),
+        Backend(
+            "cuda",
+            cuda.span_attention_forward,
+            cuda.span_attention_backward,
+            dtypes=cuda.DTYPES,
+            options=(),
+            head_dim=cuda.HEAD_DIM,
+        ),
+        Backend("torch", _torch_forward, _torch_backward),
+        Backend("reference", reference.span_attention),
+    ],
+    fake=lambda q, k, lse, row_spans, key_spans, *_: lse.new_empty(len(q), row_spans.shape[1], key_spans.shape[1]),
+    gradients="q, k, lse",
+    kept="q, k, lse, row_spans, key_spans, ranges, pieces, scale, softcap, mean",
+    fake_backward=lambda grad, q, k, lse, *_: (torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(lse.shape)),
 )
-
-
-def _register(name, forward, backward):
-    operator = register_operator(f"{name}({_INPUTS}) -> Tensor", forward, _fake_forward)
-    backward_schema = f"{name}_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)"
-    backward_operator = register_operator(backward_schema, backward, _fake_backward)
-
-    def keep(ctx, inputs, output):
-        *tensors, ctx.scale, ctx.softcap, ctx.mean = inputs
-        ctx.save_for_backward(*tensors)
-
-    def differentiate(ctx, grad):
-        return *backward_operator(grad, *ctx.saved_tensors, ctx.scale, ctx.softcap, ctx.mean), *[None] * 6
-
-    register_gradient(operator, keep, differentiate)
-    return operator
-
-
-def _fake_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
-    return lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
-
-
-def _fake_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
-    return torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(lse.shape)
-
-
-def _triton_forward(*arguments):
-    from mold_kernels._triton.span_attention import span_attention_forward
-
-    return span_attention_forward(*arguments)
-
-
-def _triton_backward(*arguments):
-    from mold_kernels._triton.span_attention import span_attention_backward
-
-    return span_attention_backward(*arguments)
-
-
-def _native_forward(q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
-    return native.span_attention_forward(q, k, lse, row_spans, key_spans, scale, mean)
-
-
-def _native_backward(grad, q, k, lse, row_spans, key_spans, ranges, scale, softcap, mean):
-    return native.span_attention_backward(grad, q, k, lse, row_spans, key_spans, scale, mean)
-
-
-_OPERATORS = {
-    "native": _register("native_span_attention", _native_forward, _native_backward),
-    "torch": _register("torch_span_attention", _torch_forward, _torch_backward),
-    "triton": _register("triton_span_attention", _triton_forward, _triton_backward),
-}

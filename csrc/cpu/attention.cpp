@@ -7,6 +7,9 @@
 namespace mold::MOLD_LEVEL {
 namespace {
 
+// A block stacks the heads that share a key head: at most this many rows, at least one token.
+constexpr int64_t block_rows = 192;
+
 struct Sizes {
     int64_t batch, kv_heads, group, length, depth, width, tokens, rows, blocks;
 };
@@ -227,7 +230,7 @@ void backward(
 
 }  // namespace
 
-void attention_forward(
+void attention_with_lse_forward(
     const View& q, const View& k, const View& v, const View* mask, double scale, const View& out, const View& lse,
     int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
@@ -236,7 +239,7 @@ void attention_forward(
     });
 }
 
-void attention_backward(
+void attention_with_lse_backward(
     const View& grad_out, const View& grad_lse, const View& q, const View& k, const View& v, const View* mask,
     double scale, const View& out, const View& lse, const View& dq, const View& dk, const View& dv, int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {

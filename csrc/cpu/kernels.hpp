@@ -3,7 +3,8 @@
 #include <string>
 #include <vector>
 
-#include "span_plan.hpp"
+#include "../row_norm.hpp"
+#include "span_pieces.hpp"
 #include "view.hpp"
 
 // What every instruction set has. Shapes and formulas are those of the Python file of the same name; `threads` is the
@@ -12,12 +13,12 @@ namespace mold {
 
 struct Kernels {
     // q and out [B, Hq, T, D], k and v [B, Hkv, T, D], lse [B, Hq, T]; mask bool [B, T], null without padding.
-    void (*attention_forward)(
+    void (*attention_with_lse_forward)(
         const View& q, const View& k, const View& v, const View* mask, double scale, const View& out, const View& lse,
         int threads);
 
     // dk and dv are contiguous, of lse's dtype.
-    void (*attention_backward)(
+    void (*attention_with_lse_backward)(
         const View& grad_out, const View& grad_lse, const View& q, const View& k, const View& v, const View* mask,
         double scale, const View& out, const View& lse, const View& dq, const View& dk, const View& dv, int threads);
 
@@ -33,13 +34,13 @@ struct Kernels {
         const View& dq, const View& dk, const View& dlse, int threads);
 
     // teacher [L1, B, S, M], student [L2, B, S, M], weights [B, L2] and the loss [B] of one dtype, float32 or float64;
-    // num_steps and num_keys int64 [B]; l1_epsilon > 0 divides rows by their sums, 0 takes their softmax. mixture_grad,
-    // contiguous [B, S, M], is the gradient of an example's loss by its mixed student attention, for the backward.
-    void (*layer_mixture_forward)(
+    // num_steps and num_keys int64 [B]; l1_epsilon is added to an entry where rows are divided by their sums.
+    // mixture_grad, contiguous [B, S, M], is the gradient of an example's loss by its mixed student attention.
+    void (*layer_mixture_kl_forward)(
         const View& teacher, const View& student, const View& weights, const View& num_steps, const View& num_keys,
-        double tau, double l1_epsilon, const View& loss, const View& mixture_grad, int threads);
-    void (*layer_mixture_backward)(
-        const View& grad, const View& student, const View& weights, const View& mixture_grad, const View& dstudent,
+        double tau, RowNorm row_norm, double l1_epsilon, const View& loss, const View& mixture_grad, int threads);
+    void (*layer_mixture_kl_backward)(
+        const View& grad, const View& mixture_grad, const View& student, const View& weights, const View& dstudent,
         const View& dweights, int threads);
 
     // v and dv [B, H, T, D], mask bool [B, T]; pooled and u [B, H * D] contiguous, float32 or float64 as v's sums are.
@@ -47,9 +48,6 @@ struct Kernels {
     void (*value_pool_backward)(
         const View& u, const View& v, const View& mask, double eps, const View& dv, int threads);
 };
-
-// A block of attention rows stacks the heads that share a key head: at most this many rows, at least one token.
-constexpr std::int64_t block_rows = 192;
 
 struct Level {
     std::string name;

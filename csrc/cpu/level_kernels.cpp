@@ -3,12 +3,12 @@
 namespace mold::MOLD_LEVEL {
 
 const Kernels kernels = {
-    attention_forward,
-    attention_backward,
+    attention_with_lse_forward,
+    attention_with_lse_backward,
     span_attention_forward,
     span_attention_backward,
-    layer_mixture_forward,
-    layer_mixture_backward,
+    layer_mixture_kl_forward,
+    layer_mixture_kl_backward,
     value_pool_forward,
     value_pool_backward,
 };

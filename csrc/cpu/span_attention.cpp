@@ -1,4 +1,4 @@
-#include "span_plan.hpp"
+#include "span_pieces.hpp"
 #include "attention_rows.hpp"
 #include "level_kernels.hpp"
 
@@ -17,8 +17,7 @@ Sizes sizes_of(const View& q, const View& k, const SpanPlan* plans, int64_t key_
     Sizes sizes{q.sizes[0], k.sizes[1], q.sizes[1] / k.sizes[1], q.sizes[3], round_up(q.sizes[3], lanes<T>), 0, 0,
                 key_words};
     for (int64_t b = 0; b < sizes.batch; ++b) {
-        const int64_t columns = static_cast<int64_t>(plans[b].columns.size());
-        sizes.most_columns = larger(sizes.most_columns, round_up(columns, block_columns));
+        sizes.most_columns = larger(sizes.most_columns, round_up(plans[b].column_count, block_columns));
         for (const Range& piece : plans[b].pieces) {
             sizes.most_tokens = larger(sizes.most_tokens, piece.end - piece.begin);
         }
@@ -40,11 +39,10 @@ struct Keys {
           data(reinterpret_cast<T*>(memory.data)) {
         const auto gather = [&](int64_t i, int) {
             const int64_t b = i / sizes.kv_heads, head = i % sizes.kv_heads;
-            const std::vector<int64_t>& columns = plans[b].columns;
-            const int64_t count = static_cast<int64_t>(columns.size()), padded = round_up(count, lanes<T>);
+            const int64_t count = plans[b].column_count, padded = round_up(count, lanes<T>);
             T* target = rows(b, head);
             for (int64_t n = 0; n < count; ++n) {
-                const Element* key = k.at<const Element>(b, head, columns[n]);
+                const Element* key = k.at<const Element>(b, head, plans[b].columns[n]);
                 load_row(key, k.strides[3], sizes.depth, target + n * sizes.width, sizes.width);
             }
             for (int64_t j = count * sizes.width; j < padded * sizes.width; ++j) target[j] = 0;
@@ -75,8 +73,7 @@ struct Sight {
           rows(0) {}
 
     void look(const SpanPlan& plan, const Range& piece) {
-        const int64_t count = static_cast<int64_t>(plan.columns.size());
-        for (columns = 0; columns < count && plan.columns[columns] < piece.end; ++columns) {
+        for (columns = 0; columns < plan.column_count && plan.columns[columns] < piece.end; ++columns) {
             tokens[columns] = static_cast<Integer>(plan.columns[columns] - piece.begin);
         }
         for (int64_t n = columns; n < round_up(columns, lanes<T>); ++n) tokens[n] = INT32_MAX;

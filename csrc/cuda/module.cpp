@@ -1,7 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "layer_mixture.hpp"
+#include "layer_mixture_kl.hpp"
 #include "span_attention.hpp"
 #ifndef MOLD_EMULATION
 #include "device.hpp"

@@ -23,13 +23,14 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
     Raises:
         ValueError: something is wrong: an unknown option, a missing file, more memory than `memory_gib`.
     """
+    recipe.check_baseline()
     for name, source in recipe.data.items():
         if is_hub_name(recipe.place(source["dataset"])):
             yield f"data {name}: on the hub, not checked"
             continue
         for part in ("train", "test"):
             if source.get(part):
-                examples, report = read_source(recipe, name, part)
+                examples, report = read_source(recipe, name, part, part == "train" and recipe.generate is None)
                 yield f"data {name}, {part}: {number_of(name, part, source[part], len(examples))} of {report}"
     # A recipe for a GPU can be checked without one; what stages read is not there yet.
     here = {"dataset": "generated", "output_dir": recipe.output_dir, "use_cpu": not torch.cuda.is_available()}
@@ -39,6 +40,10 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
             check_prompting(options)
             yield f"{stage}: by {options.teacher.teacher_model_name_or_path}"
             yield from _check_memory(recipe, options, stage, options.generation.generate_batch_size)
+    if recipe.teacher is not None:
+        options = make_options("train", recipe.values("train", recipe.teacher, here), source="recipe: teacher")
+        yield from _check_memory(recipe, options, "teacher", options.training.per_device_train_batch_size)
+        here["teacher_model_name_or_path"] = options.student.model_name_or_path
     options = make_options("extract", recipe.values("extract", recipe.train, here), source="recipe: train")
     yield from _check_memory(recipe, options, "extract", options.teacher.extract_batch_size)
     options = make_options("train", recipe.values("train", recipe.train, here), source="recipe: train")
@@ -47,11 +52,12 @@ def dry_run(recipe: Recipe) -> Iterator[str]:
         more = (recipe.train, change, here)
         make_options("eval", recipe.values("eval", *more), source=f"recipe: {name}")
         options = make_options("train", recipe.values("train", *more), source=f"recipe: {name}")
-        yield f"train {name}: {len(recipe.seeds)} seeds, {options.training.num_train_epochs:g} epochs"
+        sizes = "" if recipe.train_sizes is None else f" of {', '.join(map(str, recipe.train_sizes))} examples"
+        yield f"train {name}{sizes}: {len(recipe.seeds)} seeds, {options.training.num_train_epochs:g} epochs"
 
 
 def _check_memory(recipe: Recipe, options: Options, stage: str, batch: int) -> Iterator[str]:
-    length, training = options.training.max_length, stage == "train"
+    length, training = options.training.max_length, stage in ("train", "teacher")
     try:
         if training:
             planned = plan_step(student_config(options, recipe.config), setup_of(options))

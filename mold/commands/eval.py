@@ -14,7 +14,7 @@ from transformers.utils import logging
 from mold.commands.inputs import load_models, load_teacher, make_student, read_data, student_config, teaching
 from mold.commands.options import Options
 from mold.commands.parsing import parse
-from mold.commands.train import measure, predict, write_once
+from mold.commands.train import likelihoods, measure, predict, write_once
 from mold.data.examples import Example, question_key
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
@@ -22,7 +22,7 @@ from mold.evaluation.harness import Tasks, evaluate_tasks
 from mold.evaluation.predictions import score
 from mold.files import digest, write_atomically, write_jsonl
 from mold.generation.batches import Journal
-from mold.method.signals import weights_fingerprint
+from mold.models import weights_fingerprint
 from mold.training.router_training import ROUTER_FILE
 from mold.training.trainer import MoldTrainer
 
@@ -65,7 +65,7 @@ def evaluate(options: Options) -> dict:
     router = Path(options.student.model_name_or_path or "") / ROUTER_FILE
     if router.is_file():
         trainer.mold_loss.router.load_state_dict(load_file(router))
-    elif options.training.beta > 0:
+    elif options.training.trains_attention:
         logger.warning(f"{router} does not exist: the attention loss is that of an untrained router")
     options.folder.mkdir(parents=True, exist_ok=True)
     result = measure(options, trainer, examples, "eval")
@@ -75,14 +75,15 @@ def evaluate(options: Options) -> dict:
 
 
 def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
-    """Accuracy of every model on every data set; writes predictions/MODEL--SET.jsonl and comparison.json.
+    """Accuracy of every model on every data set; writes comparison.json and, question by question, predictions and
+    likelihoods/MODEL--SET.jsonl.
 
     Args:
         options: models, eval_sets, eval_limit and how to generate.
         trained_on: questions of a set that stand here too are counted ("seen").
 
     Returns:
-        An entry a model and set: model, set, seen, and `mold.evaluation.predictions.score`.
+        An entry a model and set: model, set, tasks, seen, and `mold.evaluation.predictions.score`.
     """
     evaluation = options.evaluation
     sets = dict(_read_sets(evaluation.eval_sets, evaluation.eval_limit))
@@ -102,8 +103,12 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
             }
             predictions = predict(options, model, tokenizer, examples, Journal(f"{stem}.journal", settings))
             write_jsonl(f"{stem}.jsonl", predictions)
+            measured = options.folder / "likelihoods" / f"{label}--{set_name}.jsonl"
+            measured.parent.mkdir(exist_ok=True)
+            write_jsonl(measured, likelihoods(options, model, tokenizer, examples))
             repeated = sum(question_key(example.question) in seen for example in examples)
-            results.append({"model": label, "set": set_name, "seen": repeated, **score(predictions)})
+            about = {"model": label, "set": set_name, "tasks": list(options.training.tasks), "seen": repeated}
+            results.append(about | score(predictions))
     write_atomically(options.folder / "comparison.json", json.dumps(results, indent=1).encode())
     return results
 

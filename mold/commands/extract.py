@@ -11,7 +11,8 @@ from mold.commands.inputs import load_split, load_teacher, read_data
 from mold.commands.options import DataOptions, Options
 from mold.commands.parsing import parse
 from mold.data.examples import Example
-from mold.method.signals import SignalCache, SignalSettings, extract_signals
+from mold.method.extraction import extract_signals
+from mold.method.signals import SignalCache, SignalSettings
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from mold.files import digest, write_atomically, write_jsonl
 from mold.generation.batches import Journal
 from mold.generation.prompting import load_prompt, prompt_for, use_chat
 from mold.generation.rationales import Sampling, read_given, write_rationales
-from mold.method.signals import weights_fingerprint
+from mold.models import weights_fingerprint
 
 RATIONALES = "rationales.jsonl"
 JOURNAL = "journal.jsonl"

@@ -13,6 +13,7 @@ from mold.commands.options import DataOptions, Options, StudentOptions
 from mold.data.examples import Example, split_examples
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
+from mold.extras import missing_extra
 from mold.method.signals import SignalCache
 from mold.models import config_of_layers, load_config, load_model, spread_layers, take_layers
 
@@ -25,12 +26,20 @@ def read_data(options: DataOptions, require_rationale: bool = True, rationales: 
     """All examples of the data set. Rows that are left out are counted in a warning."""
     if options.dataset == "generated":
         number = options.num_train or GENERATED
-        return generate_problems(number + _number_held_out(options, number), options.split_seed)
+        return generate_problems(
+            number + _number_held_out(options, number),
+            options.split_seed,
+            max_value=options.max_value,
+            rationale_form=options.rationale_form,
+        )
+    if options.max_value is not None:
+        raise ValueError(f"max_value: is {options.max_value}, must not be given with dataset={options.dataset!r}")
     examples, report = read_examples(
         options.dataset,
         options.dataset_format,
         split=options.dataset_split,
         rationales=rationales,
+        rationale_form=options.rationale_form,
         require_rationale=require_rationale,
     )
     if report.left_out:
@@ -149,7 +158,7 @@ def lora_config(options: StudentOptions):
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError('use_peft: needs peft: pip install "mold-distill[peft]"') from error
+        raise missing_extra("use_peft", "peft", "peft") from error
     return LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,

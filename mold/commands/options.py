@@ -42,12 +42,22 @@ class DataOptions(_Group):
     )
     dataset_split: str | None = field(default=None, metadata={"help": "train, ...: of a folder's files or of the hub."})
     rationales: str | None = field(default=None, metadata={"help": "JSONL, in place of those in the data set."})
+    rationale_form: str = field(
+        default="text",
+        metadata={
+            "help": '"text", or "equations" of the data set, an operation a step.',
+            "choices": ("text", "equations"),
+        },
+    )
     num_train: int | None = field(
         default=None, metadata={"help": "Examples to train on; all if not given.", "at_least": 1}
     )
     num_eval: int | None = field(
         default=None,
         metadata={"help": "Held-out examples; a tenth, at most 200, if not given.", "at_least": 1},
+    )
+    max_value: int | None = field(
+        default=None, metadata={"help": "Largest number of the generated problems.", "at_least": 1}
     )
     split_seed: int = field(default=0, metadata={"help": "Of the split, and of the generated problems."})
 
@@ -234,6 +244,7 @@ GROUPS = {
 """The attributes of `Options`, in the order of a command's help: its own options first."""
 
 OURS = tuple(name for name in MoldConfig.__annotations__ if name not in names(TrainingArguments))
+_OF_TRAINING = (*("attention_share", "beta_warmup", "beta_decay", "keep_freed_memory", "mol_router_learning_rate"),)
 _SPLIT = ("num_train", "num_eval", "split_seed")
 _ROWS = names(DataOptions, *_SPLIT)
 _MODEL = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_dtype")
@@ -263,7 +274,7 @@ TAKES = {
     "eval": (
         *(*_ROWS, *names(EvalOptions), *_MODEL, "teacher_online", "signals_dir", *_LAYERS, "load_in_4bit"),
         *(*names(GenerationOptions), *PLACE, "bf16", "per_device_eval_batch_size"),
-        *(name for name in OURS if name not in ("keep_freed_memory", "mol_router_learning_rate")),
+        *(name for name in OURS if name not in _OF_TRAINING),
     ),
     "analyse": (
         *(*_ROWS, "models", "eval_limit", "teacher_model_name_or_path", "teacher_dtype", "model_name_or_path"),

@@ -77,15 +77,13 @@ def setup_of(options: Options, lora_rank: int = 0) -> Setup:
     training = options.training
     if training.max_length is None:
         raise ValueError("max_length: is None, must be the tokens of the longest example")
-    # transformers 5.19 renamed it.
-    prefix = "activation" if hasattr(training, "activation_checkpointing") else "gradient"
     return Setup(
         training.max_length,
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps,
         dtype=options.student.model_dtype,
         bf16=training.bf16,
-        activation_checkpointing=bool(getattr(training, f"{prefix}_checkpointing")),
+        activation_checkpointing=bool(getattr(training, training.checkpointing_option)),
         cross_entropy=training.cross_entropy,
         optim=str(getattr(training.optim, "value", training.optim)),
         lora_rank=lora_rank,

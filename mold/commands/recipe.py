@@ -17,10 +17,12 @@ from mold.models import load_config
 
 # A recipe that is based on another adds to these of its, and replaces everything else.
 _MERGED = ("options", "train", "shapes")
-_SOURCE_KEYS = ("dataset", "format", "rationales", "train", "train_split", "test", "test_split")
+_SOURCE_TEXTS = ("dataset", "format", "rationales", "rationale_form", "train_split", "test_split")
+_SOURCE_KEYS = (*_SOURCE_TEXTS, "train", "test", "teacher")
 # What mold run sets itself, or takes from the sources.
 _NOT_OPTIONS = (
-    *("dataset", "dataset_format", "dataset_split", "rationales", "output_dir", "signals_dir", "models", "eval_sets"),
+    *("dataset", "dataset_format", "dataset_split", "rationales", "rationale_form", "max_value"),
+    *("output_dir", "signals_dir", "models", "eval_sets"),
     *("lm_eval_tasks", "lm_eval_include_path", "lm_eval_shots"),
 )
 _FORM = {
@@ -29,15 +31,18 @@ _FORM = {
     "options": dict,
     "generate": dict | None,
     "keywords": dict | None,
+    "teacher": dict | None,
     "train": dict,
     "variants": dict,
     "sweep": dict,
+    "train_sizes": list | None,
     "seeds": list,
+    "baseline": str | None,
     "memory_gib": float | int | None,
     "shapes": dict,
 }
 _WORDS = {str: "a text", dict: "keys with values", list: "a list", float | int | None: "a number"}
-_WORDS[dict | None] = _WORDS[dict]
+_WORDS |= {dict | None: _WORDS[dict], list | None: _WORDS[list], str | None: _WORDS[str]}
 TRAINING = ("extract", "train", "eval")
 """The commands that make and judge a student."""
 
@@ -46,13 +51,16 @@ TRAINING = ("extract", "train", "eval")
 class Recipe:
     """What to run.
 
-    data: by name, where it comes from (dataset, format, rationales, train_split, test_split) and how many examples to
-        take (train, test: a number or "all"); a question of a test set is never trained on.
-    options: of every stage that takes them. generate, keywords: more options of these stages, which are left out where
-        None. train: more options of training, and of the extraction and evaluation around it.
+    data: by name, where it comes from (dataset, format, rationales, rationale_form, train_split, test_split) and how
+        many examples to take (train, test: a number or "all"); a question of a test set is never trained on.
+    options: of every stage that takes them. generate, keywords, teacher: more options of these stages, which are left
+        out where None. teacher trains the attention's teacher, on as many examples of each source as its key teacher
+        says. train: more options of training, and of the extraction and evaluation around it.
     variants: by name, what a training changes. sweep: by option, values that a training changes it to;
         single_layer takes pairs of a teacher's and a student's layer, or "all".
+    train_sizes: numbers of training examples that every variant is trained with; None: with all of them.
     seeds: of the trainings of every variant.
+    baseline: the variant that the others are compared with; None: no comparison.
     memory_gib: of the device, which a dry run checks against. shapes: configurations for that, by model name, where
         the models' own are not at hand.
     data_dir: stands for {data_dir} in the sources.
@@ -63,10 +71,13 @@ class Recipe:
     options: dict
     generate: dict | None = None
     keywords: dict | None = None
+    teacher: dict | None = None
     train: dict = field(default_factory=dict)
     variants: dict = field(default_factory=lambda: {"mixture": {}})
     sweep: dict = field(default_factory=dict)
+    train_sizes: list | None = None
     seeds: list = field(default_factory=lambda: [0])
+    baseline: str | None = None
     memory_gib: float | None = None
     shapes: dict = field(default_factory=dict)
     data_dir: str = "data"
@@ -83,6 +94,15 @@ class Recipe:
                 else:
                     swept[f"{key}={value}"] = {key: value}
         return {name: dict(values or {}) for name, values in self.variants.items()} | swept
+
+    def sizes(self) -> list[int | None]:
+        """Of the training sets, None for the whole one."""
+        return self.train_sizes or [None]
+
+    def check_baseline(self) -> None:
+        """Raise a ValueError unless the baseline is one of the trainings."""
+        if self.baseline is not None and self.baseline not in (names := self.trainings()):
+            raise ValueError(f"recipe: baseline is {self.baseline!r}, must be one of {', '.join(names)}")
 
     def values(self, command: str, *more: Mapping) -> dict:
         """The options of a stage: those common to all, and more, as far as its command takes them."""
@@ -181,6 +201,9 @@ def _check(name: str, values: dict) -> None:
     for source, settings in values["data"].items():
         _check_source(source, settings)
     _check_options(values)
+    sizes = values.get("train_sizes") or []
+    if len(set(map(str, sizes))) < len(sizes) or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"recipe: train_sizes is {sizes!r}, must be different numbers of examples")
     seeds = values.get("seeds", [0])
     if not seeds or len(set(map(str, seeds))) < len(seeds) or not all(type(seed) is int for seed in seeds):
         raise ValueError(f"recipe: seeds is {seeds!r}, must be different whole numbers")
@@ -198,15 +221,17 @@ def _check_source(name: str, settings) -> None:
         raise ValueError(
             f"recipe: data.{name} has the unknown key {unknown[0]!r}, must be of {', '.join(_SOURCE_KEYS)}"
         )
-    for key in ("dataset", "format", "rationales", "train_split", "test_split"):
-        if not isinstance(settings.get(key, None if key != "dataset" else 0), str | None):
-            raise ValueError(f"recipe: data.{name}.{key} is {settings.get(key)!r}, must be a text")
+    for key in _SOURCE_TEXTS:
+        value = settings.get(key)
+        if not isinstance(value, str) and (value is not None or key == "dataset"):
+            raise ValueError(f"recipe: data.{name}.{key} is {value!r}, must be a text")
 
 
 def _check_options(values: Mapping) -> None:
     stages = [stage for stage in ("generate", "keywords") if values.get(stage) is not None]
     checked = [("options", values["options"], [*stages, *TRAINING]), ("train", values.get("train", {}), TRAINING)]
     checked += [(stage, values[stage], [stage]) for stage in stages]
+    checked.append(("teacher", values.get("teacher") or {}, ["train"]))
     for name, change in values.get("variants", {}).items():
         if not isinstance(change, dict | None):
             raise ValueError(f"recipe: variants.{name} is {change!r}, must be options (key: value)")
@@ -223,5 +248,5 @@ def _check_options(values: Mapping) -> None:
     for name, options, commands in checked:
         check_known(f"recipe: {name}", options, commands)
         for key in options:
-            if key in _NOT_OPTIONS or (key == "seed" and name != "generate"):
+            if key in _NOT_OPTIONS or (key == "seed" and name not in ("generate", "teacher")):
                 raise ValueError(f"recipe: {name}.{key}: is given, must not be: mold run sets it (data, seeds)")

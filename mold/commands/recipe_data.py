@@ -21,9 +21,8 @@ def collect(recipe: Recipe) -> tuple[list[Example], dict[str, list[Example]], li
         for part in ("test", "train"):
             if not source.get(part):
                 continue
-            examples, report = read_source(recipe, name, part)
+            examples, report = read_source(recipe, name, part, part == "train" and recipe.generate is None)
             remarks.append(f"{name}, {part}: {report}")
-            random.Random(0).shuffle(examples)
             if part == "test":
                 tests[name] = examples[: number_of(name, part, source[part], len(examples))]
             else:
@@ -43,16 +42,37 @@ def collect(recipe: Recipe) -> tuple[list[Example], dict[str, list[Example]], li
     return list(train.values()), tests, remarks
 
 
-def read_source(recipe: Recipe, name: str, part: str) -> tuple[list[Example], ReadReport]:
-    """All examples of a source's "train" or "test" part."""
+def teacher_examples(recipe: Recipe, tests: Mapping[str, list[Example]]) -> list[Example]:
+    """What the attention's teacher is trained on; no question of a test set.
+
+    Raises:
+        ValueError: no source has the key teacher.
+    """
+    asked = [example for examples in tests.values() for example in examples]
+    found = []
+    for name, source in recipe.data.items():
+        if source.get("teacher"):
+            pool = without_questions_of(read_source(recipe, name, "train", True)[0], asked)
+            taken = pool[: number_of(name, "teacher", source["teacher"], len(pool))]
+            found += [Example(**vars(example) | {"id": f"{name}-{example.id}"}) for example in taken]
+    if not found:
+        raise ValueError("recipe: data must have a source with teacher, how many of its examples the teacher learns")
+    return found
+
+
+def read_source(recipe: Recipe, name: str, part: str, require_rationale: bool) -> tuple[list[Example], ReadReport]:
+    """The examples of a source's train or test part, shuffled by a fixed seed."""
     source = recipe.data[name]
-    return read_examples(
+    examples, report = read_examples(
         recipe.place(source["dataset"]),
         source.get("format", "auto"),
         split=source.get(f"{part}_split"),
         rationales=source.get("rationales") and recipe.place(source["rationales"]),
-        require_rationale=part == "train" and recipe.generate is None,
+        rationale_form=source.get("rationale_form", "text"),
+        require_rationale=require_rationale,
     )
+    random.Random(0).shuffle(examples)
+    return examples, report
 
 
 def number_of(name: str, part: str, wanted: int | str, there: int) -> int:

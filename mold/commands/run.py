@@ -8,6 +8,7 @@ alone. A killed stage is started again in its folder and goes on where it stoppe
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +24,12 @@ from mold.commands.dry_run import dry_run
 from mold.commands.options import Options
 from mold.commands.parsing import Parser, make_options
 from mold.commands.recipe import Recipe, load_recipe
-from mold.commands.recipe_data import collect, row_of
-from mold.commands.results import markdown, summarise, table
+from mold.commands.recipe_data import collect, row_of, teacher_examples
+from mold.evaluation.comparison import Run, read_run, summarise
 from mold.files import digest, write_atomically, write_jsonl
 from mold.report import plots
 from mold.report.page import write_report
+from mold.report.results import markdown, table
 
 logger = logging.get_logger(__name__)
 
@@ -73,15 +75,18 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
-    """Run what is not done yet; writes results.json, results.md and results.svg into the recipe's folder.
+    """Run what is not done yet; writes results.json, results.md and pictures into the recipe's folder.
+
+    They are written anew after every training, of what there is by then.
 
     Args:
         recipe: what to run.
         say: is told of every stage.
 
     Returns:
-        As results.json: an entry a variant, see `summarise`.
+        As results.json, see `mold.evaluation.comparison.summarise`.
     """
+    recipe.check_baseline()
     root = Path(recipe.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     examples, tests, remarks = collect(recipe)
@@ -101,41 +106,51 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
             folder = stages.run(stage, stage, values, [_file_digest(train_file)], function, ("dataset",))
             train_file = folder / generate.RATIONALES
     content = _file_digest(train_file)
-    results = {}
-    for name, change in recipe.trainings().items():
-        label = "".join(c if c.isalnum() or c in "=.-" else "-" for c in name)
-        common = {**recipe.train, **change}
+    taught = {}
+    if recipe.teacher is not None:
+        learned = data / "teacher" / "train.jsonl"  # in a folder of its own: a test set may be called teacher
+        learned.parent.mkdir(exist_ok=True)
+        write_jsonl(learned, [row_of(example) for example in teacher_examples(recipe, tests)])
+        values = recipe.values("train", recipe.teacher) | {"dataset": str(learned)}
+        folder = stages.run("teacher", "train", values, [_file_digest(learned)], _train, ("dataset",))
+        taught = {"teacher_model_name_or_path": str(folder)}
+    runs: list[Run] = []
+    # Seed by seed, so that a whole table stands after the first one.
+    for seed, size, (variant, change) in itertools.product(recipe.seeds, recipe.sizes(), recipe.trainings().items()):
+        common = {**taught, **recipe.train, **change}
         values = recipe.values("extract", common) | {"dataset": str(train_file)}
+        if size is not None:
+            # A smaller training set is a part of the larger one: one extraction is for all sizes.
+            values.pop("num_train", None)
+            common["num_train"] = size
         signals = stages.run("extract", "extract", values, [content], _extract, ("dataset",), decides=_SIGNAL_OPTIONS)
-        for seed in recipe.seeds:
-            values = recipe.values("train", common) | {"dataset": str(train_file), "seed": seed}
-            values["signals_dir"] = str(signals / "signals")
-            inputs = [content, signals.name]
-            called = f"train-{label}-seed{seed}"
-            student = stages.run(called, "train", values, inputs, _train, ("dataset", "signals_dir"))
-            values = recipe.values("eval", common) | {"models": [str(student)], "eval_sets": sets}
-            inputs = [data.name, student.name]
-            called = f"eval-{label}-seed{seed}"
-            judged = stages.run(called, "eval", values, inputs, evaluation.compare, ("models", "eval_sets"))
-            results.setdefault(name, []).append(
-                {
-                    "seed": seed,
-                    "sets": json.loads((judged / "comparison.json").read_text()),
-                    "held_out": {
-                        row["metric"]: row["after"]
-                        for row in json.loads((student / "summary.json").read_text())["rows"]
-                    },
-                }
-            )
-    summary = summarise(results)
+        label = "".join(c if c.isalnum() or c in "=.-" else "-" for c in variant) + (f"-{size}" if size else "")
+        values = recipe.values("train", common) | {"dataset": str(train_file), "seed": seed}
+        values["signals_dir"] = str(signals / "signals")
+        called, inputs = f"train-{label}-seed{seed}", [content, signals.name]
+        student = stages.run(called, "train", values, inputs, _train, ("dataset", "signals_dir"))
+        values = recipe.values("eval", common) | {"models": [str(student)], "eval_sets": sets}
+        called, inputs = f"eval-{label}-seed{seed}", [data.name, student.name]
+        judged = stages.run(called, "eval", values, inputs, evaluation.compare, ("models", "eval_sets"))
+        runs.append(read_run(student, judged, variant, size, seed))
+        summary = summarise(runs, recipe.baseline)
+        _write_results(root, summary, say)
+    return summary
+
+
+def _write_results(root: Path, summary: dict, say: Callable[[str], None]) -> None:
     write_atomically(root / "results.json", json.dumps(summary, indent=1).encode())
     write_atomically(root / "results.md", markdown(summary).encode())
-    try:
-        figure = plots.variant_accuracies(summary["variants"])
-        write_atomically(root / "results.svg", plots.figure_to_svg(figure).encode())
-    except ImportError as error:
-        say(f"results.svg: not drawn ({error})")
-    return summary
+    figures = {"results": (plots.variant_accuracies, summary["variants"])}
+    if summary["comparisons"]:
+        figures["differences"] = plots.variant_differences, summary["comparisons"]
+    if any(entry["size"] is not None for entry in summary["variants"].values()):
+        figures["sizes"] = plots.accuracy_by_size, summary["variants"]
+    for name, (draw, of) in figures.items():
+        try:
+            write_atomically(root / f"{name}.svg", plots.figure_to_svg(draw(of)).encode())
+        except ImportError as error:
+            say(f"{name}.svg: not drawn ({error})")
 
 
 # Of the options, what the teacher's signals depend on (besides the examples).

@@ -1,7 +1,7 @@
 """mold train: train a student, evaluate it before and after, write the report.
 
 A run folder holds config.yaml, before.json, metrics.jsonl, checkpoints, the trained student with its router,
-predictions, attention_maps.json, summary.json and report.html. A killed run goes on where it stopped.
+predictions, log-likelihoods, attention_maps.json, summary.json and report.html. A killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mold.commands.options import Options
 from mold.commands.parsing import parse
 from mold.data.encoding import has_signal
 from mold.data.examples import Example
+from mold.evaluation.likelihoods import log_likelihoods
 from mold.evaluation.predictions import accuracy, generate_predictions
 from mold.files import write_atomically, write_jsonl
 from mold.generation.batches import Journal
@@ -57,7 +58,7 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
     student_config(options)
     if options.teacher.teacher_online:
         teacher = teacher or load_teacher(options)
-    taught_by = teaching(options, teacher, needed=options.training.beta > 0)
+    taught_by = teaching(options, teacher, needed=options.training.trains_attention)
     student, tokenizer = make_student(options, teacher)
     trainer = MoldTrainer(
         student,
@@ -119,11 +120,14 @@ def _said(chosen: dict, key: str) -> str:
 
 
 def measure(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:
-    """Losses and accuracy of the held-out examples; their predictions are written."""
+    """Losses and accuracy of the examples; their predictions and log-likelihoods are written."""
     metrics = trainer.evaluate()
     predictions = predict(options, trainer.model, trainer.processing_class, examples)
     if PartialState().is_main_process:
         write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
+        if when != "before":
+            found = likelihoods(options, trainer.model, trainer.processing_class, examples)
+            write_jsonl(options.folder / f"likelihoods_{when}.jsonl", found)
     return {"metrics": metrics, "accuracy": accuracy(predictions)}
 
 
@@ -145,6 +149,20 @@ def predict(options: Options, model, tokenizer, examples: list[Example], journal
         max_new_tokens=options.generation.max_new_tokens,
         static_cache=options.generation.static_cache,
         journal=journal,
+        progress=not options.training.disable_tqdm,
+    )
+
+
+def likelihoods(options: Options, model, tokenizer, examples: list[Example]) -> list[dict]:
+    """Log-likelihoods of the examples as the model was trained on them; see `mold.evaluation.likelihoods`."""
+    return log_likelihoods(
+        model,
+        tokenizer,
+        examples,
+        options.training.template,
+        options.training.tasks,
+        batch_size=options.training.per_device_eval_batch_size,
+        max_length=options.training.max_length,
         progress=not options.training.disable_tqdm,
     )
 

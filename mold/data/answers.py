@@ -8,14 +8,17 @@ math-verify would say something else, the plain reading wins:
 - the base of a numeral counts (52_8 is not 52: math-verify drops the index);
 - a list of numbers has all of its members as often as the right one has them (math-verify compares sets: 13, 13, 14
   would be 13, 14), in any order; a point or tuple in brackets has an order, which math-verify keeps;
-- of prose only a formula in it is given to math-verify, which takes the letters of words for a product ("listen" would be
-  "silent").
+- of prose only a formula in it is given to math-verify, which takes the letters of words for a product ("listen" would
+  be "silent").
 """
 # ruff: noqa: RUF001 - the look-alike signs below are the ones that texts hold
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
+import unicodedata
 from collections import Counter
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -23,6 +26,8 @@ from typing import Literal, NamedTuple
 from mold.data.examples import ASSISTANT, DEFAULT_TEMPLATE
 from mold.data.formulas import same_formula
 from mold.data.quantities import (
+    LONGEST,
+    NUMBER_WORDS,
     Statement,
     boxed,
     boxes,
@@ -49,8 +54,9 @@ _NEXT_PROBLEM = re.compile(
     ^{_MARKS} (?i: (?:here\s+is\s+)? (?:(?:an?other|the\s+next|next|new|follow-?up|similar|practice|bonus)\s)? (?:
           (?:q|question|problem|exercise|puzzle|task|instruction|human|user|student|prompt|input) [*_]* {_BLANK}? :
         | (?:q|question|problem|exercise|puzzle|task|example) {_BLANK}? \#? \d+ [*_]* {_BLANK}? (?:[:.)]|$)
-        | q\. {_BLANK}+ (?=\S)
-        ) | <\|(?:im_start|user|start_header_id)\b | \[INST\] | <start_of_turn> | \#\#\#{_BLANK}(?:instruction|question) )
+        | q\. {_BLANK}+ (?=\S) | (?<=\[) (?:q|question|problem) \]
+        ) | <\|(?:im_start|user|start_header_id)\b | \[INST\] | <start_of_turn>
+        | \#\#\#{_BLANK}(?:instruction|question) )
     | (?<=[.!?$\d*]) {_BLANK}+ (?:Question|Problem|Q) (?:{_BLANK}?\d+)? : (?=\s)
     """,
     re.VERBOSE | re.MULTILINE,
@@ -62,12 +68,12 @@ _SOLUTION_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _LABEL = re.compile(
-    rf"\banswer[*_`\"')\]]*{_BLANK}*(?::|=(?!=))"
-    rf"|^{_MARKS}(?:the{_BLANK}+)?(?:(?:final|correct|short){_BLANK}+)?answer[*_:. \t]*$",
+    rf"(?<![A-Za-z])answer[*_`\"')\]]*{_BLANK}*(?::|=(?!=))"
+    rf"|<answer>|^{_MARKS}(?:the{_BLANK}+)?(?:(?:final|correct|short){_BLANK}+)?answer[*_:. \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _PHRASE = re.compile(
-    r"\banswers?\b[*_`\"']*(?:\s++(?!(?:is|are|choices?|options?)\b)[^\s.:=]++){0,5}?\s*(?:=(?!=)|\b(?:is|be|was)\b:?)"
+    r"(?<![A-Za-z])answers?(?![A-Za-z])[*_`\"']*(?:\s++(?!(?:is|are|choices?|options?)\b)[^\s.:=]++){0,5}?\s*(?:=(?!=)|\b(?:is|be|was)\b:?)"
     r"|\banswer\b(?:\s++(?!(?:is|are|choices?|options?)\b)[^\s.:=]++){1,5}?:",
     re.IGNORECASE,
 )
@@ -81,6 +87,7 @@ class _Announcement(NamedTuple):
     answer: str | None
 
 
+@functools.lru_cache(maxsize=4096)
 def answer_kind(right: str) -> AnswerKind:
     """What kind of answer a task wants, told from the right one: a choice's letter, yes or no, a number, or a text.
 
@@ -100,9 +107,9 @@ def extract_answer(
 
     A completion that goes on with another problem is read up to there (see `first_problem`). The answer is what stands
     behind the template's answer marker or "Answer:", the last of them, or behind "####"; without one, the last
-    \boxed{...}; then the sentence behind the last "the answer is"; then, whatever the kind of answer asks for: the number
-    that the last sentence with one states, the sentence that names a choice, or says yes or no, a formula. A text has to
-    be announced.
+    \boxed{...}; then the sentence behind the last "the answer is"; then, whatever the kind of answer asks for: the
+    number that the last sentence with one states, the sentence that names a choice, or says yes or no, a formula. A
+    text has to be announced.
 
     Args:
         completion: generated text, from the rationale on.
@@ -149,8 +156,8 @@ def split_completion(completion: str, template: str = DEFAULT_TEMPLATE) -> str:
 def first_problem(completion: str, template: str = DEFAULT_TEMPLATE) -> str:
     """A completion up to where it goes on with another problem.
 
-    Another problem is opened by the template's own opening, "Q:", "Problem:" and the like, or another turn of a chat; the
-    first line "#### answer" ends a solution.
+    Another problem is opened by the template's own opening, "Q:", "Problem:" and the like, or another turn of a chat;
+    the first line "#### answer" ends a solution.
     """
     content = len(completion) - len(completion.lstrip())
     ends = [found.start() for found in _NEXT_PROBLEM.finditer(completion) if found.start() > content][:1]
@@ -189,15 +196,14 @@ def _only_marks(text: str) -> bool:
 def _label(text: str, template: str) -> _Announcement | None:
     """The last of the template's markers, "Answer:", headings and "####", with the answer behind it."""
     found = []
+    content = len(text.rstrip())
     marker = template.split("{rationale}")[1].split("{answer}")[0].strip()
     if marker and (place := text.rfind(marker)) >= 0:
         found.append((place, place + len(marker)))
     for pattern in (_LABEL, _SOLUTION_END):
         for match in pattern.finditer(text):
             last = match
-            if pattern is _SOLUTION_END and not (
-                _SOLUTION_ANSWER.match(match["answer"]) or not text[match.end() :].strip()
-            ):
+            if pattern is _SOLUTION_END and not (_SOLUTION_ANSWER.match(match["answer"]) or match.end() >= content):
                 continue
             end = last.start("answer") if pattern is _SOLUTION_END else last.end()
             found.append((last.start(), end))
@@ -209,7 +215,7 @@ def _label(text: str, template: str) -> _Announcement | None:
 
 
 def _announced(text: str, kind: AnswerKind) -> tuple[str | None, str | None]:
-    """What the last "the answer is" says that states an answer of the kind; else what the last one says and the rest."""
+    """What the last "the answer is" says that states such an answer; else what the last one says, and the rest."""
     last = rest = None
     for phrase in list(_PHRASE.finditer(text))[: -_TRIES - 1 : -1]:
         answer = _behind(text, phrase.end(), whole_line=False)
@@ -229,27 +235,29 @@ def _behind(text: str, start: int, whole_line: bool) -> str | None:
         if text.startswith(opening, start):
             end = text.find(closing, start + len(opening))
             return text[start + len(opening) * (opening != "\\begin{") : len(text) if end < 0 else end].strip() or None
-    end = text.find("\n", start)
-    end = len(text) if end < 0 else end
+    end = _line_end(text, start)
     while whole_line and text[start:end].rstrip(" *_").endswith((":", "=")) and text[end:].strip():
-        following = end + len(text[end:]) - len(text[end:].lstrip())
-        end = text.find("\n", following)
-        end = len(text) if end < 0 else end
+        end = _line_end(text, _OPENING_MARKS.match(text, end).end())
     if not whole_line:
-        for _, last in split_sentences(text, start, end):
+        for _, last in split_sentences(text, start, min(end, start + LONGEST)):
             # "Rs. 72": the first of these ends no sentence.
-            if last == end or not re.fullmatch(r"[A-Za-z]{2,6}\.", text[start:last].strip()):
+            if not re.fullmatch(r"[A-Za-z]{2,6}\.", text[start:last].strip()):
                 end = last
                 break
         return text[start:end].strip().strip("*_`").rstrip(" *_`.!").strip() or None
-    return text[start:end].strip().strip("*_`").strip() or None
+    return text[start:end].strip().removesuffix("</answer>").strip("*_`").strip() or None
+
+
+def _line_end(text: str, start: int) -> int:
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end
 
 
 def _states(answer: str, kind: AnswerKind) -> bool:
     if kind == "number":
         return stated(answer) is not None
     if kind == "choice":
-        return bool(_mentions(answer))
+        return len(_choices(answer) or ()) == 1
     return kind == "text" or bool(_said(answer))
 
 
@@ -273,8 +281,12 @@ def _last_number(text: str) -> str | None:
     """
     digits = any(char.isdigit() for char in text)
     for line in reversed(text.split("\n")):
+        if not (
+            NUMBER_WORDS.search(line) or any(char.isdigit() or unicodedata.category(char) == "No" for char in line)
+        ):
+            continue
         for start, end in reversed(split_sentences(line)):
-            sentence = _BULLET.sub("", line[start:end])
+            sentence = _BULLET.sub("", line[start:end])[-LONGEST:]
             statement = _statement_of(sentence, not digits or bool(_CONCLUDES.match(sentence)))
             if statement is None:
                 continue
@@ -293,9 +305,10 @@ def _statement_of(sentence: str, in_words: bool) -> Statement | None:
     return statement if statement and (statement.value is not None or find_quantities(plain(statement.text))) else None
 
 
+@functools.lru_cache(maxsize=4096)
 def _right_number(right: str) -> Fraction | None:
     """The number that a right answer is: alone, behind "x =", or with a currency and a unit of a few words."""
-    statement = stated(right)
+    statement = None if len(right) > LONGEST else stated(right)
     if statement is None or statement.kind != "number":
         return None
     side = re.split(r"=|≈", plain(boxed(right) or right))[-1].strip(" $*_`.,")
@@ -319,8 +332,9 @@ _FOLLOWS_A = r"(?=\s+(?:or|and|nor|because|since|is|was|seems|rather|instead|ove
 _MENTION = re.compile(
     rf"""
       [(\[]\s?(?P<bracket>[A-Ja-j])\s?[)\]]
-    | (?i:\b(?:option|choice|letter|alternative|answer)\s+)["'(\[]?(?P<named>[A-J](?![\w'’-])|[b-j](?![\w'’-])|a(?=\s*(?:[).,;:]|$)))
-    | (?<![\w'’.-])(?P<marked>[A-J])(?=\s*(?:$|[).:,;/&!?\]"'\n]))
+    | (?i:\b(?:option|choice|letter|alternative|answer)\s+)["'(\[]?
+      (?P<named>[A-J](?![\w'’-])|[b-j](?![\w'’-])|a(?=\s*(?:[).,;:]|$)))
+    | (?<![\w'’.-])(?P<marked>[A-J])(?=["']|\s*(?:$|[).:,;/&!?\]\n]))
     | (?<![\w'’.-])(?P<bare>[B-HJ]|A{_FOLLOWS_A})(?![\w'’.-])
     | \A\W*(?P<lower>[a-j])(?=\s*(?:\W*\Z|[).:](?:\s|\Z)))
     """,
@@ -328,7 +342,7 @@ _MENTION = re.compile(
 )
 _DENIES = re.compile(
     r"(?:\b(?:not|neither|nor|never|except|cannot|unlike|over|than|without|instead\s+of|eliminat\w+|rul\w+\s+out|exclud\w+"
-    r"|discard\w*|reject\w*)|n['’]t)(?:\s+(?:be|the|an?|options?|choices?|answers?|letter|either|both|just|really|likely)){0,4}\W{0,3}$",
+    r"|discard\w*|reject\w*)|n['’]t)(?:\s+(?:be|in|with|to|of|the|an?|options?|choices?|answers?|letter|either|both|just|really|likely)){0,4}\W{0,3}$",
     re.IGNORECASE,
 )
 _DENIED_BEHIND = re.compile(
@@ -338,7 +352,7 @@ _DENIED_BEHIND = re.compile(
 )
 _DECIDES = re.compile(
     r"\b(?:so|thus|hence|therefore|but|because|since|is|are|was|were|would|will|can|could|may|might|makes?|seems?|fits?"
-    r"|must|leav\w+|leads?|rather|instead|not|than|over|which|while|whereas|if|then)\b|n['’]t\b|[.!?→=]",
+    r"|choose|pick|select|say|prefer|go\s+with|must|leav\w+|leads?|rather|instead|not|than|over|which|while|whereas|if|then)\b|n['’]t\b|[.!?→=]",
     re.IGNORECASE,
 )
 _LEADING = re.compile(
@@ -346,9 +360,12 @@ _LEADING = re.compile(
 )
 _DECLARES = re.compile(
     r"\b(?:options?|choices?|alternative|correct|right|best|choose|chose|pick|select|go(?:ing)?\s+with|opt|settle|conclude"
-    r"|guess|answer|must\s+be|so|thus|hence|therefore)\b",
+    r"|guess|answer|must\s+be|so|thus|hence|therefore|leav(?:es|ing)|left\s+with|probably|likely|most|sense)\b",
     re.IGNORECASE,
 )
+
+
+_LINE_OF_LIST = re.compile(r"\W*[A-Ja-j][).:]")
 
 
 class _Mention(NamedTuple):
@@ -361,21 +378,23 @@ def _mentions(text: str) -> list[_Mention]:
     return [_Mention(found[found.lastgroup].upper(), *found.span()) for found in _MENTION.finditer(text)]
 
 
-def _choice(text: str) -> str | None:
-    """The letter a text decides for, "" where it leaves several or denies what it names, None where it names none."""
-    text = plain(boxed(text) or text)
+def _choices(text: str) -> set[str] | None:
+    """The letters a text leaves: one where it decides, none where it denies what it names; None where it names none."""
+    text = plain((boxed(text) or text)[:LONGEST])
     mentions = _mentions(text)
     if not mentions:
         return None
     groups = [[mentions[0]]]
-    for left, right in zip(mentions, mentions[1:], strict=False):
-        (groups[-1].append if _one_list(text, left, right) else lambda mention: groups.append([mention]))(right)
+    for left, right in itertools.pairwise(mentions):
+        if _one_list(text, left, right):
+            groups[-1].append(right)
+        else:
+            groups.append([right])
     live = [group for group in groups if not _is_denied(text, group)]
     if not live:
-        return ""
-    leads = live[0] is groups[0] and _LEADING.fullmatch(text[: min(groups[0][0].start, 60)])
-    letters = {mention.letter for mention in (live[0] if leads else live[-1])}
-    return letters.pop() if len(letters) == 1 else ""
+        return set()
+    leads = live[0] is groups[0] and len(live[0]) == 1 and _LEADING.fullmatch(text[: min(groups[0][0].start, 60)])
+    return {mention.letter for mention in (live[0] if leads else live[-1])}
 
 
 def _one_list(text: str, left: _Mention, right: _Mention) -> bool:
@@ -395,33 +414,35 @@ def _is_denied(text: str, group: list[_Mention]) -> bool:
 
 
 def _last_choice(text: str) -> str | None:
-    """The last sentence that declares a choice; else the first line where it begins with one; else the last mention."""
-    lines = [line for line in text.split("\n") if line.strip()]
+    """The last sentence that declares a choice; else the letter that the text begins with, or that it names last."""
+    lines = [line for line in text.split("\n") if _MENTION.search(line)]
     sentences = [line[slice(*span)] for line in lines for span in split_sentences(line)]
-    named = [(sentence, _choice(sentence)) for sentence in sentences if _mentions(plain(sentence))]
-    for sentence, letter in reversed(named):
-        if letter is not None and _DECLARES.search(sentence) and not _is_repeated(sentence, letter):
-            return sentence if letter == "" else letter
-    if lines and len({mention.letter for line in lines for mention in _mentions(plain(line))[:1]}) == 1:
-        first = _mentions(plain(lines[0]))
-        if first and not plain(lines[0])[: first[0].start].strip(" ([*"):
-            return first[0].letter
-    for sentence, letter in reversed(named):
-        if letter and not _is_repeated(sentence, letter):
-            return letter
-    return None
-
-
-def _is_repeated(sentence: str, letter: str) -> bool:
-    """Whether a sentence only lists choices, as the question does."""
-    return letter == "" and len({mention.letter for mention in _mentions(plain(sentence))}) > 2
+    # A line for each of the choices is the question's list.
+    listed = len({lead[0] for line in lines if (lead := _LINE_OF_LIST.match(line))}) > 1
+    undeclared = None
+    for sentence in reversed(sentences):
+        # Neither denied choices nor the list of the question, repeated, are an answer.
+        letters = _choices(sentence) or set()
+        if 0 < len(letters) < 3 and _DECLARES.search(sentence):
+            return sentence if len(letters) > 1 else letters.pop()
+        if len(letters) == 1 and not (listed and _LINE_OF_LIST.match(sentence)):
+            undeclared = undeclared or letters.pop()
+    first = _choices(sentences[0]) if sentences else None
+    mentions = _mentions(plain(text))
+    if (
+        first
+        and len({mention.letter for mention in mentions}) == 1
+        and not plain(text)[: mentions[0].start].strip(" \n([*")
+    ):
+        return first.pop()
+    return undeclared
 
 
 # --- yes and no ---
 
 _AFFIRMED = {"yes": True, "true": True, "no": False, "false": False}
 _SAID = re.compile(
-    r"(?P<denied>(?:\b(?:not|never|neither|nor|hardly)|n['’]t|\bcannot\s+be)\s+(?:(?:be|at\s+all|really|entirely|quite)\s+)?)?"
+    r"(?P<denied>(?:\b(?:not|never|neither|nor|hardly)|n['’]t|\bcannot\s+be)\s+(?:(?:be|at\s+all|really|entirely|quite|necessarily|always|actually|completely|exactly|fully|strictly|generally|an?|the)\s+){0,2})?"
     r"\b(?P<word>yes|yeah|yep|no|nope|true|false|correct|incorrect)\b(?!\s+(?:doubt|longer|matter|idea|more|one|less|other|answer)\b)",
     re.IGNORECASE,
 )
@@ -429,6 +450,11 @@ _SAYS_YES = frozenset(("yes", "yeah", "yep", "true", "correct"))
 # "There is no bird": no answer.
 _DETERMINER = re.compile(
     r"\s+(?!(?:it|he|she|they|we|you|i|this|that|because|since|as|but|and|or|so)\b)[a-z]", re.IGNORECASE
+)
+
+
+_DEPENDS = re.compile(
+    r"\b(?:it\s+depends|cannot\s+be\s+(?:determined|known|said)|unclear|undetermined)\b", re.IGNORECASE
 )
 
 
@@ -450,10 +476,12 @@ def _said(text: str) -> list[_Said]:
 
 def _yes_or_no(text: str) -> bool | None:
     """What a text says, None where it says both without deciding, or neither."""
-    said = _said(plain(boxed(text) or text))
+    text = plain((boxed(text) or text)[:LONGEST])
+    said = _said(text)
     if not said:
         return None
-    text = plain(boxed(text) or text)
+    if _DEPENDS.search(text):
+        return None
     if len({answer.yes for answer in said}) == 1:
         return None if re.search(r"\bneither\b", text, re.IGNORECASE) and len(said) > 1 else said[0].yes
     decisions = list(re.finditer(r"\b(?:so|thus|hence|therefore)\b", text, re.IGNORECASE))
@@ -463,18 +491,19 @@ def _yes_or_no(text: str) -> bool | None:
     if text[: first.start].strip(" *_\"'([,.") and not text[: first.start].strip().endswith((":", "is")):
         return None
     gap = text[first.end : second.start]
-    return None if re.fullmatch(r"\W*(?:(?:and|or|but|also|maybe|perhaps|then|again|it\s+is)\W*)*", gap) else first.yes
+    return None if re.fullmatch(r"\W*(?:(?:and|or|but|also|maybe|perhaps|then|again)\W*)*", gap) else first.yes
 
 
 def _last_yes_no(text: str) -> str | None:
     """What the completion begins with, or what its last sentence with a yes or no says."""
-    lines = [line for line in text.split("\n") if line.strip()]
-    sentences = [line[slice(*span)] for line in lines for span in split_sentences(line)]
-    named = [sentence for sentence in sentences if _said(sentence)]
-    if not named:
+    first = text.lstrip()[:LONGEST]
+    begins = re.match(r"\W{0,8}(yes|no)\b\s*(?:[,.;:!*]|$)", first, re.IGNORECASE)
+    lines = (line for line in reversed(text.split("\n")) if _SAID.search(line))
+    last = next(
+        (s for line in lines for span in reversed(split_sentences(line)) if _said(s := line[slice(*span)])), None
+    )
+    if last is None:
         return None
-    last = named[-1]
-    begins = re.match(r"\W*(yes|no)\b\s*(?:[,.;:!*]|$)", sentences[0], re.IGNORECASE)
     if begins and not re.search(r"\b(?:so|thus|hence|therefore)\b", last, re.IGNORECASE):
         return begins[1]
     said = _said(last)
@@ -504,9 +533,10 @@ def judge_answer(predicted: str | None, right: str) -> bool | None:
     """
     if predicted is None:
         return False
+    predicted = (boxed(predicted) or predicted)[-LONGEST:] if len(predicted) > LONGEST else predicted
     kind = answer_kind(right)
     if kind == "choice":
-        return _choice(predicted) == right.strip(" ().")
+        return _choices(predicted) == {right.strip(" ().")}
     if kind == "yes_no":
         return _yes_or_no(predicted) is _AFFIRMED[right.strip(" .").casefold()]
     if kind == "text" and _folded(predicted) == _folded(right):

@@ -14,9 +14,13 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from mold.data.examples import ASSISTANT, Example, RenderedText, check_template, render
+from mold.data.tokens import check_no_special_tokens
 
 CHAT_TEMPLATE = "{question}{assistant}{rationale}\nAnswer: {answer}"
 """The template for models with a chat template: the question is the user's message."""
+
+# What is extracted today is trained on tomorrow. It is the date that Llama's templates have without a clock.
+_DATE = "26 Jul 2024"
 
 
 def render_for(
@@ -32,8 +36,11 @@ def render_for(
 
     Raises:
         ValueError: the template does not fit, the tokenizer has no chat template, or one that changes what the messages
-            say; the example has messages before the question, which only a chat has.
+            say, or refuses them; the example has messages before the question, which only a chat has, or holds the
+            spelling of a special token.
     """
+    parts = [("question", example.question), ("rationale", example.rationale), ("answer", example.answer)]
+    check_no_special_tokens(tokenizer, [*parts, *((f"message of {role}", text) for role, text in example.history)])
     if ASSISTANT not in template:
         if example.history:
             raise ValueError(
@@ -66,4 +73,27 @@ def _apply(tokenizer: PreTrainedTokenizerBase, history: Sequence[tuple[str, str]
     turns = [*history, ("user", user), ("assistant", assistant)]
     messages = [{"role": role, "content": content} for role, content in turns]
     # White space behind the end of the last turn is nothing to learn.
-    return tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=False).rstrip()
+    return apply_chat_template(tokenizer, messages).rstrip()
+
+
+def apply_chat_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """The text of messages in the tokenizer's chat template. Llama's write the same date every day.
+
+    Raises:
+        ValueError: the template refuses them (a system message, two turns of a user), or is none.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=_DATE,
+        )
+    except Exception as error:  # a template raises jinja's errors and Python's own, of whatever it computes
+        roles = ", ".join(message["role"] for message in messages)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"messages: are of {roles}, which the chat template of {type(tokenizer).__name__} refuses: {reason}"
+        ) from error

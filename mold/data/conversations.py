@@ -12,12 +12,22 @@ from mold.data.quantities import boxed, boxes
 
 # "Answer: 9", "**Answer:** 9", "the answer is 9", "#### 9"; a heading alone on its line.
 _ANSWER_MARKER = re.compile(
-    r"####(?!#)|\banswer[*_`]*(?:\s+is\b:?|\s*:)[*_`]*|^[#*_ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[*_ \t]*$",
+    r"####(?!#)|<answer>|(?<![A-Za-z])answer[*_`]*(?:\s+is\b:?|\s*:)[*_`]*"
+    r"|^[#*_ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[*_ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _THOUGHT_MARKS = re.compile(r"</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 _CONVERSATIONS = ("messages", "conversations", "conversation")
+# What public sets call the question, and the text that holds rationale and answer.
+_QUESTIONS = ("question", "instruction", "problem", "query", "prompt")
+_COMPLETIONS = ("completion", "output", "solution", "response", "generated_solution")
+_ANSWERS = ("answer", "final_answer", "expected_answer")
+COLUMNS = (
+    "question, answer and rationale; messages; prompt and completion; or one of "
+    f"{', '.join(_QUESTIONS)} with one of {', '.join(_COMPLETIONS)}"
+)
+"""What the columns of a row may be, for messages."""
 
 
 def example_from_row(row: Example | Mapping[str, Any], place: str) -> Example:
@@ -42,20 +52,25 @@ def example_from_row(row: Example | Mapping[str, Any], place: str) -> Example:
 def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A conversation's row as question, rationale, answer and history; any other row as it is.
 
-    Conversations are {"messages": [...]} that end with the assistant (or "conversations", as ShareGPT has them, with from
-    and value), and {"prompt", "completion"}, each a text or a list of messages. The last user message is the question,
-    what stands before it is the history. The assistant's message is the rationale up to its answer: "Answer: ...", "the
-    answer is ..." or "#### ..." at its end, or the last \\boxed{...}, which stays in its sentence; or its
-    reasoning_content, thinking or <think> ... </think>, and of the rest the answer, or all of it where it is one line. A
-    row's own "answer" wins.
+    Conversations are {"messages": [...]} that end with the assistant (or "conversations", as ShareGPT has them, with
+    from and value), and {"prompt", "completion"}, each a text or a list of messages. The last user message is the
+    question, what stands before it is the history. The assistant's message is the rationale up to its answer: "Answer:
+    ...", "the answer is ..." or "#### ..." at its end, or the last \\boxed{...}, which stays in its sentence; or its
+    reasoning_content, thinking or <think> ... </think>, and of the rest the answer, or all of it where it is one line.
+    A row's own "answer" wins.
+
+    What other sets call prompt and completion is read as such: instruction (with input) and output, problem and
+    solution, query and response, in lower or upper case; a system prompt and a history of pairs stand before them.
 
     Raises:
-        ValueError: the messages are malformed, use tools, or no answer is found; names the place.
+        ValueError: the messages are malformed, use tools, or no answer is found; two columns say the same; names the
+            place.
     """
+    row = _common_columns(row, place)
     named = next((name for name in _CONVERSATIONS if name in row), None)
     if named is None and "prompt" not in row:
         return dict(row) | {"history": _history(row.get("history"), place)}
-    if row.get("tools") or row.get("functions"):
+    if any(row.get(name) not in (None, "", "[]", "null", [], ()) for name in ("tools", "functions")):
         raise ValueError(f"{place}: has tools, must have none: messages that call tools cannot be trained on yet")
     if named is not None:
         turns = _turns(row[named], named, place)
@@ -93,6 +108,47 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     }
 
 
+def _common_columns(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A row in our names: prompt and completion, or question, rationale and answer; any other row as it is."""
+    lower = {str(key).strip().lower(): value for key, value in row.items()}
+    if len(lower) < len(row):
+        raise ValueError(f"{place}: has the columns {', '.join(map(str, row))}, must have each name once")
+    if any(name in lower for name in _CONVERSATIONS):
+        return lower
+    question, completion, answer = (_only(lower, names, place) for names in (_QUESTIONS, _COMPLETIONS, _ANSWERS))
+    if question is None and "input" in lower:
+        question = "input"
+    if answer is not None:
+        lower["answer"] = lower.pop(answer)
+    if question is None or lower.get("rationale") is not None or (question == "question" and completion is None):
+        return lower
+    if completion is None:
+        # Problems alone, to be answered; a prompt is never without a completion.
+        return lower if question == "prompt" else lower | {"question": lower.pop(question)}
+    prompt, context = lower.pop(question), lower.pop("input", None)
+    if isinstance(prompt, str):
+        text = f"{prompt}\n\n{context}" if isinstance(context, str) and context.strip() else prompt
+        system = lower.get("system") or lower.get("system_prompt")
+        prompt = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+        for pair in lower.pop("history", None) or ():
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise ValueError(f"{place}: history holds {pair!r}, must hold pairs of question and answer")
+            turns = (
+                [pair] if pair[0] in ("system", "user", "assistant") else zip(("user", "assistant"), pair, strict=True)
+            )
+            prompt += [{"role": role, "content": part} for role, part in turns]
+        prompt.append({"role": "user", "content": text})
+    return lower | {"prompt": prompt, "completion": lower.pop(completion)}
+
+
+def _only(row: Mapping[str, Any], names: Sequence[str], place: str) -> str | None:
+    """The one of the names that the row has a value for."""
+    found = [name for name in names if row.get(name) is not None]
+    if len(found) > 1:
+        raise ValueError(f"{place}: has {' and '.join(found)}, which say the same; must have one of them")
+    return found[0] if found else None
+
+
 def _split_thought(content: str) -> tuple[str, str]:
     """The thought and what stands behind it; the opening mark may stand in the prompt, and blocks may be empty."""
     parts = _THOUGHT_MARKS.split(content)
@@ -112,9 +168,9 @@ def _split_answer(content: str) -> tuple[str, str | None]:
     last = content.rfind("\n") + 1
     # A marker at the end of the line before announces the last line.
     for found in reversed(list(_ANSWER_MARKER.finditer(content, _line_before(content, last)))):
-        answer = content[found.end() :].strip().strip("*_`").strip()
+        answer = content[found.end() :].strip().removesuffix("</answer>").strip(" *_`\n")
         if answer and "\n" not in answer:
-            return without_announcement(content[: found.start()]), answer.rstrip(".")
+            return without_announcement(content[: found.start()]), answer.rstrip(" .*_`")
     found = boxes(content)
     if found and content.rfind("\n\n", 0, len(content)) < found[-1].end:
         line = content.rfind("\n", 0, found[-1].start) + 1
@@ -143,7 +199,8 @@ def _turns(messages, name: str, place: str, role: str = "assistant") -> list[tup
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
             raise ValueError(
-                f"{place}: {name} holds {message!r}, must hold messages with the texts role and content (or from and value)"
+                f"{place}: {name} holds {message!r}, must hold messages with the texts role and content "
+                "(or from and value)"
             )
         role = _ROLES.get(message["role"].casefold(), message["role"])
         if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function", "observation"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mold.data.chat import render_for
 from mold.data.examples import ANSWER, PROMPT, RATIONALE, Example
 from mold.data.segmentation import Segments, Span, segment, token_spans
+from mold.data.tokens import tokenize
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ def encode_example(
         max_length: most tokens an example may have; nothing is ever cut. None: no limit.
 
     Raises:
-        ValueError: the tokenizer is slow, the example is longer than max_length, or a step or key word has no token;
-            names the example.
+        ValueError: the tokenizer is slow, the example is longer than max_length, holds the spelling of a special token,
+            or a step or key word has no token; names the example.
     """
     check_tokenizer(tokenizer)
     try:
@@ -60,22 +62,16 @@ def encode_example(
         segments = Segments((), ())
         if task in ("joint", "explain"):
             segments = segment(rendered.text, rendered.question, rendered.rationale, example.keywords)
-        encoding = tokenizer(
-            rendered.text,
-            add_special_tokens=rendered.special_tokens,
-            return_offsets_mapping=True,
-            truncation=False,
-            verbose=False,
-        )
-        input_ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+        input_ids, offsets = tokenize(tokenizer, rendered.text, rendered.special_tokens)
         row_spans = token_spans(segments.steps, offsets, rendered.text)
         key_spans = token_spans(segments.key_words, offsets, rendered.text)
     except ValueError as error:
         raise ValueError(f"example {example.id}: {error}") from error
-    # The space before the first word of the rationale may be a token of its own, and generation has to produce it.
+    # The space before the first word of the rationale may be a token of its own, and generation has to produce it. A
+    # token that stands for no character stands where the one before it does.
     regions = [
-        PROMPT if start == end or start < len(rendered.prompt) else ANSWER if start >= rendered.answer[0] else RATIONALE
-        for start, end in offsets
+        PROMPT if start < len(rendered.prompt) else ANSWER if start >= rendered.answer[0] else RATIONALE
+        for start in accumulate((start for start, _ in offsets), max)
     ]
     if append_eos and input_ids[-1] != tokenizer.eos_token_id:
         input_ids.append(tokenizer.eos_token_id)
@@ -94,6 +90,25 @@ def encode_example(
         [rendered.text[slice(*span)] for span in segments.steps],
         [rendered.text[slice(*span)] for span in segments.key_words],
     )
+
+
+def encode_prompt(
+    example: Example, tokenizer: PreTrainedTokenizerBase, template: str, *, task: str = "joint"
+) -> list[int]:
+    """Token ids that generation starts from: those of a training text before what is learned.
+
+    Args:
+        example: its rationale and answer are not shown.
+        tokenizer, template, task: see `encode_example`.
+
+    Raises:
+        ValueError: the text cannot be rendered or holds the spelling of a special token; names the example.
+    """
+    try:
+        rendered = render_for(example, template, tokenizer, task)
+    except ValueError as error:
+        raise ValueError(f"example {example.id}: {error}") from error
+    return tokenize(tokenizer, rendered.prompt, rendered.special_tokens)[0]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -115,6 +130,8 @@ class Collator:
     padding; num_steps, num_keys: int64 [B], both 0 for an example without a signal; teacher_attention: float32
     [B, L1, S, M], absent if no example has a signal. With a `teacher`, its input_ids, attention_mask, row_spans and
     key_spans of the same examples under "teacher_" + name instead of teacher_attention.
+
+    With padding_side="left" also position_ids [B, T], which count from a text's first token as generation does.
 
     With `padding_free`, input_ids, attention_mask and regions are [1, tokens of all examples], position_ids [1, tokens]
     start again and cu_seqlens int64 [B + 1] says where each example begins; spans count from there.
@@ -158,6 +175,8 @@ class Collator:
             batch["input_ids"][index, tokens] = torch.tensor(example.input_ids)
             batch["attention_mask"][index, tokens] = 1
             batch["regions"][index, tokens] = torch.tensor(example.regions)
+        if self.padding_side == "left":
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         if self.padding_free:
             _remove_padding(batch)
         layers = {signal.shape[0] for signal in signals if signal is not None}
@@ -172,8 +191,8 @@ class Collator:
             # An example without signal keeps its place, as a text of one token.
             placeholder = EncodedExample("", [self.teacher.pad_token_id], [PROMPT], [], [], [], [])
             encoded = self.teacher([{"example": item.get("teacher") or placeholder} for item in items])
-            names = ("input_ids", "attention_mask", "row_spans", "key_spans")
-            batch |= {f"teacher_{name}": encoded[name] for name in names}
+            names = ("input_ids", "attention_mask", "position_ids", "row_spans", "key_spans")
+            batch |= {f"teacher_{name}": encoded[name] for name in names if name in encoded}
         return batch
 
 
@@ -192,6 +211,22 @@ def _remove_padding(batch: dict[str, torch.Tensor]) -> None:
 def has_signal(item: Mapping) -> bool:
     """Whether a collator's item has something to learn attention from."""
     return item.get("signal") is not None or item.get("teacher") is not None
+
+
+def with_question_keys(item: Mapping) -> dict:
+    """A collator's item with the key words of the question alone, in text and signal; they stand before all others."""
+    example = item["example"]
+    count = sum(start < example.row_spans[0][1] for start, _ in example.key_spans) if example.row_spans else 0
+    changed = dict(item, example=_first_keys(example, count))
+    if item.get("signal") is not None:
+        changed["signal"] = item["signal"][:, :, :count].contiguous() if count else None
+    if item.get("teacher") is not None:
+        changed["teacher"] = _first_keys(item["teacher"], count) if count else None
+    return changed
+
+
+def _first_keys(example: EncodedExample, count: int) -> EncodedExample:
+    return replace(example, key_spans=example.key_spans[:count], key_word_texts=example.key_word_texts[:count])
 
 
 def _pad_spans(spans: Sequence[Sequence[Span]], shifts: Sequence[int]) -> torch.Tensor:

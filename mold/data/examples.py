@@ -16,6 +16,7 @@ DEFAULT_TEMPLATE = "Question: {question}\nReasoning: {rationale}\nAnswer: {answe
 _PLACEHOLDERS = ("{question}", "{rationale}", "{answer}")
 ASSISTANT = "{assistant}"
 """Where the assistant's message begins in the template of a chat (see `mold.data.chat`)."""
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 PROMPT, RATIONALE, ANSWER = 0, 1, 2
 """Regions of a training text; every token has one (padding is PROMPT)."""
 TASK_PREFIXES = {"joint": "", "explain": "explain: ", "predict": "predict: ", "answer": ""}
@@ -29,6 +30,9 @@ class Example:
 
     keywords: the key information of a commonsense question; None where it is every number.
     history: (role, text) of the messages before the question, where the example is a conversation.
+
+    Raises:
+        ValueError: a text is none of Unicode (it holds one half of a surrogate pair), or the id is "__metadata__".
     """
 
     id: str
@@ -37,6 +41,19 @@ class Example:
     answer: str
     keywords: tuple[str, ...] | None = None
     history: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self):
+        if self.id == "__metadata__":
+            raise ValueError("id: is '__metadata__', a name that safetensors keeps for itself; must be another")
+        texts = [(name, getattr(self, name)) for name in ("id", "question", "rationale", "answer")]
+        texts += [("keywords", word) for word in self.keywords or ()]
+        texts += [("history", text) for turn in self.history for text in turn]
+        for name, text in texts:
+            if isinstance(text, str) and (lone := _LONE_SURROGATE.search(text)):
+                raise ValueError(
+                    f"{name}: holds {lone[0]!a} at character {lone.start()}, one half of a surrogate pair; must be "
+                    "Unicode text"
+                )
 
 
 class RenderedText(NamedTuple):

@@ -6,11 +6,15 @@ distractor is a sentence of the question with a number that stands nowhere else 
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Collection, Iterator
 
+from mold.data.equations import equation_rationale, find_equations
 from mold.data.examples import Example
+
+_LOWEST_MAX_VALUE = 100  # two cakes of 50 grams of flour each, the least of its kind
 
 NAMES = [
     "Ada",
@@ -54,30 +58,47 @@ GOODS = [
 PLACES = ["market", "library", "station", "school", "harbour", "bakery", "museum", "garden"]
 
 
-def generate_problems(count: int, seed: int = 0) -> list[Example]:
+def generate_problems(
+    count: int, seed: int = 0, *, max_value: int | None = None, rationale_form: str = "text"
+) -> list[Example]:
     """`count` different problems, the same for the same seed; a longer list starts with the shorter one.
 
+    Args:
+        count: of problems.
+        seed: of the numbers and names.
+        max_value: the largest number that a problem or its rationale may state: easier arithmetic. The texts, their
+            mix, their steps and their distractors stay what they are. None: no limit.
+        rationale_form: "text", or "equations": the calculations of the text alone, an operation a step.
+
     Raises:
-        ValueError: count is not positive.
+        ValueError: count is not positive, or max_value below 100, which not every kind of problem can keep.
     """
     if count < 1:
         raise ValueError(f"count: is {count}, must be at least 1")
+    if max_value is not None and max_value < _LOWEST_MAX_VALUE:
+        raise ValueError(f"max_value: is {max_value}, must be at least {_LOWEST_MAX_VALUE}")
     examples, asked = [], set()
-    for question, rationale, answer in _problems(random.Random(seed)):
+    for question, rationale, answer in _problems(random.Random(seed), max_value or math.inf):
         if question not in asked:
             asked.add(question)
+            if rationale_form == "equations":
+                rationale = equation_rationale(find_equations(rationale), str(answer))
             examples.append(Example(f"problem-{seed}-{len(examples)}", question, rationale, str(answer)))
         if len(examples) == count:
             return examples
     raise AssertionError("unreachable: the stream of problems has no end")
 
 
-def _problems(rng: random.Random) -> Iterator[tuple[str, str, int]]:
+def _problems(rng: random.Random, max_value: float) -> Iterator[tuple[str, str, int]]:
     while True:
         scenario = rng.choice(SCENARIOS)
-        facts, task, steps, answer = scenario(rng)
+        while True:
+            facts, task, steps, answer = scenario(rng)
+            used = [int(number) for number in re.findall(r"\d+", " ".join([*facts, *steps]))]
+            # Drawn again here and not with another scenario, so that their mix is the same.
+            if max(used) <= max_value:
+                break
         # The distractor never comes first: a problem opens with what it is about.
-        used = [int(number) for number in re.findall(r"\d+", " ".join([*facts, *steps]))]
         facts.insert(rng.randint(1, len(facts)), _distractor(rng, used))
         yield " ".join([*facts, task]), " ".join(steps), answer
 

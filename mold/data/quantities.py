@@ -1,8 +1,8 @@
 r"""The number that a text states: "$1,200.50", "minus five", "\frac{3}{4}", "not 5 but 6", "3 + 4 = 7 apples".
 
-A plain reading, exact and without a library: of digits and their separators, signs, fractions, powers of numbers, words of
-number and size, and of which number of a sentence is meant. What it does not read alone (calculations, roots, unknowns,
-points, intervals) it names a formula, for `mold.data.formulas`. Every function takes time linear in the text.
+A plain reading, exact and without a library: of digits and their separators, signs, fractions, powers of numbers,
+words of number and size, and of which number of a sentence is meant. What it does not read alone (calculations, roots,
+unknowns, points, intervals) it names a formula, for `mold.data.formulas`. Every function takes time linear in the text.
 """
 # ruff: noqa: RUF001 - the look-alike signs below are the ones that texts hold
 
@@ -45,6 +45,10 @@ class Statement(NamedTuple):
 
 # --- LaTeX, Markdown and typography, taken away ---
 
+LONGEST = 2000
+"""Characters of a text that are read for what it states, its last ones: more than any sentence has."""
+
+_SPELT = re.compile(r"[\\^*_`{~]|\$\$")
 _BRACES = re.compile(r"\\[^A-Za-z]|[{}]")
 _BOX = re.compile(r"\\f?boxed\s*(?:(?=\{)|(\w|\\[A-Za-z]+))")
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|,?\s*(?:or|and))[\s$]*")
@@ -64,10 +68,10 @@ _SIGNS = {
 _SIGN_COMMAND = re.compile(r"\\([A-Za-z]+)(?![A-Za-z])\s?")
 _SUPERSCRIPT = re.compile(r"(?<=[\d)])([⁺⁻]?[⁰¹²³⁴-⁹]+)")
 _UNIT_POWER = re.compile(
-    r"(?<=\d)(\s?(?:[kcm]m|ft|in|yd|mi|units?|inch(?:es)?|f(?:ee|oo)t|yards?|miles?|[a-z]*met(?:er|re)s?|m(?=[²³])|(?<=\s)m))"
-    r"\s?(?:[²³]|\^\{?[23]\}?)(?!\w)"
+    r"(?<=\d)(\s?(?:[kcm]m|ft|in|yd|mi|units?|inch(?:es)?|f(?:ee|oo)t|yards?|miles?|[a-z]*met(?:er|re)s?"
+    r"|m(?=[²³])|(?<=\s)m))\s?(?:[²³]|\^\{?[23]\}?)(?!\w)"
 )
-_MARKS = re.compile(r"(?<![\w)*])(?:\*{1,3}|`+|__?)(?=\S)|(?<=\S)(?:\*{1,3}|`+|__?)(?![\w(*])")
+_MARKS = re.compile(r"(?<![\w)*])(?:\*{1,3}|`+|__?)(?=\S)|(?<=\S)(?:\*{1,3}|`+|__?)(?![\w(*{])")
 _DASHES = str.maketrans({"−": "-", "﹣": "-", "－": "-", "‐": "-", "‑": "-"})
 
 
@@ -115,8 +119,10 @@ def boxed(text: str) -> str | None:
 
 def plain(text: str) -> str:
     """The text with LaTeX's spelling of numbers, Markdown's marks and look-alike signs as one types them on a line."""
+    if text.isascii() and not _SPELT.search(text):
+        return text
     text = text.replace("{,}", ",").replace("\\!", "").replace("\u2044", "/")
-    text = re.sub(r"\\[,;: ]|~(?=\d{3})|\\\n", " ", text)
+    text = re.sub(r"(?<!\\)\\[,;:\s]|~(?=\d{3})", " ", text)
     text = re.sub(r"\\([$%#&])", r"\1", text)
     text = re.sub(r"\\[()\[\]]|\$\$", " ", text)
     text = _STYLE_ALONE.sub("", text)
@@ -182,27 +188,37 @@ _REACH = 48  # characters looked at on each side of a number
 
 _SIZES = {
     **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
-    **{"lakh": 10**5, "lac": 10**5, "crore": 10**7, "mn": 10**6, "bn": 10**9, "k": 10**3, "M": 10**6, "B": 10**9},
+    **{
+        "mil": 10**6,
+        "mln": 10**6,
+        "lakh": 10**5,
+        "lac": 10**5,
+        "crore": 10**7,
+        "mn": 10**6,
+        "bn": 10**9,
+        "k": 10**3,
+        "M": 10**6,
+        "B": 10**9,
+    },
 }
 _SIZE = re.compile(
-    r"[\s-]?((?i:hundred|thousand|million|billion|trillion|dozen|lakh|lac|crore)|mn|bn)s?(?!\w)|([kKMB])(?!\w)"
+    r"[\s-]?((?i:hundred|thousand|million|billion|trillion|dozen|lakh|lac|crore|mil|mln)|mn|bn)s?(?!\w)|([kKMB])(?!\w)"
 )
 
-_WORD_VALUES = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen".split()
-    )
-} | {word: 10 * place for place, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORD_VALUES = {word: value for value, word in enumerate(_ONES.split())}
+_WORD_VALUES |= {word: 10 * place for place, word in enumerate(_TENS.split(), 2)}
 _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+NUMBER_WORDS = re.compile(rf"\b(?:{'|'.join([*_WORD_VALUES, *_PARTS])}|hundred|thousand|million|dozen)", re.IGNORECASE)
 _NEXT_WORD = re.compile(rf"(?:\s*-\s*|\s+)?(?P<and>and\s+)?(?P<article>an?\s+)?(?P<word>[A-Za-z]+)(?![{_LETTER}\d_])")
 _AND_PART = re.compile(rf"\s+and\s+(?:an?|one)[\s-]+({'|'.join(_PARTS)})(?!\w)", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)(?!\w)", re.IGNORECASE)
 
 # --- which of them is meant: the lower the rank the better, the last of the best one counts ---
 
-_FREE, _IN_WORDS, _PART, _ASIDE, _IN_BRACKETS, _DENIED = range(6)
+_TOTAL, _FREE, _IN_WORDS, _PART, _ASIDE, _IN_BRACKETS, _DENIED = range(7)
 _BEFORE = (
     r"(?:\s+(?:the|an?|his|her|its|their|our|my|these|those|all|each|every|only|just|about|around|first|last|next|other)"
     rf"){{0,2}}\s+(?:{_CURRENCY}\s?)?-?$"
@@ -218,7 +234,7 @@ _RANKED = tuple(
         # A statement, whatever its preposition.
         (
             _FREE,
-            r"\b(?:(?:total|sum|profit|distance|average|cost|price|value|result|answer|loss)s?\s+of|(?:result|end)\w*\s+in"
+            r"\b(?:(?:total|sum|profit|distance|average|cost|price|value|result|answer|loss)s?\s+of|(?:result|end|put)\w*\s+in"
             rf"|for\s+a\s+total\s+of){_BEFORE}",
         ),
         (
@@ -236,9 +252,12 @@ _RANKED = tuple(
     )
 )
 _DENIED_BEHIND = re.compile(
-    r"[^\w.!?]*(?:[^\W\d]+\s+){0,2}?(?:is|was|are|were|seems)(?:n['’]t\b|\s+(?:not|wrong|incorrect|impossible|too)\b)",
+    r"[^\w.!?]*(?:[^\W\d]+\s+)??(?:is|was|are|were|seems)(?:(?:n['’]t|\s+not)\s+(?:the|a|an|correct|right|it|enough|possible)\b"
+    r"|\s+(?:wrong|incorrect|impossible|too)\b)",
     re.IGNORECASE,
 )
+_TOTAL_BEFORE = re.compile(rf"\b(?:altogether|overall|in\s+total|in\s+all),?{_BEFORE}", re.IGNORECASE)
+_TOTAL_BEHIND = re.compile(r"(?:\s+[^\W\d]+){0,2}?\s+(?:altogether|overall|in\s+total|in\s+all)\b", re.IGNORECASE)
 _FOR_TIME = re.compile(rf"\bfor{_BEFORE}", re.IGNORECASE)
 _TIME = re.compile(r"\s*-?(?:more\s+)?(?:second|minute|hour|day|week|month|year|people|person)s?\b", re.IGNORECASE)
 _CALCULATED = re.compile(
@@ -249,13 +268,13 @@ _CALCULATED = re.compile(
 _OPERATORS = {"plus": "+", "minus": "-", "times": "×", "multiplied": "×", "divided": "/", "x": "×", "–": "-"}
 _UNDECIDED = re.compile(
     r"(?:%|°)?(?:\s?[^\W\d]+\.?){0,3}?\s*(?:,\s*)?(?:/|&|\b(?:or|and|to|and/or)\b)"
-    r"(?:\s*(?:or|maybe|perhaps|possibly|even|about|also|else|then|with|is|it['’]?s))?\s*[$€£¥₹]?\s?-?"
+    r"(?:\s*(?:or|maybe|perhaps|possibly|even|about|also|else|then|with|is|it['’]?s|(?:could|may|might)\s+be))?\s*[$€£¥₹]?\s?-?"
     r"|(?:%|°)?\s*[,;–-]\s*[$€£¥₹]?-?"
     # 5 feet 6 inches, 1 hour 30 minutes
     r"|\s?(?:f(?:ee|oo)t|ft|h|hours?|hrs?|minutes?|mins?|pounds?|lbs?|dollars?|euros?|yards?|years?|months?|weeks?|days?|k?m)?\s?",
     re.IGNORECASE,
 )
-_RANGE = re.compile(r"\b(?:between|rang\w+|anywhere|somewhere)\b", re.IGNORECASE)
+_RANGE = re.compile(r"\(\s*(?:or|maybe|perhaps)\b|\b(?:between|rang\w+|anywhere|somewhere)\b", re.IGNORECASE)
 _LEADS = re.compile(
     r"(?:(?:about|approximately|approx\.?|around|roughly|exactly|only|just|a\s+total\s+of|the\s+number|it\s+is|that\s+is|they?"
     rf"\s+(?:is|are))\s+)*[^\w]*{_CURRENCY}?\s?-?",
@@ -340,7 +359,7 @@ def _extended(text: str, start: int, end: int, value: Fraction) -> Quantity:
     while size := _SIZE.match(text, end):
         word = size[1].lower() if size[1] else size[2].replace("K", "k")
         value, end = value * _SIZES[word], size.end()
-    return _quantity(text, start, end, value, _ASIDE if _ORDINAL.match(text, end) else _FREE)
+    return _quantity(text, start, end, value, _ASIDE if _ORDINAL.match(text, end) else 0)
 
 
 def _power(base: Fraction, exponent: int) -> Fraction | None:
@@ -350,7 +369,7 @@ def _power(base: Fraction, exponent: int) -> Fraction | None:
     return base**exponent
 
 
-def _quantity(text: str, start: int, end: int, value: Fraction | None, rank: int = _FREE) -> Quantity:
+def _quantity(text: str, start: int, end: int, value: Fraction | None, rank: int = 0) -> Quantity:
     negative = _is_negative(text[max(0, start - _REACH) : start])
     shown = ("-" if negative else "") + text[start:end]
     return Quantity(start, end, -value if negative and value is not None else value, shown, rank)
@@ -437,8 +456,12 @@ def _bracket_depths(text: str, places: list[int]) -> list[bool]:
 def _rank(text: str, quantity: Quantity) -> int:
     before = text[max(0, quantity.start - _REACH) : quantity.start]
     behind = text[quantity.end : quantity.end + _REACH]
+    if not (before.strip() or behind.strip()):
+        return _FREE
     if _DENIED_BEHIND.match(behind):
         return _DENIED
+    if _TOTAL_BEHIND.match(behind) or _TOTAL_BEFORE.search(before):
+        return _TOTAL
     if _FOR_TIME.search(before) and _TIME.match(behind):
         return _ASIDE
     return next((rank for rank, pattern in _RANKED if pattern.search(before)), _FREE)
@@ -446,6 +469,7 @@ def _rank(text: str, quantity: Quantity) -> int:
 
 # --- statements ---
 
+_ONLY_NUMBER = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?")
 _EQUALS = re.compile(r"(?<![<>!=≤≥:])=(?![=>])|≈|→|\b(?:which\s+)?(?:is\s+)?equals?\b(?:\s+to\b)?")
 _EQUATIONS = re.compile(r"[A-Za-z]\s*=")
 _FUNCTIONS = (
@@ -458,22 +482,26 @@ _GLUED = re.compile(
     rf"(?<=[\d^)}}])\s?[{_LETTER}]{{3,}}|(?<=\d)(?:cm|mm|km|kg|mg|ml|ft|in|lb|lbs|oz|hr|hrs|min|am|pm)\b"
 )
 _NOT_IN_FORMULAS = re.compile(r"[?#@\"“”…\n]|\.\s|[.,;:]$")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-zA-Z]+\*?\}(?:\{[clr|]+\})?")
 _UNIT = re.compile(r"\s?(?:[%°]\s?)?[mgslhLKCFWVNJA]?")
-_MATH = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$\$(.+?)\$\$|(?<![\\\d])\$(?!\s)([^$\n]+?)(?<!\\)\$(?!\d)", re.DOTALL)
+_MATH_MARKS = re.compile(r"\\[()\[\]]|\$\$|(?<!\\)\$|\n")
 
 
 def stated(text: str) -> Statement | None:
     r"""What a text states: one number, several undecided ones, or a formula; None where it has neither.
 
-    Of an equation the last side that is a number counts ("3 + 4 = 7 apples", "72 = 48 + 24"), of a sentence the number that
-    it starts with, else the last one that is free: not denied ("not 5 but 6"), compared with ("more than 5"), in brackets,
-    or an aside ("in 2 months", "of the 10"). Two free numbers joined by "or", "and", "to" or a comma leave it open.
+    Of an equation the last side that is a number counts ("3 + 4 = 7 apples", "72 = 48 + 24"), of a sentence the number
+    that it starts with, else the last one that is free: not denied ("not 5 but 6"), compared with ("more than 5"), in
+    brackets, or an aside ("in 2 months", "of the 10"). Two free numbers joined by "or", "and", "to" or a comma leave
+    it open.
 
     Args:
         text: an answer, in one or a few lines; of a \boxed{...} in it only that counts.
     """
+    if _ONLY_NUMBER.fullmatch(text):  # most answers
+        return Statement("number", text, Fraction(text))
     inner = boxed(text)
-    text = plain(text if inner is None else inner).strip(" \t\n$*_`\"'“”>").rstrip(" .,:;$")
+    text = plain((text if inner is None else inner)[-LONGEST:]).strip(" \t\n$*_`\"'“”>").rstrip(" .,:;$")
     sides = _EQUALS.split(text)
     if len(sides) == 1:
         return _of_side(text)
@@ -520,9 +548,11 @@ def _of_side(text: str) -> Statement | None:
     neighbours = [place - 1] * (place > 0) + [place] * (place < len(gaps))
     for gap in neighbours:
         left, right = live[gap], live[gap + 1]
-        if left.rank == right.rank and left.value != right.value and _UNDECIDED.fullmatch(gaps[gap][:_REACH]):
+        # "9 times 9 feet, or 81 feet" names a calculation and its result.
+        told_apart = left.rank == right.rank and left.value != right.value and gap not in calculated
+        if told_apart and _UNDECIDED.fullmatch(gaps[gap][:_REACH]):
             return Statement("open", text)
-    if len(chosen) > 1 and _RANGE.search(text):
+    if len({quantity.value for quantity in live}) > 1 and _RANGE.search(text):
         return Statement("open", text)
     return Statement("number", live[place].text, live[place].value)
 
@@ -545,6 +575,8 @@ def _of_formula(text: str, quantities: list[Quantity]) -> Statement:
     if None not in values and quantities:
         gloss = re.search(r"(?<=\d)\s+\([^()]*\)$", text)
         first = quantities[0]
+        if gloss and _RANGE.match(gloss[0].lstrip()):
+            return Statement("open", text)
         if gloss and sum(quantity.end <= gloss.start() for quantity in quantities) == 1:
             quantities, values, text = [first], {first.value}, text[: gloss.start()]
         rest = _between(text, quantities)
@@ -575,7 +607,7 @@ def _leads(text: str, first: Quantity) -> bool:
 def is_formula(text: str) -> bool:
     """Whether a text is a formula, list, point, interval or equation and no prose."""
     return bool(re.search(r"[^\W_]|\\[A-Za-z]", text)) and not (
-        _PROSE.search(text) or _GLUED.search(text) or _NOT_IN_FORMULAS.search(text)
+        _PROSE.search(_ENVIRONMENT.sub("", text)) or _GLUED.search(text) or _NOT_IN_FORMULAS.search(text)
     )
 
 
@@ -583,11 +615,27 @@ def formula_in(text: str) -> str:
     """The formula of a text: the last one between dollars or \\( and \\), else the last piece without prose."""
     if (math := last_math(text)) is not None:
         return math
+    if is_formula(text):
+        return text
     pieces = [piece.strip(" $.,;:?\n") for piece in _PROSE.split(text)]
     return next((piece for piece in reversed(pieces) if re.search(r"\d|\\[A-Za-z]|[=<>≤≥]", piece)), text).strip()
 
 
 def last_math(text: str) -> str | None:
     r"""The last formula of a text between dollars, \( and \) or \[ and \]."""
-    spans = [next(filter(None, math.groups())) for math in _MATH.finditer(text)]
-    return spans[-1].strip() if spans else None
+    opened: dict[str, int] = {}
+    found = None
+    for mark in _MATH_MARKS.finditer(text):
+        name, place = mark[0], mark.start()
+        if name in ("\\)", "\\]", "$$", "$"):
+            opening = {"\\)": "\\(", "\\]": "\\["}.get(name, name)
+            # "$5 and $6" are amounts: the second dollar closes nothing.
+            amount = name == "$" and (text[place - 1 : place].isspace() or text[place + 1 : place + 2].isdigit())
+            if opening in opened and not amount:
+                found = (opened.pop(opening), place)
+                continue
+        if name == "\n":
+            opened.pop("$", None)
+        elif name in ("\\(", "\\[", "$$", "$") and not (name == "$" and text[mark.end() : mark.end() + 1].isspace()):
+            opened[name] = mark.end()
+    return text[slice(*found)].strip() or None if found else None

@@ -1,15 +1,18 @@
 """Readers of public data sets, and how many rows they kept.
 
-A data set is read in two steps. A container (JSON lines, a JSON array, ASDiv's XML, Parquet, a data set of the hub)
+A data set is read in two steps. A container (JSON lines, a JSON array, CSV, ASDiv's XML, Parquet, a set of the hub)
 gives rows with the places they stand at; a format turns a row into question, answer and whatever else it has. Any
 format may come in any container.
 """
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import math
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +20,17 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from mold.data.conversations import question_row
+from mold.data.conversations import COLUMNS, question_row
+from mold.data.equations import EquationError, equation_rationale, find_equations
 from mold.data.examples import Example, question_key
+from mold.extras import missing_extra
+from mold.files import json_errors, json_lines, json_object, text_lines
 
-SUFFIXES = (".jsonl", ".json", ".xml", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xml", ".parquet")
 RATIONALES_FILE = "rationales.jsonl"
+RATIONALE_FORMS = ("text", "equations")
+# Columns of CSV that hold more than a text.
+_LISTS = ("messages", "conversations", "history", "keywords", "facts", "choices", "options", "lSolutions")
 # A hub name with an optional configuration: "owner/name" or "owner/name:configuration".
 _HUB_NAME = re.compile(r"(?P<name>[\w-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 
@@ -45,33 +54,49 @@ def read_examples(
     *,
     split: str | None = None,
     rationales: str | Path | None = None,
+    rationale_form: str = "text",
     require_rationale: bool = True,
 ) -> tuple[list[Example], ReadReport]:
     """Read examples from a file, a folder or the hub.
 
     Args:
-        path: a .jsonl, .json, .xml or .parquet file, a folder of them, or the name of a data set on the hub
-            ("owner/name" or "owner/name:configuration"; needs the extra ``data``, as Parquet does).
-        format: "plain" (rows with question, answer, rationale and optionally id, keywords, correct), "gsm8k", "svamp",
-            "asdiv", "singleeq", "multiarith", "commonsense_qa", "strategyqa", or "auto": found from the first row.
+        path: a .jsonl, .json (an array, or JSON lines), .csv, .tsv, .xml or .parquet file, a folder of them, or the
+            name of a data set on the hub ("owner/name" or "owner/name:configuration"; needs the extra ``data``, as
+            Parquet does). Text is UTF-8, or what a byte-order mark says.
+        format: "plain" (rows with question, answer, rationale and optionally id, keywords, correct, and what
+            `mold.data.conversations.question_row` reads), "gsm8k", "svamp", "asdiv", "singleeq", "multiarith", "aqua",
+            "commonsense_qa", "strategyqa", or "auto": found from the first row.
         split: "train", "test", ...: which file of a folder (its name starts with it), which split of the hub.
         rationales: JSONL rows with question, rationale and optionally correct and keywords. They take the place of the
             rationales that the data set has; a question with several becomes several examples. In a folder, its
             rationales.jsonl.
+        rationale_form: "text", or "equations": the equations that the rows have, an operation a step (see
+            `mold.data.equations`). GSM8K has them in its calculator marks, SVAMP, ASDiv, SingleEq and MultiArith as
+            published in their equations, plain rows where their rationales state calculations.
         require_rationale: whether examples are to be trained on. Without, every question is kept once, whatever its
             rationale.
 
     Returns:
         The examples, and how many rows were read and left out: without a rationale, with one that leads to a wrong
-        answer (`"correct": false`), and repetitions of an earlier row.
+        answer (`"correct": false`), without equations or with ones that are wrong or end in another answer, and
+        repetitions of an earlier row.
 
     Raises:
         ValueError: the data set is missing, empty, malformed, or of no known format; names the file and line.
     """
     if format != "auto" and format not in FORMATS:
         raise ValueError(f"dataset_format: is {format!r}, must be auto, {', '.join(FORMATS)}")
+    if rationale_form not in RATIONALE_FORMS:
+        raise ValueError(f"rationale_form: is {rationale_form!r}, must be one of {', '.join(RATIONALE_FORMS)}")
+    if rationale_form == "equations" and rationales is not None:
+        raise ValueError("rationales: is given, must not be with rationale_form='equations', which takes the rows' own")
     name, rows = _open(str(path), split)
-    if rationales is None and Path(path).is_dir() and (Path(path) / RATIONALES_FILE).is_file():
+    if (
+        rationale_form == "text"
+        and rationales is None
+        and Path(path).is_dir()
+        and (Path(path) / RATIONALES_FILE).is_file()
+    ):
         rationales = Path(path) / RATIONALES_FILE
     written = None if rationales is None else _read_rationales(Path(rationales))
     report, examples, places, seen, asked = ReadReport(), [], {}, set(), set()
@@ -84,6 +109,14 @@ def read_examples(
             reason = f"has no {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
             raise ValueError(f"{place}: {reason} (read as {format})") from error
         base = {"id": f"{name}-{report.rows}"} | base
+        if rationale_form == "equations":
+            try:
+                base["rationale"] = equation_rationale(_row_equations(base), str(base["answer"]))
+            except EquationError as error:
+                if require_rationale:
+                    report.left_out[str(error)] += 1
+                    continue
+                base["rationale"] = None
         key = question_key(str(base.get("question")))
         variants = [base]
         if written is not None:
@@ -101,7 +134,10 @@ def read_examples(
             if require_rationale and variant.get("correct") is False:
                 report.left_out["with a wrong rationale"] += 1
                 continue
-            example = _example(place, variant, require_rationale)
+            try:
+                example = _example(variant, require_rationale)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}; the row has {', '.join(map(str, row))}") from error
             if example.id in places:
                 raise ValueError(f"{place}: has the id {example.id!r} of {places[example.id]}")
             places[example.id] = place
@@ -117,26 +153,6 @@ def read_examples(
     if not examples:
         raise ValueError(f"dataset: {path} holds no usable example ({report})")
     return examples, report
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a JSON-lines file with their places, "file:line".
-
-    Raises:
-        ValueError: the file is missing, or a line is no JSON object.
-    """
-    if not path.is_file():
-        raise ValueError(f"dataset: {path} does not exist")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: is no JSON ({error})") from error
-            yield place, _object(place, row)
 
 
 def is_hub_name(path: str) -> bool:
@@ -157,7 +173,14 @@ def _open(path: str, split: str | None) -> tuple[str, Iterator[tuple[str, dict]]
         found = _file_of(found, split)
     if found.suffix not in SUFFIXES:
         raise ValueError(f"dataset: {found} ends in {found.suffix!r}, must end in {', '.join(SUFFIXES)}")
-    container = {".jsonl": json_lines, ".json": _json_array, ".xml": _asdiv_xml, ".parquet": _parquet_rows}
+    container = {
+        ".jsonl": _json_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".xml": _asdiv_xml,
+        ".parquet": _parquet_rows,
+    }
     return found.stem, container[found.suffix](found)
 
 
@@ -170,23 +193,25 @@ def _file_of(folder: Path, split: str | None) -> Path:
     return chosen[0]
 
 
+def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of a JSON array or of JSON lines, whatever the file's name says."""
+    first = next((line.lstrip()[0] for line in text_lines(path) if line.strip()), "")
+    return _json_array(path) if first == "[" else json_lines(path)
+
+
 def _json_array(path: Path) -> Iterator[tuple[str, dict]]:
     # Element by element, so that a malformed row is told by its line.
-    text, decoder, line, counted = path.read_text(encoding="utf-8"), json.JSONDecoder(), 1, 0
+    text, decoder, line, counted = "".join(text_lines(path)), json.JSONDecoder(), 1, 0
     position = _skip(text, 0)
-    if text[position : position + 1] != "[":
-        raise ValueError(f"{path}:1: must be a JSON array of objects")
     while True:
         position = _skip(text, position + 1)
         line, counted = line + text.count("\n", counted, position), position
         place = f"{path}:{line}"
         if text[position : position + 1] == "]":
             return
-        try:
+        with json_errors(path, line, whole=True):
             row, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: is no JSON ({error.msg})") from error
-        yield place, _object(place, row)
+        yield place, json_object(place, row)
         position = _skip(text, position)
         if text[position : position + 1] == "]":
             return
@@ -198,11 +223,51 @@ def _skip(text: str, position: int) -> int:
     return re.compile(r"\s*").match(text, position).end()
 
 
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of comma-separated values (or semicolons, or tabs: whatever the header has most of); an empty cell is
+    none, and lists stand there as JSON."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        # newline="": line ends in quotes belong to the text.
+        lines = text_lines(path, newline="")
+        header = next(lines, "")
+        delimiter = max(",;\t", key=header.count)
+        reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+        columns = [column.strip() for column in next(reader, [])]
+        if not all(columns) or len(set(columns)) < len(columns):
+            raise ValueError(f"{path}:1: has the columns {', '.join(map(repr, columns))}, must name each, once")
+        line = reader.line_num + 1
+        for cells in reader:
+            place, line = f"{path}:{line}", reader.line_num + 1
+            if not cells:
+                continue
+            if len(cells) != len(columns):
+                raise ValueError(f"{place}: has {len(cells)} values, must have {len(columns)}: {', '.join(columns)}")
+            yield place, {c: _cell(place, c, v) for c, v in zip(columns, cells, strict=True) if v.strip()}
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: is no CSV ({error})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _cell(place: str, column: str, text: str):
+    if column == "correct" and text.strip().lower() in ("true", "false"):
+        return text.strip().lower() == "true"
+    if column not in _LISTS:
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: {column} is {reprlib.repr(text)}, must be a list in JSON") from error
+
+
 def _asdiv_xml(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}:{error.position[0]}: is no XML ({error})") from error
+    except (ValueError, LookupError) as error:  # of the encoding that it says it has
+        raise ValueError(f"{path}:1: is no XML that can be read ({error})") from error
     for problem in root.iter("Problem"):
         row = {element.tag: element.text or "" for element in problem}
         yield f"{path}, problem {problem.get('ID')}", {"ID": problem.get("ID"), **row}
@@ -212,21 +277,22 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ImportError(f'{path}: reading Parquet needs pyarrow: pip install "mold-distill[data]"') from error
+        raise missing_extra(f"{path}, which is Parquet", "pyarrow", "data") from error
     number = 0
-    for batch in parquet.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: is no Parquet that can be read ({str(error).splitlines()[0]})") from error
 
 
 def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            f'{name}: is no file here; reading it from the hub needs datasets: pip install "mold-distill[data]"'
-        ) from error
+        raise missing_extra(f"{name}, which is no file here but may be on the hub", "datasets", "data") from error
     if split is None:
         raise ValueError(f"dataset_split: is not given, must name a split of {name} on the hub, such as train")
     try:
@@ -237,24 +303,18 @@ def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tupl
         yield f"{name}, {split} row {number}", row
 
 
-def _object(place: str, row) -> dict:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: is a {type(row).__name__}, must be an object")
-    return row
-
-
 def _read_rationales(path: Path) -> dict[str, list[dict]]:
     """Rationale, correct and keywords of every question in a JSON-lines file."""
     found: dict[str, list[dict]] = {}
-    for place, row in json_lines(path):
+    for place, row in json_lines(path, "rationales"):
         if "question" not in row or "rationale" not in row:
             raise ValueError(f"{place}: has {', '.join(sorted(row))}; must have the keys question and rationale")
         kept = {key: row[key] for key in ("rationale", "correct", "keywords") if row.get(key) is not None}
-        found.setdefault(question_key(row["question"]), []).append(kept)
+        found.setdefault(question_key(str(row["question"])), []).append(kept)
     return found
 
 
-def _example(place: str, row: Mapping, require_rationale: bool) -> Example:
+def _example(row: Mapping, require_rationale: bool) -> Example:
     values = {}
     for key in ("question", "rationale", "answer"):
         value = row.get(key)
@@ -263,11 +323,11 @@ def _example(place: str, row: Mapping, require_rationale: bool) -> Example:
         if value is None and key == "rationale" and not require_rationale:
             value = ""
         if not isinstance(value, str) or (not value.strip() and (key != "rationale" or require_rationale)):
-            raise ValueError(f"{place}: {key} is {value!r}, must be a text that is not empty")
+            raise ValueError(f"{key} is {reprlib.repr(value)}, must be a text that is not empty")
         values[key] = value.strip()
     keywords = row.get("keywords")
     if keywords is not None and (not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords)):
-        raise ValueError(f"{place}: keywords is {keywords!r}, must be a list of texts")
+        raise ValueError(f"keywords is {keywords!r}, must be a list of texts")
     keywords = None if keywords is None else tuple(keywords)
     return Example(str(row["id"]), **values, keywords=keywords, history=row.get("history", ()))
 
@@ -282,8 +342,16 @@ class Format(NamedTuple):
     read: Callable[[dict], dict]
 
 
+def _row_equations(base: dict) -> list[str]:
+    """The equations of a row that was read: published ones, or those in its rationale."""
+    return base["equations"] if "equations" in base else find_equations(base.get("rationale") or "")
+
+
 def _plain(row: dict) -> dict:
+    columns = ", ".join(map(str, row))
     row = question_row(row, "the row")
+    if "question" not in row:
+        raise ValueError(f"has the columns {columns}; must have {COLUMNS}")
     return {key: row[key] for key in ("id", *Example.__dataclass_fields__, "correct") if row.get(key) is not None}
 
 
@@ -291,26 +359,42 @@ def _gsm8k(row: dict) -> dict:
     rationale, separator, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
     if not separator:
         raise ValueError("answer has no '#### result'")
-    return {"question": row["question"], "rationale": rationale, "answer": answer.replace(",", "")}
+    equations = re.findall(r"<<([^<>]*)>>", row["answer"])
+    answer = answer.replace(",", "")
+    return {"question": row["question"], "rationale": rationale, "answer": answer, "equations": equations}
 
 
 def _svamp(row: dict) -> dict:
-    return {"id": row["ID"], "question": _joined(row["Body"], row["Question"]), "answer": row["Answer"]}
+    question = _joined(row["Body"], row["Question"])
+    return {"id": row["ID"], "question": question, "answer": row["Answer"], "equations": [row["Equation"]]}
 
 
 def _asdiv(row: dict) -> dict:
     row = {key.lower(): value for key, value in row.items()}
-    # "9 (apples)": the unit is no part of the answer.
-    answer = re.sub(r"\s*\([^()]*\)", "", row["answer"]) if isinstance(row["answer"], str) else row["answer"]
+    answer = row["answer"]
+    if isinstance(answer, str):
+        # "9 (apples)": the unit is no part of the answer, nor the blanks before it.
+        *before, last = re.split(r"\([^()]*\)", answer)
+        answer = "".join(part.rstrip() for part in before) + last
     name = row.get("id") or row.get("@id")
-    return {"question": _joined(row["body"], row["question"]), "answer": answer} | ({"id": name} if name else {})
+    question, equations = _joined(row["body"], row["question"]), row["formula"].split(";")
+    return {"question": question, "answer": answer, "equations": equations} | ({"id": name} if name else {})
 
 
-def _equations(row: dict) -> dict:
+def _singleeq(row: dict) -> dict:
     if "final_ans" in row:
-        return {"question": row["question"], "answer": row["final_ans"]}
+        return {"question": row["question"], "answer": row["final_ans"], "equations": row.get("lEquations", [])}
     (solution,) = row["lSolutions"]
-    return {"question": row["sQuestion"], "answer": solution}
+    return {"question": row["sQuestion"], "answer": solution, "equations": row.get("lEquations", [])}
+
+
+def _aqua(row: dict) -> dict:
+    options = [str(option).partition(")") for option in row["options"]]
+    if row["correct"] not in {label for label, _, _ in options}:
+        raise ValueError(f"correct is {row['correct']!r}, must be the letter of one of the options")
+    choices = " ".join(f"({label}) {text.strip()}" for label, _, text in options)
+    question = f"{row['question'].rstrip()} Answer Choices: {choices}"
+    return {"question": question, "rationale": row.get("rationale"), "answer": row["correct"]}
 
 
 def _commonsense_qa(row: dict) -> dict:
@@ -351,8 +435,9 @@ def _detect(row: dict) -> str:
 FORMATS: dict[str, Format] = {
     "svamp": Format(({"Body", "Question", "Equation"},), _svamp),
     "asdiv": Format(({"Body", "Question", "Formula"}, {"body", "question", "formula"}), _asdiv),
-    "singleeq": Format(({"sQuestion", "lSolutions"},), _equations),
-    "multiarith": Format(({"question", "final_ans"},), _equations),
+    "singleeq": Format(({"sQuestion", "lSolutions"},), _singleeq),
+    "multiarith": Format(({"question", "final_ans"},), _singleeq),
+    "aqua": Format(({"question", "options", "correct"},), _aqua),
     "commonsense_qa": Format(({"answerKey", "question"},), _commonsense_qa),
     "strategyqa": Format(({"qid", "question", "answer", "facts"},), _strategyqa),
     "gsm8k": Format(({"question", "answer"},), _gsm8k),

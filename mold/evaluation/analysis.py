@@ -21,10 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.data.encoding import Collator, EncodedExample, encode_example
 from mold.data.examples import DEFAULT_TEMPLATE, Example
-from mold.method.attention_interface import stack_attention, use_mold_attention
+from mold.method.attention_interface import observe_attention, use_mold_attention
 
 
-@torch.no_grad()
 def key_word_mass(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -72,17 +71,8 @@ def key_word_mass(
     starts = range(0, len(chosen), batch_size)
     for start in tqdm(starts, desc="Attention to key words", disable=not progress):
         batch_examples = chosen[start : start + batch_size]
-        batch = {k: v.to(model.device) for k, v in collate([{"example": e} for e in batch_examples]).items()}
-        out = model.base_model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            row_spans=batch["row_spans"],
-            key_spans=batch["key_spans"],
-            row_reduction="mean",
-            output_attentions=True,
-            use_cache=False,
-        )
-        pooled = stack_attention(out.attentions).double().sum(-1).cpu()
+        attention = observe_attention(model, collate([{"example": e} for e in batch_examples]), "mean")
+        pooled = attention.double().sum(-1).cpu()
         for index, example in enumerate(batch_examples):
             count = len(example.row_spans)
             places = (torch.arange(count) * (bins - 1) / max(1, count - 1)).round().long()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mold.extras import missing_extra
+
 
 class Tasks:
     """What to ask.
@@ -33,7 +35,7 @@ class Tasks:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ImportError("lm_eval_tasks: needs lm-eval: pip install 'mold-distill[lm-eval]'") from error
+            raise missing_extra("lm_eval_tasks", "lm-eval", "lm-eval") from error
         if include_path is not None and not os.path.isdir(include_path):
             raise ValueError(f"lm_eval_include_path: {include_path} does not exist, must be a folder of tasks")
         self.names, self.shots, self.limit = list(names), shots, limit

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.data.answers import answer_kind, extract_answer, judge_answer
-from mold.data.chat import render_for
+from mold.data.encoding import encode_prompt
 from mold.data.examples import DEFAULT_TEMPLATE, Example
-from mold.generation.batches import Completion, Journal, batches_by_length, generate_batch
+from mold.generation.batches import Completion, Journal, generate_all
 
 
 def generate_predictions(
@@ -42,34 +41,25 @@ def generate_predictions(
 
     Returns:
         A dictionary an example, in their order: id, question, answer (the right one), prediction (None where no answer
-        was found), completion, correct, judged (false where it cannot be within the limits of `mold.data.formulas`; wrong
-        then), truncated.
+        was found), completion, correct, judged (false where it cannot be within the limits of `mold.data.formulas`;
+        wrong then), truncated.
     """
-    model.eval()
-    rendered = [render_for(example, template, tokenizer, task) for example in examples]
-    prompts = [tokenizer(text.prompt, add_special_tokens=text.special_tokens)["input_ids"] for text in rendered]
-    rows = [None] * len(prompts)
-    for place, chosen in enumerate(tqdm(batches_by_length(prompts, batch_size), "Generating", disable=not progress)):
-        name = f"predictions-{place}"
-        if journal is None or name not in journal.batches:
-            completions = generate_batch(
-                model,
-                tokenizer,
-                [prompts[index] for index in chosen],
-                max_new_tokens=max_new_tokens,
-                static_cache=static_cache,
-            )
-            answered = [
-                _prediction(examples[index], completion, template, task)
-                for index, completion in zip(chosen, completions, strict=True)
-            ]
-            if journal is not None:
-                journal.append(name, answered)
-        else:
-            answered = journal.batches[name]
-        for index, row in zip(chosen, answered, strict=True):
-            rows[index] = row
-    return rows
+    prompts = [encode_prompt(example, tokenizer, template, task=task) for example in examples]
+    completions = generate_all(
+        model,
+        tokenizer,
+        prompts,
+        "predictions",
+        batch_size=batch_size,
+        journal=journal,
+        progress=progress,
+        max_new_tokens=max_new_tokens,
+        static_cache=static_cache,
+    )
+    return [
+        _prediction(example, completion, template, task)
+        for example, completion in zip(examples, completions, strict=True)
+    ]
 
 
 def _prediction(example: Example, completion: Completion, template: str, task: str) -> dict:
@@ -115,7 +105,7 @@ def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def score(predictions: Sequence[dict]) -> dict:
-    """right, total, accuracy, its 95 % interval (low, high), and how many gave no answer, were not judged or truncated."""
+    """right, total, accuracy, its 95 % interval (low, high), and how many: no answer, not judged, truncated."""
     right, total = sum(row["correct"] for row in predictions), len(predictions)
     low, high = wilson_interval(right, total)
     return {

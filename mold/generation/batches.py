@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mold.files import append_jsonl, cut_torn_line, json_lines
 
 
 class Completion(NamedTuple):
@@ -83,6 +86,53 @@ def generate_batch(
     return completions
 
 
+def generate_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    stage: str,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    journal: Journal | None = None,
+    title: str = "Generating",
+    progress: bool = True,
+    **options,
+) -> list[Completion]:
+    """Completions of any number of prompts, in batches of like lengths; the journal's batches are not generated again.
+
+    Args:
+        model: a causal language model; put into evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: token ids.
+        stage: of the journal, by which batches are named; a batch is also known by its prompts.
+        batch_size: prompts a batch.
+        seed: of sampling; each batch has one of its own, made from it.
+        journal: finished batches are noted there; None keeps no journal.
+        title: of the progress bar.
+        progress: whether to show it.
+        **options: of `generate_batch`.
+
+    Returns:
+        One completion a prompt, in their order.
+    """
+    model.eval()
+    completions: list = [None] * len(prompts)
+    for place, chosen in enumerate(tqdm(batches_by_length(prompts, batch_size), title, disable=not progress)):
+        batch = [[*prompts[index]] for index in chosen]
+        name = f"{stage}-{place}"
+        known = f"{name}-{hashlib.sha256(json.dumps(batch).encode()).hexdigest()[:16]}"
+        if journal is not None and known in journal.batches:
+            found = [Completion(**row) for row in journal.batches[known]]
+        else:
+            found = generate_batch(model, tokenizer, batch, seed=batch_seed(seed, name), **options)
+            if journal is not None:
+                journal.append(known, [completion._asdict() for completion in found])
+        for index, completion in zip(chosen, found, strict=True):
+            completions[index] = completion
+    return completions
+
+
 def batches_by_length(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """Indices of prompts of like length that share a batch: less padding."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -97,8 +147,8 @@ def batch_seed(seed: int, name: str) -> int:
 class Journal:
     """Finished batches of a stage, a JSON line each behind one with the stage's settings.
 
-    A line is appended and synced when its batch is done; what a killed run left of a line is cut off. Batches are named
-    by what they are, so a run that goes on asks for the same ones and finds those that are done.
+    What a killed run left of a line is cut off. Batches are named by what they are, so a run that goes on asks for the
+    same ones and finds those that are done.
 
     Args:
         path: of the file, made if missing.
@@ -112,21 +162,15 @@ class Journal:
         self.path = Path(path)
         self.batches: dict[str, list[dict]] = {}
         settings = json.loads(json.dumps(settings))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            file.seek(0)
-            whole, _, torn = file.read().rpartition(b"\n")
-            if torn:
-                file.truncate(len(whole) + 1 if whole else 0)
-        lines = whole.splitlines()
+        cut_torn_line(self.path)
         try:
-            rows = [json.loads(line) for line in lines]
+            rows = [row for _, row in json_lines(self.path)]
             theirs = rows[0]["settings"] if rows else None
             self.batches = {row["batch"]: row["rows"] for row in rows[1:]}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{self.path}: is no journal of mold ({error}); delete it to start anew") from error
         if theirs is None:
-            self._append({"settings": settings})
+            append_jsonl(self.path, {"settings": settings})
             return
         for key in sorted(theirs.keys() | settings.keys()):
             if theirs.get(key) != settings.get(key):
@@ -137,14 +181,8 @@ class Journal:
 
     def append(self, batch: str, rows: list[dict]) -> None:
         """Note a finished batch."""
-        self._append({"batch": batch, "rows": rows})
+        append_jsonl(self.path, {"batch": batch, "rows": rows})
         self.batches[batch] = rows
-
-    def _append(self, row: dict) -> None:
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _end_tokens(model, tokenizer) -> list[int]:

@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.data.examples import Example
 from mold.data.segmentation import find_keywords
-from mold.generation.batches import Journal, batch_seed, batches_by_length, generate_batch
+from mold.generation.batches import Journal, generate_all
 from mold.generation.prompting import PromptFile, prompt_ids
 
 MARKER = "Key words:"
@@ -53,7 +52,6 @@ def name_keywords(
         The examples, in their order, and counts of what happened.
     """
     model, tokenizer = teacher
-    model.eval()
     turns = [(_asked(shot["question"], shot["rationale"]), "; ".join(shot["keywords"])) for shot in prompt.shots]
     if chat:
         turns = [(asked, f"{MARKER} {answered}") for asked, answered in turns]
@@ -61,23 +59,20 @@ def name_keywords(
         prompt_ids(tokenizer, prompt.instruction, turns, _asked(e.question, e.rationale), _OPENING, chat)
         for e in examples
     ]
-    answers: dict[str, str] = {}
-    for place, chosen in enumerate(tqdm(batches_by_length(prompts, batch_size), "Key words", disable=not progress)):
-        name = f"keywords-{place}"
-        if name not in journal.batches:
-            completions = generate_batch(
-                model,
-                tokenizer,
-                [prompts[index] for index in chosen],
-                max_new_tokens=max_new_tokens,
-                seed=batch_seed(0, name),
-                stop=None if chat else "\n",
-            )
-            rows = [{"id": examples[i].id, "text": c.text} for i, c in zip(chosen, completions, strict=True)]
-            journal.append(name, rows)
-        answers |= {row["id"]: row["text"] for row in journal.batches[name]}
+    answers = generate_all(
+        model,
+        tokenizer,
+        prompts,
+        "keywords",
+        batch_size=batch_size,
+        journal=journal,
+        title="Key words",
+        progress=progress,
+        max_new_tokens=max_new_tokens,
+        stop=None if chat else "\n",
+    )
     counts: Counter = Counter()
-    return [_with_keywords(example, answers[example.id], counts) for example in examples], counts
+    return [_with_keywords(e, answer.text, counts) for e, answer in zip(examples, answers, strict=True)], counts
 
 
 def parse_keywords(answer: str) -> list[str] | None:

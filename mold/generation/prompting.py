@@ -11,7 +11,9 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from mold.data.answers import answer_kind
+from mold.data.chat import apply_chat_template
 from mold.data.examples import Example
+from mold.data.tokens import check_no_special_tokens, tokenize
 
 _BY_KIND = {"number": "math", "choice": "commonsense", "yes_no": "yes_no"}
 
@@ -77,8 +79,10 @@ def use_chat(tokenizer: PreTrainedTokenizerBase, chat: str) -> bool:
     """Whether prompts are chats: "auto" where the tokenizer has a chat template, "on", "off".
 
     Raises:
-        ValueError: it is "on" and the tokenizer has none.
+        ValueError: it is "on" and the tokenizer has none, or it is something else.
     """
+    if chat not in ("auto", "on", "off"):
+        raise ValueError(f"chat: is {chat!r}, must be 'auto', 'on' or 'off'")
     if chat == "on" and not tokenizer.chat_template:
         raise ValueError("chat: is 'on', but the teacher's tokenizer has no chat template; must be 'off' or 'auto'")
     return chat == "on" or (chat == "auto" and bool(tokenizer.chat_template))
@@ -103,13 +107,14 @@ def prompt_ids(
         opening: what a plain prompt has between a question and its answer, such as "\\nReasoning:".
         chat: whether to use the tokenizer's chat template.
     """
+    check_no_special_tokens(tokenizer, [("question", question)])
     if not chat:
         worked = [f"{asked}{opening} {answered}" for asked, answered in turns]
-        return tokenizer("\n\n".join([instruction, *worked, question + opening]))["input_ids"]
+        return tokenize(tokenizer, "\n\n".join([instruction, *worked, question + opening]))[0]
     messages = []
     for asked, answered in turns:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     messages.append({"role": "user", "content": question})
     messages[0]["content"] = f"{instruction}\n\n{messages[0]['content']}"
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+    return tokenize(tokenizer, text, special_tokens=False)[0]

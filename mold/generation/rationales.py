@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.data.answers import answer_kind, extract_answer, judge_answer, split_completion
 from mold.data.examples import ASSISTANT, DEFAULT_TEMPLATE, Example, question_key
-from mold.data.readers import json_lines
-from mold.generation.batches import Completion, Journal, batch_seed, batches_by_length, generate_batch
+from mold.files import json_lines
+from mold.generation.batches import Completion, Journal, generate_all
 from mold.generation.prompting import PromptFile, prompt_ids
 
 # A rationale that speaks of the hint is none that a student could find.
@@ -98,34 +97,27 @@ def write_rationales(
         if sampling.hint and prompt.hint:
             stages.append(("hint", 0))
         model, tokenizer = teacher
-        model.eval()
         for stage, number in stages:
             # Which questions are left depends on the stages before alone: a run that goes on finds the same batches.
             left = [example for example in examples if not best.get(example.id, {}).get("correct")]
             prompts = [_prompt_of(tokenizer, prompt, example, stage, template, chat) for example in left]
-            batches = batches_by_length(prompts, sampling.batch_size)
-            title = f"Rationales, {stage}" + (f" {number + 1}" if sampling.num_tries > 1 and stage == "plain" else "")
-            for place, chosen in enumerate(tqdm(batches, desc=title, disable=not progress)):
-                name = f"{stage}-{number}-{place}"
-                if name not in journal.batches:
-                    completions = generate_batch(
-                        model,
-                        tokenizer,
-                        [prompts[index] for index in chosen],
-                        max_new_tokens=sampling.max_new_tokens,
-                        temperature=sampling.temperature,
-                        top_p=sampling.top_p,
-                        seed=batch_seed(sampling.seed, name),
-                        stop=None if chat else _next_question(template),
-                    )
-                    journal.append(
-                        name, [{"id": left[i].id, **c._asdict()} for i, c in zip(chosen, completions, strict=True)]
-                    )
-                by_id = {left[index].id: left[index] for index in chosen}
-                for row in journal.batches[name]:
-                    completion = Completion(row["text"], row["truncated"])
-                    example = by_id[row["id"]]
-                    _consider(best, example, _check_written(example, completion, stage, template), counts)
+            completions = generate_all(
+                model,
+                tokenizer,
+                prompts,
+                f"{stage}-{number}",
+                batch_size=sampling.batch_size,
+                seed=sampling.seed,
+                journal=journal,
+                title=f"Rationales, {stage}" + f" {number + 1}" * (number > 0),
+                progress=progress,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                stop=None if chat else _next_question(template),
+            )
+            for example, completion in zip(left, completions, strict=True):
+                _consider(best, example, _check_written(example, completion, stage, template), counts)
     rows = [_row(example, best.get(example.id)) for example in examples]
     counts["right"] = sum(row["correct"] for row in rows)
     counts["never right"] = len(rows) - counts["right"]
@@ -215,7 +207,7 @@ def read_given(path: str | Path, examples: Sequence[Example]) -> tuple[dict[str,
     ids = {example.id for example in examples}
     by_question = {question_key(example.question): example.id for example in examples}
     found, strangers = {}, 0
-    for place, row in json_lines(Path(path)):
+    for place, row in json_lines(Path(path), "rationales"):
         if not isinstance(row.get("rationale"), str) or not ({"id", "question"} & row.keys()):
             raise ValueError(f"{place}: has {', '.join(sorted(row))}; must have rationale, and id or question")
         name = str(row.get("id"))

@@ -12,7 +12,7 @@ Without spans it is an ordinary causal attention: training, and generation with 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from mold_kernels import attention_with_lse, span_attention, value_pool
+from mold_kernels import SpanPlan, attention_with_lse, span_attention, value_pool
 
 ATTENTION_NAME = "mold"
 VALUE_NORM_EPSILON = 1e-6
@@ -88,14 +88,17 @@ def mold_attention_forward(
         states = tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in states)
     # What accumulates in float32 below must not be cast.
     with torch.autocast(device, enabled=False):
+        if row_spans is not None or key_spans is not None:
+            _check_supported(module, query, key, attention_mask, dropout, row_spans, key_spans, kwargs)
         if cu_seqlens is None:
-            return _attend(module, *states, attention_mask, row_spans, key_spans, **options)
+            (spans,) = _texts(row_spans, key_spans, [0, key.shape[2]])
+            return _attend(module, *states, attention_mask, *spans, **options)
         if attention_mask is not None or len(query) > 1:
             raise ValueError("cu_seqlens: is given with padding or a mask, must come with one row and a mask of ones")
         texts = []
-        for index, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        all_spans = _texts(row_spans, key_spans, list(cu_seqlens))
+        for (start, end), spans in zip(itertools.pairwise(cu_seqlens), all_spans, strict=True):
             text = (tensor[:, :, start:end] for tensor in states)
-            spans = (None if spans is None else spans[index, None] for spans in (row_spans, key_spans))
             texts.append(_attend(module, *text, None, *spans, **options))
         outs, captured = zip(*texts, strict=True)
         return torch.cat(outs, 1), None if captured[0] is None else _concatenated(captured)
@@ -109,6 +112,7 @@ def _attend(
     mask,
     row_spans,
     key_spans,
+    plan,
     *,
     scaling,
     dropout,
@@ -125,21 +129,46 @@ def _attend(
         options["sliding_window"] = sliding_window
     if softcap is not None:
         options["softcap"] = softcap
-    if row_spans is None and key_spans is None:
+    if plan is None:
         out = _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs)
         return out.transpose(1, 2), None
-    _check_supported(module, query, key, mask, dropout, row_spans, key_spans, kwargs)
     out, lse = _attention(query, key, value, mask, scaling, options, sinks)
     pooled = span_attention(
-        query, key, lse, row_spans, key_spans, scale=scaling, row_reduction=row_reduction, **options
+        query, key, lse, row_spans, key_spans, plan=plan, scale=scaling, row_reduction=row_reduction, **options
     )
     features = None
     if value_features:
-        batch, heads, length, head_dim = value.shape
-        valid = value.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
+        valid = value.new_ones(value.shape[0], value.shape[2], dtype=torch.bool) if mask is None else mask
         # The router's norm weight factors out of the sum over tokens; the router applies it.
-        features = value_pool(value, value.new_ones(heads * head_dim), valid, VALUE_NORM_EPSILON)
+        features = value_pool(value, valid, VALUE_NORM_EPSILON)
     return out.transpose(1, 2), LayerAttention(pooled, features)
+
+
+_last_texts = None
+"""What `_texts` found last, for the other layers of a forward, and for a checkpoint that runs one again."""
+
+
+def _texts(
+    row_spans: torch.Tensor | None, key_spans: torch.Tensor | None, borders: Sequence[int]
+) -> list[tuple[torch.Tensor | None, torch.Tensor | None, SpanPlan | None]]:
+    """(row_spans, key_spans, plan) of every text: all rows of a batch at once, or texts packed between borders."""
+    global _last_texts
+    if row_spans is None:
+        return [(None, None, None)] * (len(borders) - 1)
+    if _last_texts is not None and not torch.compiler.is_compiling():
+        rows, keys, last_borders, texts = _last_texts
+        # A part of a tensor counts its writes with the whole.
+        unchanged = texts[0][2].is_of(*texts[0][:2], borders[1] - borders[0])
+        if rows is row_spans and keys is key_spans and last_borders == borders and unchanged:
+            return texts
+    packed = len(borders) > 2
+    texts = []
+    for index, (start, end) in enumerate(itertools.pairwise(borders)):
+        spans = (row_spans[index, None], key_spans[index, None]) if packed else (row_spans, key_spans)
+        texts.append((*spans, SpanPlan(*spans, end - start)))
+    if not (torch.compiler.is_compiling() or row_spans.is_inference() or key_spans.is_inference()):
+        _last_texts = row_spans, key_spans, borders, texts
+    return texts
 
 
 def mold_mask(
@@ -220,6 +249,28 @@ def stack_attention(attentions: Sequence[LayerAttention]) -> torch.Tensor:
             f'attn_implementation="{ATTENTION_NAME}" and call it with output_attentions=True, row_spans and key_spans'
         )
     return torch.stack([layer.attention for layer in attentions])
+
+
+@torch.no_grad()
+def observe_attention(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], row_reduction: str = "sum"
+) -> torch.Tensor:
+    """Stepwise attention of all layers, [L, B, S, M] on the model's device, of a model that is not trained.
+
+    Args:
+        model: with the "mold" attention.
+        batch: input_ids, attention_mask, row_spans and key_spans as `mold.data.encoding.Collator` makes them.
+        row_reduction: "sum" or "mean".
+    """
+    names = ("input_ids", "attention_mask", "row_spans", "key_spans")
+    # The backbone alone: no logits are needed.
+    out = model.base_model(
+        **{name: batch[name].to(model.device) for name in names},
+        row_reduction=row_reduction,
+        output_attentions=True,
+        use_cache=False,
+    )
+    return stack_attention(out.attentions)
 
 
 def attention_dropout_option(config) -> str | None:

@@ -1,4 +1,4 @@
-"""Teacher signals: the teacher's stepwise attention of every layer, extracted once and cached on disk, or online.
+"""Teacher signals: the teacher's stepwise attention of every layer, in a cache on disk.
 
 A cache is a folder of safetensors shards and a manifest.json. A shard is written whole, then the manifest that names
 it, each by an atomic rename: whatever moment a run is killed, the manifest names only whole shards and the next run
@@ -14,21 +14,16 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import load
+from transformers import PreTrainedModel
 
-from mold.data.encoding import Collator, EncodedExample, check_tokenizer, encode_example
+from mold.data.encoding import EncodedExample
 from mold.data.examples import Example, text_hash
 from mold.data.segmentation import SEGMENTATION_VERSION
-from mold.files import write_atomically
-from mold.method.attention_interface import stack_attention, use_mold_attention
-from mold.processes import check_processes
+from mold.models import weights_fingerprint
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -55,17 +50,6 @@ class SignalSettings:
         return cls(name, revision, weights_fingerprint(model), str(model.dtype), template, row_reduction)
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the names, shapes and up to 64 evenly spaced values of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
 class SignalCache:
     """A verified cache of teacher signals.
 
@@ -78,7 +62,7 @@ class SignalCache:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        manifests = _read_manifests(self.folder)
+        manifests = read_manifests(self.folder)
         if not manifests:
             raise ValueError(f"signals: {self.folder} holds no {MANIFEST}; run `mold extract` first")
         self._examples, self._signals, shards = {}, {}, {}
@@ -127,207 +111,20 @@ class SignalCache:
             raise ValueError(f"example {example.id}: has no teacher signal in {self.folder}; run `mold extract` on it")
         if entry["text"] != text_hash(example, self.settings.template):
             raise ValueError(f"example {example.id}: its text is not the one that {self.folder} was extracted from")
-        found, expected = (entry["steps"], entry["key_words"]), (len(encoded.row_spans), len(encoded.key_spans))
-        if found != expected:
-            raise ValueError(
-                f"example {example.id}: the teacher's signal has {found[0]} steps and {found[1]} key words, the "
-                f"student's text {expected[0]} and {expected[1]}"
-            )
+        check_agreement(example, encoded, entry["steps"], entry["key_words"])
         return self._signals[example.id] if entry["key_words"] else None
 
 
-def extract_signals(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    folder: str | os.PathLike,
-    settings: SignalSettings,
-    *,
-    batch_size: int = 8,
-    shard_size: int = 64,
-    max_length: int | None = None,
-    progress: bool = True,
-) -> SignalCache:
-    """Extract the stepwise attention of every example, or of those a killed run has left; split over processes.
-
-    Args:
-        model: the teacher; its attention is switched to "mold".
-        tokenizer: the teacher's, a fast one.
-        examples: with distinct ids.
-        folder: of the cache; made if missing.
-        settings: what the cache is made with, `SignalSettings.of(model, ...)`.
-        batch_size: examples a forward.
-        shard_size: examples a file.
-        max_length: most tokens an example may have.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The verified cache.
-
-    Raises:
-        ValueError: the folder holds a cache of other settings or another text of an example; the examples, the
-            tokenizer or the model cannot be used (see `encode_example`, `use_mold_attention`); the processes do not
-            know of each other; or the teacher's attention is not finite.
-    """
-    folder = Path(folder)
-    check_tokenizer(tokenizer)
-    repeated = [name for name, count in Counter(example.id for example in examples).items() if count > 1]
-    if repeated:
-        raise ValueError(f"example {repeated[0]}: stands twice in the data set, ids must be distinct")
-    use_mold_attention(model).eval()
-    state = check_processes()
-    mine = "" if state.is_main_process else f"-{state.process_index}"
-    folder.mkdir(parents=True, exist_ok=True)
-    manifests = _read_manifests(folder)
-    if manifests:
-        SignalCache(folder).require(**dataclasses.asdict(settings))
-    manifest = manifests.get(f"manifest{mine}.json") or {
-        "format": FORMAT_VERSION,
-        "settings": dataclasses.asdict(settings),
-        "shards": {},
-        "examples": {},
-    }
-    extracted = {key: value for found in manifests.values() for key, value in found["examples"].items()}
-    remaining = []
-    for example in examples:
-        known = extracted.get(example.id)
-        if known is not None and known["text"] != text_hash(example, settings.template):
-            raise ValueError(f"example {example.id}: its text is not the one that {folder} was extracted from")
-        encoded = encode_example(example, tokenizer, settings.template, append_eos=False, max_length=max_length)
-        if known is None:
-            remaining.append((example, encoded))
-        elif known["tokens"] != _tokens_hash(encoded):
-            raise ValueError(
-                f"example {example.id}: its tokens are not those that {folder} was extracted from: the teacher's "
-                "tokenizer or chat template is another; extract into another folder"
-            )
-    # Nobody writes before everybody has seen the same examples remain.
-    state.wait_for_everyone()
-    done = len(examples) - len(remaining)
-    remaining = remaining[state.process_index :: state.num_processes]
-    collate = Collator(pad_token_id=tokenizer.eos_token_id)
-    with tqdm(total=done + len(remaining), desc="Teacher signals", disable=not progress or bool(mine)) as bar:
-        bar.update(done)
-        for start in range(0, len(remaining), shard_size):
-            shard = remaining[start : start + shard_size]
-            tensors = {}
-            # Examples of like length share a batch: less padding.
-            by_length = sorted(shard, key=lambda pair: len(pair[1].input_ids))
-            for first in range(0, len(by_length), batch_size):
-                encoded = [pair[1] for pair in by_length[first : first + batch_size]]
-                tensors |= _signals(model, collate, encoded, settings.row_reduction)
-                bar.update(len(encoded))
-            name = f"shard{mine}-{len(manifest['shards']):05d}.safetensors"
-            data = save(tensors)
-            write_atomically(folder / name, data)
-            manifest["shards"][name] = hashlib.sha256(data).hexdigest()
-            for example, encoded in shard:
-                manifest["examples"][example.id] = {
-                    "text": text_hash(example, settings.template),
-                    "tokens": _tokens_hash(encoded),
-                    "steps": len(encoded.row_spans),
-                    "key_words": len(encoded.key_spans),
-                }
-            write_atomically(
-                folder / f"manifest{mine}.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode()
-            )
-    state.wait_for_everyone()
-    return SignalCache(folder)
-
-
-def _tokens_hash(encoded: EncodedExample) -> str:
-    values = [encoded.input_ids, encoded.row_spans, encoded.key_spans]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-class OnlineTeacher:
-    """A teacher that runs beside the student, in place of a SignalCache: nothing on disk, a forward every step.
-
-    Args:
-        model: frozen, put into evaluation mode and switched to the "mold" attention here.
-        tokenizer: the teacher's, a fast one.
-        template, row_reduction: as of the student's training.
-        max_length: most tokens an example may have.
-
-    Raises:
-        ValueError: the model's attention cannot be replaced, or the tokenizer cannot be used.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        row_reduction: str,
-        max_length: int | None = None,
-    ):
-        check_tokenizer(tokenizer)
-        self.model = use_mold_attention(model).eval().requires_grad_(False)
-        self._tokenizer, self._template = tokenizer, template
-        self._row_reduction, self._max_length = row_reduction, max_length
-
-    @property
-    def collator(self) -> Collator:
-        """What pads the teacher's tokens."""
-        return Collator(self._tokenizer.eos_token_id)
-
-    def encode(self, example: Example, encoded: EncodedExample) -> EncodedExample | None:
-        """The example in the teacher's tokens; None if it has no key words.
-
-        Raises:
-            ValueError: its steps and key words are not the student's (`encoded`); names the example.
-        """
-        mine = encode_example(example, self._tokenizer, self._template, append_eos=False, max_length=self._max_length)
-        found, expected = [(len(e.row_spans), len(e.key_spans)) for e in (mine, encoded)]
-        if found != expected:
-            raise ValueError(
-                f"example {example.id}: the teacher's text has {found[0]} steps and {found[1]} key words, "
-                f"the student's {expected[0]} and {expected[1]}"
-            )
-        return mine if mine.key_spans else None
-
-    def attention(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Stepwise attention float32 [B, L1, S, M] of a batch that `collator` made, on the batch's device."""
-        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        attention = _stepwise_attention(self.model, inputs, self._row_reduction)
-        return attention.transpose(0, 1).to(batch["input_ids"].device)
-
-
-@torch.no_grad()
-def _stepwise_attention(model, batch, row_reduction) -> torch.Tensor:
-    """float32 [L1, B, S, M]."""
-    # The backbone alone: the teacher's logits are not needed.
-    out = model.base_model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        row_spans=batch["row_spans"],
-        key_spans=batch["key_spans"],
-        row_reduction=row_reduction,
-        output_attentions=True,
-        use_cache=False,
-    )
-    return stack_attention(out.attentions).float()
-
-
-def _signals(model, collate, encoded, row_reduction) -> dict[str, torch.Tensor]:
-    """The signal of each example that has key words, by id."""
-    encoded = [example for example in encoded if example.key_spans]
-    if not encoded:
-        return {}
-    batch = {k: v.to(model.device) for k, v in collate([{"example": example} for example in encoded]).items()}
-    attention = _stepwise_attention(model, batch, row_reduction).cpu()
-    if not attention.isfinite().all():
-        wrong = [e.id for i, e in enumerate(encoded) if not attention[:, i].isfinite().all()]
+def check_agreement(example: Example, encoded: EncodedExample, steps: int, key_words: int) -> None:
+    """Raise a ValueError that names the example unless the student's text has the teacher's steps and key words."""
+    if (expected := (len(encoded.row_spans), len(encoded.key_spans))) != (steps, key_words):
         raise ValueError(
-            f"example {wrong[0]}: the teacher's attention is not finite; is its dtype {model.dtype} wide enough?"
+            f"example {example.id}: the teacher has {steps} steps and {key_words} key words, the student's text "
+            f"{expected[0]} and {expected[1]}"
         )
-    return {
-        example.id: attention[:, index, : len(example.row_spans), : len(example.key_spans)].contiguous()
-        for index, example in enumerate(encoded)
-    }
 
 
-def _read_manifests(folder: Path) -> dict[str, dict]:
+def read_manifests(folder: Path) -> dict[str, dict]:
     """The manifests of all processes that ever wrote into the folder, by file name."""
     manifests = {}
     for path in sorted(folder.glob("manifest*.json")):

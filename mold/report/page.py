@@ -1,11 +1,17 @@
 """One `report.html` in the run folder that says what a training run did, and opens without a network."""
 
+from __future__ import annotations
+
+import importlib.resources
 import json
 import math
-import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from . import plots
+from mold.extras import missing_extra
+from mold.files import json_lines, write_atomically
+from mold.report import plots
 
 MAPS_OPEN, MAPS_SHOWN, PREDICTIONS_SHOWN = 2, 12, 12
 LAYER_WEIGHTS = ("teacher_layer_weights", "student_layer_weights_before", "student_layer_weights_after")
@@ -18,20 +24,27 @@ WHAT_IS_IN = {
 }
 
 
-def write_report(run_folder):
-    """Write `report.html` from the files that the trainer left in `run_folder`; the file is replaced in one move.
+def write_report(run_folder: str | Path) -> Path:
+    """Write report.html from the files that a training left in its folder; it is replaced in one move.
 
-    Only `summary.json` must be there: what else is missing, or was cut short, the report says.
+    Only summary.json must be there: what else is missing, or was cut short, the report says.
 
-    Returns: the report's path.
-    Raises: FileNotFoundError without `summary.json`; ValueError that names file and line if a file is not what the
-    trainer writes; ImportError without the `report` extra.
+    Args:
+        run_folder: of `mold train`.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        FileNotFoundError: there is no summary.json.
+        ValueError: a file is not what the training writes; names file and line.
+        ImportError: the extra ``report`` is not installed.
     """
     try:
         from jinja2 import Environment
         from markupsafe import Markup
     except ImportError as error:
-        raise ImportError('the report needs jinja2: pip install "mold-distill[report]"') from error
+        raise missing_extra("the report", "jinja2", "report") from error
     folder = Path(run_folder)
     summary = _read_json(folder / "summary.json")
     there = {name: folder / name for name in WHAT_IS_IN if (folder / name).is_file()}
@@ -53,7 +66,7 @@ def write_report(run_folder):
     )
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
-    html = environment.from_string(TEMPLATE).render(
+    html = environment.from_string(_template()).render(
         name=folder.resolve().name,
         summary=summary,
         sentence=_sentence(summary),
@@ -64,21 +77,19 @@ def write_report(run_folder):
         router=svg(plots.layer_weights_over_training(metrics)) if has_router else None,
         losses=svg(plots.loss_curves(metrics)) if has_losses else None,
         config=there["config.yaml"].read_text("utf-8", errors="replace") if "config.yaml" in there else None,
-        css=Markup(CSS),
         **_predictions(there, notes),
         notes=notes,
     )
     path = folder / "report.html"
-    unfinished = folder / f".report.html.{os.getpid()}"
-    try:
-        unfinished.write_text(html, encoding="utf-8", errors="replace")  # a lone surrogate in a completion
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, html.encode("utf-8", "replace"))  # a lone surrogate in a completion
     return path
 
 
-def number(value):
+def _template() -> str:
+    return (importlib.resources.files("mold.report") / "page.html").read_text("utf-8")
+
+
+def number(value: float | str | None) -> str:
     """A number as a reader wants it: four significant digits, NaN as NaN, a dash for what was not measured."""
     if value is None:
         return "\N{EN DASH}"
@@ -88,44 +99,33 @@ def number(value):
     return str(int(value)) if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
 
 
-def read_json_lines(path, notes):
-    """The objects of a JSON-lines file; a torn last line is left out and noted, a torn line elsewhere is an error."""
-    lines = [(i, line) for i, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    rows = []
-    for i, line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if i != lines[-1][0]:
-                raise ValueError(
-                    f"{path.name}, line {i}: was {line[:60]!r}, must be a JSON object ({error})"
-                ) from error
-            notes.append(f"The last line of {path.name} is half written and is left out.")
-            continue
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path.name}, line {i}: was {line[:60]!r}, must be a JSON object")
-    return rows
+def _rows(path: Path | None, notes: list[str]) -> list[tuple[str, dict]]:
+    """The rows of a file that may be missing, with their places; a torn last line is left out and noted."""
+    if path is None:
+        return []
+    note = f"The last line of {path.name} is half written and is left out."
+    return list(json_lines(path, "run_folder", lambda: notes.append(note)))
 
 
-def _read_json(path):
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path.name}: must be JSON ({error})") from error
+        raise ValueError(f"{path}: is no JSON ({error})") from error
 
 
-def _merged(path, notes):
+def _merged(path: Path | None, notes: list[str]) -> list[dict]:
     """Rows in the order of their steps. A resumed run logs steps again: its last row counts, training and evaluation
     apart, because both may be logged at one step."""
     last = {}
-    for i, row in enumerate(read_json_lines(path, notes) if path else [], 1):
+    for place, row in _rows(path, notes):
         if not isinstance(row.get("step"), int | float):
-            raise ValueError(f"{path.name}, row {i}: step was {row.get('step')!r}, must be a number")
+            raise ValueError(f"{place}: step is {row.get('step')!r}, must be a number")
         last[row["step"], any(key.startswith("eval_") for key in row)] = row
     return [last[key] for key in sorted(last)]
 
 
-def _change(row):
+def _change(row: Mapping[str, Any]) -> dict[str, Any]:
     before, after = row.get("before"), row.get("after")
     change = verdict = None
     if before is not None and after is not None:
@@ -138,7 +138,7 @@ def _change(row):
     return {**row, "change": sign + number(change).replace("-", "\N{MINUS SIGN}"), "verdict": verdict or ""}
 
 
-def _sentence(summary):
+def _sentence(summary: Mapping[str, Any]) -> str:
     text = f"{summary.get('model') or 'The student'} learnt from {summary.get('teacher') or 'its teacher'}"
     if summary.get("num_train") is not None:
         text += f" on {summary['num_train']:,} examples"
@@ -153,12 +153,12 @@ def _sentence(summary):
     return text + "."
 
 
-def _predictions(there, notes):
+def _predictions(there: Mapping[str, Path], notes: list[str]) -> dict[str, Any]:
     """The first problems as they come, not chosen, and how many of all turned right or wrong."""
     files = {when: there.get(f"predictions_{when}.jsonl") for when in ("before", "after")}
     problems = {}
     for when, path in files.items():
-        for row in read_json_lines(path, notes) if path else []:
+        for _, row in _rows(path, notes):
             problem = problems.setdefault(row["id"], {"question": row["question"], "answer": row["answer"]})
             problem[when] = row
     turns = [
@@ -174,126 +174,9 @@ def _predictions(there, notes):
     }
 
 
-def _themed(svg, inches):
+def _themed(svg: str, inches: float) -> str:
     """Let the page's light and dark colours reach into a figure, and its width follow the page within limits."""
     for colour, name in plots.THEME.items():
         svg = svg.replace(colour, f"var(--{name})")
     size = f"width:100%;max-width:{inches:.2f}in;min-width:{0.8 * inches:.2f}in;height:auto"
     return svg.replace("<svg ", f'<svg role="img" style="{size}" ', 1)
-
-
-CSS = """
-:root { color-scheme: light dark; --page: #fff; --panel: #f6f7f9; --ink: #1f2329; --muted: #69707b; --faint: #dde1e6;
-  --pale: #12202e; --deep: #fdfeff; --better: #0b6e4f; --worse: #b3261e; --accent: #0072b2 }
-@media (prefers-color-scheme: dark) { :root { --page: #14171b; --panel: #1c2026; --ink: #e6e9ed; --muted: #9aa3af;
-  --faint: #353b44; --pale: #e9f1f8; --deep: #0c1116; --better: #5fd0a5; --worse: #ff8a80; --accent: #5cb3ea }
-  .plot image { filter: invert(1) hue-rotate(180deg) } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Noto Sans", sans-serif }
-main { max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.015em }
-h2 { font-size: 1.2rem; margin: 3rem 0 .75rem; letter-spacing: -.01em }
-h3 { font-size: 1rem; margin: 0 0 .25rem }
-p { max-width: 46rem; margin: .4rem 0; overflow-wrap: anywhere } .lead { font-size: 1.125rem }
-.muted, .note { color: var(--muted); font-size: .875rem }
-table { border-collapse: collapse; font-size: .925rem } .wide { overflow-x: auto }
-th, td { text-align: left; vertical-align: top;
-  padding: .45rem 1.25rem .45rem 0; border-bottom: 1px solid var(--faint) }
-th { font-weight: 500; color: var(--muted); font-size: .8125rem; white-space: nowrap }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.better { color: var(--better) } .worse { color: var(--worse) } .strong { font-weight: 600 }
-.card { border: 1px solid var(--faint); border-radius: .6rem; padding: 1rem 1.1rem; margin: 1rem 0 }
-.plot { overflow-x: auto; margin: .75rem 0 0 } .plot svg { display: block }
-.plot text { font-family: inherit !important }
-summary { cursor: pointer; color: var(--accent); font-size: .875rem }
-summary.title { color: var(--ink); font-size: 1rem }
-pre { background: var(--panel); padding: .75rem .9rem; border-radius: .4rem; font-size: .8125rem; line-height: 1.5;
-  white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0 }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 0 1rem }
-.problems { width: 100%; min-width: 38rem } .problems .again td { padding-top: 0 } .problems .first td { border: 0 }
-.question { width: 55%; overflow-wrap: anywhere }
-"""
-
-TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}: distillation report</title><style>{{ css }}</style></head>
-<body><main>
-<h1>{{ name }}</h1>
-<p class="lead">{{ sentence }}</p>
-{% for note in notes %}<p class="note">{{ note }}</p>
-{% endfor %}
-
-<h2>Before and after</h2>
-{% if rows %}
-<div class="wide"><table>
-<tr><th>held-out problems{% if summary.num_eval is not none %} ({{ summary.num_eval }}){% endif %}</th>
-<th class="number">before</th><th class="number">after</th><th class="number">change</th><th></th></tr>
-{% for row in rows %}
-<tr><td>{{ row.metric }}</td><td class="number">{{ row.before | number }}</td>
-<td class="number strong">{{ row.after | number }}</td>
-<td class="number {{ row.verdict }}">{{ row.change }}</td><td class="{{ row.verdict }}">{{ row.verdict }}</td></tr>
-{% endfor %}
-</table></div>
-{% else %}<p class="muted">summary.json holds no measurements.</p>{% endif %}
-
-{% macro one_map(item) %}
-<p>{{ item.entry.question }}</p>
-<div class="plot">{{ item.map }}</div>
-{% if item.weights %}<div class="plot">{{ item.weights }}</div>{% endif %}
-<details><summary>rationale</summary><pre>{{ item.entry.rationale }}</pre></details>
-{% endmacro %}
-<h2>Where each step looks</h2>
-{% if maps %}
-<p class="muted">Rows are reasoning steps, the question first; columns are the key words in the order of the text. All
-three maps share one colour scale. KL: how far the student's rows are from the teacher's.</p>
-{% for item in maps %}
-<section class="card">
-{% if loop.index <= maps_open %}<h3>{{ item.entry.id }}</h3>{{ one_map(item) }}
-{% else %}<details><summary class="title"><b>{{ item.entry.id }}</b></summary>{{ one_map(item) }}</details>{% endif %}
-</section>
-{% endfor %}
-{% if maps_left_out %}<p class="muted">{{ maps_left_out }} more in attention_maps.json.</p>{% endif %}
-{% else %}<p class="muted">No attention maps were stored.</p>{% endif %}
-
-<h2>Which layers the router took</h2>
-{% if router %}<div class="plot">{{ router }}</div>
-{% else %}<p class="muted">No router weights were logged.</p>{% endif %}
-
-<h2>Losses</h2>
-{% if losses %}<div class="plot">{{ losses }}</div>
-{% else %}<p class="muted">No losses were logged.</p>{% endif %}
-
-<h2>Predictions</h2>
-{% if problems %}
-<p class="muted">The first {{ problems | length }} of {{ num_problems }} held-out problems, in their order.
-{% for name, count in counts %}{{ count }} {{ name }}{{ "." if loop.last else ", " }}{% endfor %}</p>
-<div class="wide"><table class="problems">
-<tr><th>question</th><th>gold</th>{% for time in times %}<th>{{ time }}</th>{% endfor %}</tr>
-{% for problem in problems %}
-<tr class="first"><td class="question">{{ problem.question }}</td><td>{{ problem.answer }}</td>
-{% for time in times %}{% set row = problem.get(time) %}
-<td>{% if not row %}\N{EN DASH}
-{% elif row.correct %}<span class="better" title="right">\N{CHECK MARK}</span>
-{% else %}<span class="worse" title="wrong">\N{BALLOT X}</span>{% endif %}
-&nbsp;{{ "no answer" if row and row.prediction is none else row.prediction }}</td>
-{% endfor %}</tr>
-<tr class="again"><td colspan="{{ 2 + times | length }}"><details><summary>completions</summary><div class="two">
-{% for time in times %}{% if problem[time] %}
-<div><span class="muted">{{ time }}</span><pre>{{ problem[time].completion }}</pre></div>
-{% endif %}{% endfor %}</div></details></td></tr>
-{% endfor %}
-</table></div>
-{% else %}<p class="muted">No predictions were stored.</p>{% endif %}
-
-<h2>How it was run</h2>
-{% for title, values in [("seconds", summary.seconds), ("versions", summary.versions)] %}{% if values %}
-<details><summary>{{ title }}</summary><table>
-{% for key, value in values.items() %}<tr><td>{{ key }}</td>
-<td>{{ value | number if value is number else value }}</td></tr>
-{% endfor %}</table></details>
-{% endif %}{% endfor %}
-{% if config is not none %}<details><summary>configuration</summary><pre>{{ config }}</pre></details>{% endif %}
-</main></body></html>
-"""

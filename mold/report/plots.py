@@ -5,13 +5,25 @@ is in inches and reckoned from the labels' display width, not measured: the SVG 
 fonts set the CJK and emoji that matplotlib's has no glyph for.
 """
 
+from __future__ import annotations
+
 import io
 import math
 import textwrap
 import unicodedata
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from mold.extras import missing_extra
+from mold.report.results import row_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The report swaps the colours of THEME for its own light and dark ones.
 INK, MUTED, FAINT = "#1f2329", "#69707b", "#d3d7dd"
@@ -29,22 +41,38 @@ PANELS |= {"loss_attention": "attention loss", "router_entropy": "router entropy
 PANELS |= {"learning_rate": "learning rate", "signal_share": "share of examples with a signal"}
 
 
-def attention_heat_map(attention, steps, key_words, title="", row_norm="l1"):
+def attention_heat_map(
+    attention: ArrayLike, steps: Sequence[str], key_words: Sequence[str], title: str = "", row_norm: str = "l1"
+) -> Figure:
     """One map of steps x key words.
 
-    Args: attention [S, M]; steps S texts; key_words M texts; row_norm "l1" shows each step's attention as shares of
-    its sum over the key words, "none" as it is.
-    Raises: ValueError if the sizes do not agree or row_norm is unknown; ImportError without matplotlib.
+    Args:
+        attention: [S, M].
+        steps: S texts.
+        key_words: M texts.
+        title: of the map.
+        row_norm: "l1" shows each step's attention as shares of its sum over the key words, "none" as it is.
+
+    Raises:
+        ValueError: the sizes do not agree, or row_norm is unknown.
+        ImportError: matplotlib is not installed.
     """
     return _map_figure([(title, attention)], steps, key_words, row_norm)
 
 
-def attention_comparison(map_entry, row_norm="l1"):
+def attention_comparison(map_entry: Mapping[str, Any], row_norm: str = "l1") -> Figure:
     """Teacher | student before | student after, on one colour scale.
 
-    Args: map_entry: one element of `attention_maps.json`; row_norm as in `attention_heat_map`.
-    Returns: a matplotlib Figure; the panels stand below each other when there are too many key words to read.
-    Raises: ValueError that names the example if a map is not [S, M]; ImportError without matplotlib.
+    Args:
+        map_entry: one element of attention_maps.json.
+        row_norm: as of `attention_heat_map`.
+
+    Returns:
+        Panels that stand below each other where there are too many key words to read side by side.
+
+    Raises:
+        ValueError: a map is not [S, M]; names the example.
+        ImportError: matplotlib is not installed.
     """
     panels = [("teacher", map_entry["teacher"])]
     for when in ("before", "after"):
@@ -57,8 +85,15 @@ def attention_comparison(map_entry, row_norm="l1"):
         raise ValueError(f"attention map of example {map_entry.get('id')!r}: {error}") from error
 
 
-def teacher_student_layer_weights(map_entry):
-    """The layer weights of one example: teacher's, student's before and after. Dashed: all alike, 1 / L."""
+def teacher_student_layer_weights(map_entry: Mapping[str, Any]) -> Figure:
+    """The layer weights of one example: teacher's, student's before and after. Dashed: all alike, 1 / L.
+
+    Args:
+        map_entry: one element of attention_maps.json.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     figure = _figure(PANELS_WIDTH, 1.75)
     student = [("before", "student_layer_weights_before", GREY), ("after", "student_layer_weights_after", BLUE)]
     panels = [("teacher layers", [("teacher", "teacher_layer_weights", ORANGE)]), ("student layers", student)]
@@ -77,15 +112,19 @@ def teacher_student_layer_weights(map_entry):
     return figure
 
 
-def layer_weights_over_training(metrics):
+def layer_weights_over_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """The router's mean weight of every student layer over the training steps.
 
-    Args: metrics: rows of `metrics.jsonl` in the order of their steps; those without `router_weights` are passed over.
-    Raises: ValueError if no row has router weights or their numbers differ.
+    Args:
+        metrics: rows of metrics.jsonl in the order of their steps; those without router_weights are passed over.
+
+    Raises:
+        ValueError: no row has router weights, or their numbers differ.
+        ImportError: matplotlib is not installed.
     """
     rows = [row for row in metrics if row.get("router_weights") is not None]
     if len({len(row["router_weights"]) for row in rows}) != 1:
-        raise ValueError(f"router_weights: was {len(rows)} rows, must be at least one, all of the same length")
+        raise ValueError(f"router_weights: is in {len(rows)} rows, must be in at least one, of the same length in all")
     steps = np.array([row["step"] for row in rows], float)
     weights = np.array([row["router_weights"] for row in rows], float)
     layers = weights.shape[1]
@@ -103,19 +142,23 @@ def layer_weights_over_training(metrics):
     return figure
 
 
-def loss_curves(metrics):
+def loss_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """A panel for every term that was logged, training as a line, evaluation as points.
 
     Above 100 logged steps the strong line is a running mean, the pale one what was logged. An axis is logarithmic if
     its values are positive and span more than a factor of 30. A value that is not finite is a cross at its step.
 
-    Args: metrics: rows of `metrics.jsonl` in the order of their steps.
-    Raises: ValueError if there is nothing to draw.
+    Args:
+        metrics: rows of metrics.jsonl in the order of their steps.
+
+    Raises:
+        ValueError: there is nothing to draw.
+        ImportError: matplotlib is not installed.
     """
     series = [(title, _series(metrics, name), _series(metrics, f"eval_{name}")) for name, title in PANELS.items()]
     series = [panel for panel in series if panel[1].size or panel[2].size]
     if not series:
-        raise ValueError(f"metrics: was {len(metrics)} rows without a loss, must have at least one")
+        raise ValueError(f"metrics: is {len(metrics)} rows without a loss, must have at least one")
     lines = -(-len(series) // 3)
     figure = _figure(PANELS_WIDTH, 2.3 * lines + 0.2)
     for place, (title, training, evaluation) in enumerate(series):
@@ -143,14 +186,18 @@ def loss_curves(metrics):
     return figure
 
 
-def variant_accuracies(variants):
+def variant_accuracies(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Accuracy of every variant, a panel a test set: a ring each seed, a dot for their mean, a line for its interval.
 
-    Args: variants: by name, as `mold.commands.recipe.summarise` has them.
-    Raises: ValueError if there is no variant; ImportError without matplotlib.
+    Args:
+        variants: by name, as `mold.evaluation.comparison.summarise` has them.
+
+    Raises:
+        ValueError: there is no variant.
+        ImportError: matplotlib is not installed.
     """
     if not variants:
-        raise ValueError("variants: was empty, must hold at least one")
+        raise ValueError("variants: is empty, must hold at least one")
     names, sets = list(variants), list(dict.fromkeys(s for entry in variants.values() for s in entry["sets"]))
     left = 0.3 + CHARACTER * max(map(_units, names))
     height, width = 0.24 * len(names) + 0.1, max(1.2, min(2.4, (PANELS_WIDTH - left) / len(sets) - 0.25))
@@ -170,18 +217,92 @@ def variant_accuracies(variants):
     return figure
 
 
-def key_word_attention(models):
+def variant_differences(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
+    """Differences to the baseline, a panel a set and measure: a dot for the mean, a line for its 95 % interval.
+
+    Blue where the interval decides, grey where it does not.
+
+    Args:
+        comparisons: as `mold.evaluation.comparison.summarise` has them.
+
+    Raises:
+        ValueError: there is none.
+        ImportError: matplotlib is not installed.
+    """
+    if not comparisons:
+        raise ValueError("comparisons: is empty, must hold at least one")
+    names = list(dict.fromkeys(row_name(entry) for entry in comparisons))
+    panels = list(dict.fromkeys((entry["measure"], entry["set"]) for entry in comparisons))
+    measures = list(dict.fromkeys(measure for measure, _ in panels))
+    sets = list(dict.fromkeys(name for _, name in panels))
+    left = 0.3 + CHARACTER * max(map(_units, names))
+    height, width = 0.24 * len(names) + 0.1, max(1.2, min(2.4, (PANELS_WIDTH - left) / len(sets) - 0.25))
+    figure = _figure(left + len(sets) * (width + 0.25), len(measures) * (height + 0.95))
+    for measure, name in panels:
+        line, place = measures.index(measure), sets.index(name)
+        scale, unit = (100, "accuracy, points") if measure == "accuracy" else (1, f"{measure}, nats")
+        bottom = (len(measures) - 1 - line) * (height + 0.95) + 0.5
+        axes = _axes(figure, left + place * (width + 0.25), bottom, width, height, name, unit)
+        axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
+        for entry in comparisons:
+            if (entry["measure"], entry["set"]) == (measure, name):
+                row, colour = names.index(row_name(entry)), GREY if entry["verdict"] == "undecided" else BLUE
+                axes.plot([scale * entry["low"], scale * entry["high"]], [row, row], color=colour, linewidth=1.5)
+                axes.plot(scale * entry["mean"], row, "o", color=colour, ms=4)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), [_printable(n) for n in names] if place == 0 else [""] * len(names))
+        axes.locator_params(axis="x", nbins=4)
+    return figure
+
+
+def accuracy_by_size(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Accuracy over the number of training examples, a panel a test set, a line a variant.
+
+    Args:
+        variants: by name, as `mold.evaluation.comparison.summarise` has them.
+
+    Raises:
+        ValueError: no variant has sizes.
+        ImportError: matplotlib is not installed.
+    """
+    sized = [entry for entry in variants.values() if entry["size"] is not None]
+    if not sized:
+        raise ValueError("variants: have no size, must be trained on several numbers of examples")
+    names = list(dict.fromkeys(entry["variant"] for entry in sized))
+    sets = list(dict.fromkeys(name for entry in sized for name in entry["sets"]))
+    width = max(1.8, min(3.2, PANELS_WIDTH / len(sets) - 0.6))
+    figure = _figure(len(sets) * (width + 0.6), 2.9 + 0.16 * len(names))
+    for place, name in enumerate(sets):
+        axes = _axes(figure, place * (width + 0.6) + 0.5, 0.45, width, 2.0, name, "training examples", "accuracy, %")
+        for index, variant in enumerate(names):
+            curve = sorted((e["size"], 100 * e["sets"][name]["mean"]) for e in sized if e["variant"] == variant)
+            style = "-" if index < 4 else "--"
+            axes.plot(*zip(*curve, strict=True), style, color=_cycled(4)[index % 4], marker="o", ms=3, label=variant)
+        axes.set_xscale("log")
+        sizes = sorted({entry["size"] for entry in sized})
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7.5, frameon=False, labelcolor=INK, loc="upper left")
+    return figure
+
+
+def key_word_attention(models: Mapping[str, Mapping[str, Any]]) -> Figure:
     """How much of their attention models give to key words, over the course of the reasoning.
 
     On top the mean over layers, against what attention spread evenly over the visible tokens would give (dashed);
     below, a map of layers for each model on one colour scale.
 
-    Args: models: by name, {"mass": [L][bins], "even": [bins]} of `mold.evaluation.analysis`; None where no step
-    fell into a bin.
-    Raises: ValueError if there is no model; ImportError without matplotlib.
+    Args:
+        models: by name, {"mass": [L][bins], "even": [bins]} of `mold.evaluation.analysis`; None where no step fell into
+            a bin.
+
+    Raises:
+        ValueError: there is no model.
+        ImportError: matplotlib is not installed.
     """
     if not models:
-        raise ValueError("models: was empty, must hold at least one")
+        raise ValueError("models: is empty, must hold at least one")
     maps = {name: np.array(entry["mass"], float) for name, entry in models.items()}
     heights = {name: min(max(0.1 * len(mass), 0.9), 3.0) for name, mass in maps.items()}
     figure = _figure(6.6, 2.75 + sum(heights.values()) + 0.75 * len(maps))
@@ -207,11 +328,11 @@ def key_word_attention(models):
     return figure
 
 
-def _cycled(count):
+def _cycled(count: int) -> list[str]:
     return [(ORANGE, BLUE, VERMILION, GREY)[index % 4] for index in range(count)]
 
 
-def figure_to_svg(figure):
+def figure_to_svg(figure: Figure) -> str:
     """The figure as an `<svg>` element to stand in HTML: text stays text, nothing refers to another file."""
     import matplotlib
 
@@ -223,13 +344,15 @@ def figure_to_svg(figure):
     return "<svg" + out.getvalue().partition("<svg")[2]
 
 
-def _map_figure(panels, steps, key_words, row_norm):
+def _map_figure(
+    panels: Sequence[tuple[str, ArrayLike]], steps: Sequence[str], key_words: Sequence[str], row_norm: str
+) -> Figure:
     if row_norm not in ("l1", "none"):
-        raise ValueError(f'row_norm: was {row_norm!r}, must be "l1" or "none"')
+        raise ValueError(f'row_norm: is {row_norm!r}, must be "l1" or "none"')
     s, m = len(steps), len(key_words)
     for title, attention in panels:
         if np.shape(attention) != (s, m) or not s * m:
-            raise ValueError(f"{title or 'attention'}: was {np.shape(attention)}, must be ({s}, {m}) and not empty")
+            raise ValueError(f"{title or 'attention'}: is {np.shape(attention)}, must be ({s}, {m}) and not empty")
     maps = np.array([attention for _, attention in panels], float)
     if row_norm == "l1":
         sums = maps.sum(axis=2, keepdims=True)
@@ -272,17 +395,27 @@ def _map_figure(panels, steps, key_words, row_norm):
     return figure
 
 
-def _figure(width, height):
+def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "mold-distill[report]"') from error
+        raise missing_extra("a plot", "matplotlib", "report") from error
     figure = Figure(figsize=(width, height))
     figure.patch.set_alpha(0)
     return figure
 
 
-def _axes(figure, left, bottom, width, height, title="", xlabel="", ylabel="", pad=5):
+def _axes(
+    figure: Figure,
+    left: float,
+    bottom: float,
+    width: float,
+    height: float,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    pad: float = 5,
+) -> Axes:
     across, down = figure.get_size_inches()
     axes = figure.add_axes((left / across, bottom / down, width / across, height / down), facecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
@@ -294,22 +427,22 @@ def _axes(figure, left, bottom, width, height, title="", xlabel="", ylabel="", p
     return axes
 
 
-def _printable(text):
+def _printable(text: object) -> str:
     text = "".join(c if c.isprintable() else " " for c in str(text).encode("utf-8", "replace").decode())
     return " ".join(text.split())
 
 
-def _units(text):
+def _units(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-def _wrapped(text, width, lines):
+def _wrapped(text: str, width: int, lines: int) -> list[str]:
     text = _printable(text)
     width = width * len(text) // _units(text) if text else width
     return textwrap.wrap(text, width, max_lines=lines, placeholder="\N{HORIZONTAL ELLIPSIS}") or [""]
 
 
-def _step_labels(axes, labels, left):
+def _step_labels(axes: Axes, labels: Sequence[Sequence[str]], left: float) -> None:
     where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
     for i, lines in enumerate(labels):
         axes.annotate(str(i + 1), (0, i), (72 * (0.2 - left), 0), ha="right", fontsize=6, color=MUTED, **where)
@@ -317,12 +450,12 @@ def _step_labels(axes, labels, left):
         text.set_parse_math(False)
 
 
-def _top(values):
+def _top(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
 
 
-def _colours(values, top, blank_zeros=False):
+def _colours(values: np.ndarray, top: float, blank_zeros: bool = False) -> np.ndarray:
     """RGBA of a map on a square-root scale, on which small shares differ; NaN is vermilion."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
@@ -333,7 +466,7 @@ def _colours(values, top, blank_zeros=False):
     return rgba
 
 
-def _colour_bar(figure, left, bottom, height, top):
+def _colour_bar(figure: Figure, left: float, bottom: float, height: float, top: float) -> None:
     axes = _axes(figure, left, bottom, 0.1, height)
     ramp = _colours(np.linspace(0, 1, 128)[:, None] ** 2, 1)
     axes.imshow(ramp, aspect="auto", interpolation="none", origin="lower", extent=(0, 1, 0, 1))
@@ -345,19 +478,19 @@ def _colour_bar(figure, left, bottom, height, top):
     axes.tick_params(length=0, labelsize=7)
 
 
-def _series(metrics, name):
+def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     rows = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
     return np.array(rows, float).reshape(-1, 2).T
 
 
-def _running_mean(values, window):
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Of the finite values; one that is not stays as it is."""
     finite, kernel = np.isfinite(values), np.ones(window)
     sums = np.convolve(np.where(finite, values, 0), kernel, "same")
     return np.where(finite, sums / np.maximum(np.convolve(finite, kernel, "same"), 1), values)
 
 
-def _mark_not_finite(axes, at, values, place):
+def _mark_not_finite(axes: Axes, at: np.ndarray, values: np.ndarray, place: str) -> None:
     wrong = ~np.isfinite(values)
     if not wrong.any():
         return

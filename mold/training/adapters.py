@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, TrainingArguments
 
+from mold.extras import missing_extra
+
 
 def add_adapter(model: PreTrainedModel, peft_config, args: TrainingArguments) -> PreTrainedModel:
     """The model with a fresh adapter; a model loaded in 4 or 8 bits (QLoRA) is prepared for training first.
@@ -20,7 +22,7 @@ def add_adapter(model: PreTrainedModel, peft_config, args: TrainingArguments) ->
     try:
         from peft import get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
-        raise ImportError('peft_config: needs peft: pip install "mold-distill[peft]"') from error
+        raise missing_extra("peft_config", "peft", "peft") from error
     if without_adapter(model) is not model:
         raise ValueError("peft_config: is given for a model that has an adapter, must be None")
     if getattr(model, "is_quantized", False):

@@ -1,4 +1,4 @@
-"""Cross-entropy of a model's output without its [tokens, vocabulary] logits.
+"""Cross-entropy of an output layer without [tokens, vocabulary] logits.
 
 A chunk of tokens at a time: logits z = cap(h W^T + b), loss = logsumexp(z) - z[target]; the backward makes the logits
 again. Kept: h, W, b. Cost: one more product with W than plain cross-entropy, 4 against 3. Losses are float32 and the
@@ -10,18 +10,9 @@ older versions. liger-kernel's, for GPUs, is a choice beside ours: it makes a ch
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import inspect
-
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
-
-from mold.method.loss import region_sums
-from mold_kernels.backends import BACKENDS
 
 CHUNK_ELEMENTS = 1 << 25
 """Logits that are made at once (128 MiB in float32)."""
@@ -126,90 +117,3 @@ def logits_of(
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if softcap is None else softcap * (logits / softcap).tanh()
-
-
-def keeps_logits(model: PreTrainedModel) -> bool:
-    """Whether the model's forward can be told which logits to make (`logits_to_keep`)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-class ChunkedHead:
-    """Region-wise cross-entropy of a model's forward without its logits.
-
-        head = ChunkedHead(model)
-        model(**batch, **head.arguments)
-        sums = head.cross_entropy(input_ids, regions)
-
-    Args:
-        model: a causal language model, with adapters or without.
-        kind: "chunked", or "liger": by `liger_cross_entropy`.
-
-    Raises:
-        ValueError: the output layer is no plain linear layer (an adapter on it would silently not be trained), the
-            forward cannot leave out logits, or its logits are something else than the output layer's, soft-capped; or
-            the model is not where liger-kernel runs.
-        ImportError: liger-kernel is not installed.
-    """
-
-    arguments = {"logits_to_keep": 1}  # noqa: RUF012 - a constant
-    """What the model's forward must be called with."""
-
-    def __init__(self, model: PreTrainedModel, kind: str = "chunked"):
-        self._head = model.get_output_embeddings()
-        name = type(model).__name__
-        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        if kind == "liger":
-            _check_liger(self._head.weight.device, self._softcap)
-        chunked = functools.partial(chunked_cross_entropy, softcap=self._softcap)
-        self._losses = {"chunked": chunked, "liger": liger_cross_entropy}[kind]
-        if type(self._head) is not nn.Linear:
-            raise ValueError(
-                f"cross_entropy: is {kind!r}, must be 'full' with an output layer {type(self._head).__name__}: an "
-                "adapter or quantization on it would be left out"
-            )
-        if not keeps_logits(model):
-            raise ValueError(f"cross_entropy: is {kind!r}, must be 'full' for {name}: it cannot leave out its logits")
-        self._hidden = None
-        model.base_model.register_forward_hook(self._keep_hidden)
-        self._check(model, name, kind)
-
-    def _keep_hidden(self, module, args, output):
-        self._hidden = output.last_hidden_state
-
-    @torch.no_grad()
-    def _check(self, model, name, kind):
-        ids = torch.arange(8, device=self._head.weight.device)[None]
-        expected = model(input_ids=ids, use_cache=False).logits.double()
-        found = logits_of(self._take_hidden(), self._head.weight, self._head.bias, self._softcap)
-        error = (found.double() - expected).norm() / expected.norm()
-        if not error <= 10 * torch.finfo(self._head.weight.dtype).eps:
-            raise ValueError(
-                f"cross_entropy: is {kind!r}, must be 'full' for {name}: its logits are not its output layer's "
-                f"(relative difference {error:.1e})"
-            )
-
-    def _take_hidden(self):
-        hidden, self._hidden = self._hidden, None
-        return hidden
-
-    def cross_entropy(self, input_ids: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
-        """As `region_cross_entropy`, of the model's last forward."""
-        predicted = regions[:, 1:] > 0
-        losses = self._losses(
-            self._take_hidden()[:, :-1][predicted],
-            self._head.weight,
-            input_ids[:, 1:][predicted],
-            bias=self._head.bias,
-        )
-        return region_sums(losses, regions[:, 1:][predicted])
-
-
-def _check_liger(device, softcap):
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise ImportError("cross_entropy: 'liger' needs liger-kernel: pip install 'mold[liger]'")
-    if device.type not in BACKENDS["triton"].devices:
-        raise ValueError(
-            f"cross_entropy: is 'liger', must be 'chunked' or 'full' on {device.type}: liger-kernel runs on GPUs"
-        )
-    if softcap is not None:
-        raise ValueError("cross_entropy: is 'liger', must be 'chunked' or 'full' for soft-capped logits: untested")

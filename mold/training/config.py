@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from mold.data.examples import DEFAULT_TEMPLATE, check_template
+from mold.method.loss import check_rows
 
 METHODS = {
     "mixture": "stepwise attention of a mixture of layers (MoLSAKI)",
@@ -19,6 +20,32 @@ METHODS = {
     "answers": "plain fine-tuning on answers alone",
 }
 """What `MoldConfig.method` may be: the method of the paper and the baselines of its tables."""
+
+
+def check_choices(options: object) -> None:
+    """Raise a ValueError that names the option unless all of a dataclass that have ``choices`` hold one of them."""
+    for option in fields(options):
+        choices = option.metadata.get("choices")
+        if option.name in TrainingArguments.__dataclass_fields__ or choices is None:
+            continue  # transformers checks its own
+        value = getattr(options, option.name)
+        if value not in choices and not (value is None and option.default is None):
+            raise ValueError(f"{option.name}: is {value!r}, must be one of {', '.join(choices)}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "beta": 1.0,
+        "tau_1": 0.1,
+        "tau_2": 0.5,
+        "tau_row": 1.0,
+        "row_reduction": "sum",
+        "row_norm": "softmax",
+        "row_keys": "all",
+        "key_scope": "all",
+    },
+}
+"""What `MoldConfig.preset` may be, and the values that it gives to options that are not given."""
 
 
 @dataclass
@@ -37,22 +64,53 @@ class MoldConfig(TrainingArguments):
         metadata={"help": f"{', '.join(METHODS)} (docs/training.md).", "choices": list(METHODS)},
     )
     alpha: float = field(default=0.5, metadata={"help": "Weight of the answer, from 0 to 1."})
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the attention; 1, or 0 without any."},
+    preset: str = field(
+        default="paper",
+        metadata={"help": "Of the loss's options that are not given.", "choices": PRESETS},
     )
-    tau_1: float = field(default=0.1, metadata={"help": "Temperature of the teacher's layers."})
-    tau_2: float = field(default=0.5, metadata={"help": "Temperature of the student's router."})
-    row_reduction: str = field(
-        default="sum",
+    beta: None | str | float = field(  # noqa: RUF036 - HfArgumentParser reads this order alone
+        default=None,
+        metadata={"help": 'Weight of the attention; "auto": as attention_share says, before the first step.'},
+    )
+    attention_share: float = field(
+        default=0.1,
+        metadata={"help": "beta=auto: of the gradient's norm."},
+    )
+    beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps in which beta rises."})
+    beta_decay: float = field(default=0.0, metadata={"help": "Share of the steps in which beta falls."})
+    tau_1: float | None = field(default=None, metadata={"help": "Temperature of the teacher's layers."})
+    tau_2: float | None = field(default=None, metadata={"help": "Temperature of the student's router."})
+    tau_row: float | None = field(default=None, metadata={"help": "Temperature of a step's softmax."})
+    row_reduction: str | None = field(
+        default=None,
         metadata={"help": 'Over a step\'s rows: "sum" (paper) or "mean".', "choices": ["sum", "mean"]},
     )
-    row_norm: str = field(
-        default="softmax",
+    row_norm: str | None = field(
+        default=None,
         metadata={
             "help": 'A step\'s: "softmax" (paper) or "l1".',
             "choices": ["softmax", "l1"],
         },
+    )
+    row_keys: str | None = field(
+        default=None,
+        metadata={
+            "help": 'A step\'s: "all" (paper) or "visible" to it.',
+            "choices": ["all", "visible"],
+        },
+    )
+    key_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": '"all" (paper), or those of the "question".',
+            "choices": ["all", "question"],
+        },
+    )
+    mol_teacher_layers_left_out: list[int] | None = field(
+        default=None, metadata={"help": "mixture: not these of the teacher."}
+    )
+    mol_student_layers_left_out: list[int] | None = field(
+        default=None, metadata={"help": "mixture: not these of the student."}
     )
     mol_two_tasks: bool = field(
         default=False,
@@ -104,35 +162,55 @@ class MoldConfig(TrainingArguments):
         return self.method in ("mixture", "single_layer")
 
     @property
+    def trains_attention(self) -> bool:
+        """Whether the attention loss has a weight."""
+        return self.beta == "auto" or self.beta > 0
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """The texts an example is trained as (`mold.data.examples.render`); evaluation completes the last one."""
         if self.method == "step_by_step" or self.mol_two_tasks:
             return ("explain", "predict")
         return ("answer",) if self.method == "answers" else ("joint",)
 
+    @property
+    def checkpointing_option(self) -> str:
+        """The name of transformers' option, which 5.19 renamed; the older one is the only one before."""
+        return "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
+
     def __post_init__(self):
         check_choices(self)
-        if self.beta is None:
-            self.beta = 1.0 if self.with_attention else 0.0
-        if self.beta > 0 and not self.with_attention:
+        self._take_preset()
+        if self.trains_attention and not self.with_attention:
             raise ValueError(
-                f"beta: is {self.beta}, must be 0 with method={self.method!r}, which has no attention loss"
+                f"beta: is {self.beta!r}, must be 0 with method={self.method!r}, which has no attention loss"
             )
         if self.mol_two_tasks and self.method in ("rationales", "answers"):
             raise ValueError(f"mol_two_tasks: is True, must be False with method={self.method!r}, which has one task")
-        for name, low, high in (("alpha", 0, 1), ("beta", 0, float("inf"))):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: is {getattr(self, name)}, must be in [{low}, {high}]")
+        for name, high in (("alpha", 1), ("beta", float("inf")), ("beta_warmup", 1), ("beta_decay", 1)):
+            value = getattr(self, name)
+            if not (name == "beta" and value == "auto") and not 0 <= value <= high:
+                raise ValueError(f"{name}: is {value}, must be in [0, {high}]")
+        if not 0 < self.attention_share < 1:
+            raise ValueError(f"attention_share: is {self.attention_share}, must be between 0 and 1")
+        if self.beta_warmup + self.beta_decay > 1:
+            raise ValueError(
+                f"beta_decay: is {self.beta_decay}, must leave no more than 1 with beta_warmup={self.beta_warmup}"
+            )
+        for name in ("mol_teacher_layers_left_out", "mol_student_layers_left_out"):
+            if getattr(self, name) and self.method != "mixture":
+                raise ValueError(
+                    f"{name}: is {getattr(self, name)}, must not be given with method={self.method!r}, which has no "
+                    "mixture"
+                )
         for name in ("tau_1", "tau_2"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be greater than 0")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: is {getattr(self, name)}, must be at least 1")
-        if self.pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of: is {self.pad_to_multiple_of}, must be at least 1")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length: is {self.max_length}, must be at least 2")
+        check_rows(self.row_norm, self.tau_row, self.row_keys)
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: is {value}, must be at least {least}")
         if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
             raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
         if self.use_liger_kernel:
@@ -151,12 +229,22 @@ class MoldConfig(TrainingArguments):
         super().__post_init__()
         self._refuse_reentrant_checkpointing()
 
+    def _take_preset(self):
+        """Give the options that are not given the preset's values, and beta its type."""
+        values = PRESETS[self.preset] if self.with_attention else PRESETS[self.preset] | {"beta": 0.0}
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.beta != "auto":
+            try:
+                self.beta = float(self.beta)
+            except ValueError as error:
+                raise ValueError(f'beta: is {self.beta!r}, must be a number or "auto"') from error
+
     def _refuse_reentrant_checkpointing(self):
-        # transformers 5.19 renamed the options; the older names are the only ones before.
-        prefix = "activation" if hasattr(self, "activation_checkpointing") else "gradient"
-        if not getattr(self, f"{prefix}_checkpointing"):
+        if not getattr(self, self.checkpointing_option):
             return
-        name = f"{prefix}_checkpointing_kwargs"
+        name = f"{self.checkpointing_option}_kwargs"
         kwargs = dict(getattr(self, name) or {})
         if kwargs.setdefault("use_reentrant", False):
             raise ValueError(
@@ -165,18 +253,13 @@ class MoldConfig(TrainingArguments):
         setattr(self, name, kwargs)
 
 
-def check_choices(options) -> None:
-    """Raise a ValueError unless every option of a dataclass is one of the "choices" of its metadata, where it has some.
-
-    transformers checks its own.
-    """
-    for option in fields(options):
-        value, choices = getattr(options, option.name), option.metadata.get("choices")
-        if choices and value not in choices and option.name not in _THEIRS:
-            raise ValueError(f"{option.name}: is {value!r}, must be one of {', '.join(choices)}")
-
-
-_THEIRS = frozenset(option.name for option in fields(TrainingArguments))
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "pad_to_multiple_of": 1,
+    "max_length": 2,
+}
 # A path is taken for these too.
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 

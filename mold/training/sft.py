@@ -13,6 +13,7 @@ from mold.data.examples import PROMPT
 from mold.method.attention_interface import check_attention_dropout, use_mold_attention
 from mold.method.loss import MoldLoss
 from mold.method.signals import SignalCache
+from mold.training.adapters import without_adapter
 from mold.training.router_training import RouterTraining
 
 IGNORED_LABEL = -100
@@ -65,7 +66,7 @@ class StepwiseAttentionMixin(RouterTraining):
         self._items: list[dict] = []
         super().__init__(*args, data_collator=self._collate, **kwargs)
         self.method_options = {"beta": beta, "tau_1": tau_1, "tau_2": tau_2, "row_norm": row_norm}
-        student = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        student = without_adapter(self.model)
         use_mold_attention(student)
         check_attention_dropout(student.config)
         self.mold_loss = MoldLoss.for_config(student.config, tau_1, tau_2, row_norm).to(self.args.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,17 +22,20 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from mold.data.conversations import example_from_row
-from mold.data.encoding import Collator, encode_example, has_signal
-from mold.data.examples import ANSWER, RATIONALE, Example
-from mold.files import write_atomically
-from mold.method.attention_interface import check_attention_dropout, stack_attention, use_mold_attention
-from mold.method.loss import MoldLoss, predicting_positions, region_cross_entropy
-from mold.method.signals import OnlineTeacher, SignalCache
+from mold.data.encoding import Collator, encode_example, has_signal, with_question_keys
+from mold.data.examples import Example
+from mold.files import append_jsonl, write_atomically
+from mold.method.attention_interface import check_attention_dropout, use_mold_attention
+from mold.method.loss import TERMS, MoldLoss, denominators, visible_keys
+from mold.method.online_teacher import OnlineTeacher
+from mold.method.signals import SignalCache
 from mold.models import load_model
 from mold.processes import check_processes
 from mold.training.adapters import add_adapter, check_adapter, without_adapter
-from mold.training.chunked_cross_entropy import ChunkedHead, keeps_logits
+from mold.training.attention_weight import AttentionWeight
 from mold.training.config import MoldConfig
+from mold.training.diagnostics import Diagnostics
+from mold.training.heads import make_head
 from mold.training.host_memory import freed_memory_kept
 from mold.training.router_training import RouterTraining
 
@@ -42,10 +44,9 @@ logger = logging.get_logger(__name__)
 COMPLETE_FILE = "mold_complete.json"
 """Written last into a checkpoint; one without it was cut short and is never resumed from."""
 METRICS_FILE = "metrics.jsonl"
-TERMS = ("rationale", "answer", "attention")
 
 
-class MoldTrainer(RouterTraining, Trainer):
+class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
     """Trains a student on rationales, answers and its teacher's stepwise attention.
 
     Args:
@@ -106,14 +107,14 @@ class MoldTrainer(RouterTraining, Trainer):
                 args.row_reduction,
                 args.max_length,
             )
-        if signals is None and teacher_model is None and args.beta > 0:
+        if signals is None and teacher_model is None and args.trains_attention:
             raise ValueError(
                 f"signals: is None, must be the teacher's signals (or give teacher_model) while beta={args.beta} "
                 "(beta=0 trains without)"
             )
         if args.padding_free or signals is not None or teacher_model is not None:
             use_mold_attention(without_adapter(model))
-        if args.beta > 0:
+        if args.trains_attention:
             check_attention_dropout(model.config)
         if signals is not None:
             signals.require(row_reduction=args.row_reduction)
@@ -123,10 +124,21 @@ class MoldTrainer(RouterTraining, Trainer):
         layers = {}
         if args.method == "single_layer":
             layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
-        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm, **layers)
+        self.mold_loss = MoldLoss.for_config(
+            model.config,
+            args.tau_1,
+            args.tau_2,
+            args.row_norm,
+            tau_row=args.tau_row,
+            row_keys=args.row_keys,
+            teacher_layers_left_out=args.mol_teacher_layers_left_out or (),
+            student_layers_left_out=args.mol_student_layers_left_out or (),
+            **layers,
+        )
         pad_token_id = processing_class.pad_token_id
         self._tokenizer, self._options = processing_class, args
-        names = ("method", "alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
+        names = ("method", "alpha", "beta", "tau_1", "tau_2", "tau_row", "row_norm", "row_reduction", "row_keys")
+        names += ("key_scope", "mol_teacher_layers_left_out", "mol_student_layers_left_out", "template")
         self.method_options = {name: getattr(args, name) for name in names}
         super().__init__(
             model=model,
@@ -146,10 +158,7 @@ class MoldTrainer(RouterTraining, Trainer):
         )
         self._refuse_unsupported_parallelism()
         self.mold_loss.to(self.args.device)
-        self._keeps_logits = keeps_logits(without_adapter(self.model))
-        self._chunked_head = None
-        if args.cross_entropy != "full":
-            self._chunked_head = ChunkedHead(without_adapter(self.model), args.cross_entropy)
+        self._head = make_head(without_adapter(self.model), args.cross_entropy)
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
@@ -194,11 +203,13 @@ class MoldTrainer(RouterTraining, Trainer):
                 item["signal"] = self.signals.signal(example, encoded[0])
             elif taught:
                 item["teacher"] = self.teacher.encode(example, encoded[0])
+            if options.key_scope == "question":
+                item = with_question_keys(item)
             if len(encoded) > 1:
                 item["predict"] = encoded[1]
             items.append(item)
         without = len(items) - sum(map(has_signal, items))
-        if taught and without == len(items) and options.beta > 0:
+        if taught and without == len(items) and options.trains_attention:
             raise ValueError(
                 f"{name}: none of its {len(items)} examples has key words, so there is no attention to learn"
             )
@@ -225,7 +236,7 @@ class MoldTrainer(RouterTraining, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        counts = torch.stack([_denominators(batch) for batch in batches]).sum(0).to(device)
+        counts = torch.stack([denominators(batch) for batch in batches]).sum(0).to(device)
         if self.args.average_tokens_across_devices:
             counts = self.accelerator.reduce(counts)
         return batches, counts
@@ -233,8 +244,9 @@ class MoldTrainer(RouterTraining, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the three terms, normalised over the accumulation window."""
         sums, weights, outputs = self._term_sums(model, inputs)
-        counts = _denominators(inputs)
-        loss = self._weigh(sums, counts if num_items_in_batch is None else num_items_in_batch)
+        counts = denominators(inputs)
+        counted = counts if num_items_in_batch is None else num_items_in_batch
+        loss = self._weigh(sums, counted, self.scheduled_beta(self.state.global_step))
         if not torch.isfinite(loss):
             terms = ", ".join(f"{t} {v:.4g}" for t, v in zip(TERMS, (sums / counts.clamp(min=1)).tolist(), strict=True))
             raise FloatingPointError(
@@ -254,26 +266,25 @@ class MoldTrainer(RouterTraining, Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def term_counts(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What each term of a batch is divided by: int64 [3] as TERMS."""
+        return denominators(inputs)
+
     def _term_sums(self, model, inputs):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
         with_attention = "teacher_attention" in inputs and self._wants_attention()
-        arguments, positions = {}, None
-        if self._chunked_head:
-            arguments = self._chunked_head.arguments
-        elif model.training and self._keeps_logits:  # prompts and padding need none
-            positions = predicting_positions(inputs["regions"])
-            arguments = {"logits_to_keep": positions}
-        outputs = self._forward(model, inputs, with_attention, **arguments)
-        targets = inputs["input_ids"], inputs["regions"]
-        if self._chunked_head:
-            cross_entropy = self._chunked_head.cross_entropy(*targets)
-        else:
-            cross_entropy = region_cross_entropy(outputs.logits, *targets, positions)
+        learned = self._head.learned(inputs["regions"])
+        outputs = self._forward(model, inputs, with_attention, **self._head.arguments(learned))
+        cross_entropy = self._head.cross_entropy(outputs, inputs["input_ids"], inputs["regions"], learned)
         if not with_attention:
             return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
         self.mold_loss.train(model.training)
         attention = self.mold_loss(
-            outputs.attentions, inputs["teacher_attention"], inputs["num_steps"], inputs["num_keys"]
+            outputs.attentions,
+            inputs["teacher_attention"],
+            inputs["num_steps"],
+            inputs["num_keys"],
+            visible_keys(inputs["row_spans"], inputs["key_spans"]),
         )
         return torch.cat([cross_entropy, attention.loss.sum()[None]]), attention.layer_weights, outputs
 
@@ -286,20 +297,22 @@ class MoldTrainer(RouterTraining, Trainer):
                 "row_spans": inputs["row_spans"],
                 "key_spans": inputs["key_spans"],
             }
+        if "position_ids" in inputs:
+            kwargs["position_ids"] = inputs["position_ids"]
         if "cu_seqlens" in inputs:
-            kwargs |= {"position_ids": inputs["position_ids"], "cu_seqlens": inputs["cu_seqlens"].tolist()}
+            kwargs["cu_seqlens"] = inputs["cu_seqlens"].tolist()
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs)
 
     def _wants_attention(self):
         # With beta = 0 it is measured in evaluation and costs nothing in training.
-        return self.args.beta > 0 or not self.model.training
+        return self.args.trains_attention or not self.model.training
 
-    def _weigh(self, sums, counts):
-        alpha, beta = self.args.alpha, self.args.beta
+    def _weigh(self, sums, counts, beta, cross_entropy=1.0):
+        alpha = self.args.alpha
         if self.args.method in ("rationales", "answers"):
             return sums[:2].sum() / counts[:2].sum().clamp(min=1)
         terms = sums / counts.clamp(min=1)
-        return (1 - alpha) * terms[0] + alpha * terms[1] + beta * terms[2]
+        return cross_entropy * ((1 - alpha) * terms[0] + alpha * terms[1]) + beta * terms[2]
 
     # Checkpoints
 
@@ -311,6 +324,7 @@ class MoldTrainer(RouterTraining, Trainer):
             raise ValueError(
                 f"resume_from_checkpoint: {resume_from_checkpoint} was cut short ({COMPLETE_FILE} is missing)"
             )
+        self.settle_beta(resume_from_checkpoint or None, COMPLETE_FILE)
         keep = self.args.keep_freed_memory and self.args.device.type == "cpu"
         with freed_memory_kept() if keep else nullcontext():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -326,7 +340,8 @@ class MoldTrainer(RouterTraining, Trainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
             marker = folder / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE
-            write_atomically(marker, json.dumps({"step": self.state.global_step}).encode())
+            note = {"step": self.state.global_step, "beta": self.beta}
+            write_atomically(marker, json.dumps(note).encode())
             best = self.state.best_model_checkpoint
             rotate_checkpoints(
                 output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
@@ -341,7 +356,8 @@ class MoldTrainer(RouterTraining, Trainer):
         if window and window["examples"]:
             logs.update(self._term_metrics(window["sums"], window["counts"], "loss"))
             signals = window["counts"][2].item()
-            if self.args.beta > 0:
+            if self.args.trains_attention:
+                logs["beta"] = self.scheduled_beta(max(self.state.global_step - 1, 0))
                 logs["signal_share"] = signals / window["examples"].item()
             if signals:
                 logs["router_entropy"] = window["entropy"].item() / signals
@@ -349,14 +365,14 @@ class MoldTrainer(RouterTraining, Trainer):
             self._reset_window()
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
-            _append_line(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
+            append_jsonl(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
 
     def _term_metrics(self, sums, counts, prefix):
         values = (sums / counts.clamp(min=1)).tolist()
         return {f"{prefix}_{t}": v for t, v, n in zip(TERMS, values, counts.tolist(), strict=True) if n}
 
     def _reset_window(self):
-        device, layers = self.args.device, self.mold_loss.router.num_layers
+        device, layers = self.args.device, self.mold_loss.num_layers
         self._window = {
             "sums": torch.zeros(3, device=device),
             "counts": torch.zeros(3, device=device, dtype=torch.int64),
@@ -388,70 +404,14 @@ class MoldTrainer(RouterTraining, Trainer):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 sums += self._term_sums(model, inputs)[0]
-            counts += _denominators(inputs)
+            counts += denominators(inputs)
         sums, counts = self.accelerator.reduce(sums), self.accelerator.reduce(counts)
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts).item()}
+        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts, self.beta).item()}
         metrics |= self._term_metrics(sums, counts, f"{metric_key_prefix}_loss")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def term_gradient_norms(self, items: Sequence[dict]) -> dict[str, float]:
-        """Norm of each unweighted term's gradient with respect to the model, on one batch of items of `encode`.
-
-        The attention loss is small by nature; this tells whether beta times it pulls at all.
-        """
-        inputs = self._prepare_inputs(self.data_collator(list(items)))
-        self.model.train()
-        norms = {}
-        for index, term in enumerate(TERMS):
-            count = _denominators(inputs)[index]
-            if not count:
-                continue
-            with self.compute_loss_context_manager():
-                sums, _, _ = self._term_sums(self.model, inputs)
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(sums[index] / count, parameters, allow_unused=True)
-            norms[term] = math.sqrt(sum(g.float().square().sum().item() for g in gradients if g is not None))
-        return norms
-
-    @torch.no_grad()
-    def attention_maps(self, items: Sequence[dict]) -> list[dict]:
-        """Steps x key words of teacher and student, mixed over layers, of items of `encode` that have a signal.
-
-        Returns:
-            A dictionary an item: id, steps, key_words (texts), teacher and student [S][M], their layer weights, and
-            the KL between them.
-        """
-        model, maps = self.model, []
-        was_training = model.training
-        model.eval()
-        self.mold_loss.eval()
-        for item in items:
-            if not has_signal(item):
-                continue
-            first_task = {name: value for name, value in item.items() if name != "predict"}
-            inputs = self._prepare_inputs(self.data_collator([first_task]))
-            outputs = self._forward(model, inputs, with_attention=True)
-            counts = inputs["num_steps"], inputs["num_keys"]
-            teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
-            teacher_weights = self.mold_loss.teacher_weights(teacher, *counts)
-            kl, student_weights = self.mold_loss(outputs.attentions, teacher, *counts)
-            maps.append(
-                {
-                    "id": item["example"].id,
-                    "steps": item["example"].step_texts,
-                    "key_words": item["example"].key_word_texts,
-                    "teacher": torch.einsum("bl,blsm->bsm", teacher_weights, teacher)[0].tolist(),
-                    "student": torch.einsum("bl,lbsm->bsm", student_weights, student)[0].tolist(),
-                    "teacher_layer_weights": teacher_weights[0].tolist(),
-                    "student_layer_weights": student_weights[0].tolist(),
-                    "kl": kl.item(),
-                }
-            )
-        model.train(was_training)
-        return maps
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -461,21 +421,3 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     if not checkpoints:
         return None
     return str(max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
-
-
-def _append_line(path: Path, row: dict) -> None:
-    """Append a row to a JSON-lines file, cutting off what a killed run left of its last line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        whole = file.seek(0, 2)
-        while whole and (file.seek(whole - 1), file.read(1))[1] != b"\n":
-            whole -= 1
-        file.truncate(whole)
-        file.write(json.dumps(row).encode() + b"\n")
-
-
-def _denominators(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Rationale tokens, answer tokens and examples with a signal of a batch: int64 [3]."""
-    predicted = inputs["regions"][:, 1:]
-    signals = inputs["num_keys"] > 0
-    return torch.stack([(predicted == RATIONALE).sum(), (predicted == ANSWER).sum(), signals.sum()])

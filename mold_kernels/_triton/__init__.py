@@ -14,8 +14,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
-DEVICES = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
-DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
+DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIM = 256
+"""The largest that the attention kernels are written for."""
 
 
 def why_missing() -> str | None:
@@ -25,8 +27,3 @@ def why_missing() -> str | None:
     if INTERPRETED or torch.cuda.is_available():
         return None
     return "torch finds no CUDA device"
-
-
-def takes(q: torch.Tensor) -> bool:
-    """Whether the attention kernels are written for the dtype and head dimension of q."""
-    return q.dtype in DTYPES and q.shape[-1] <= 256

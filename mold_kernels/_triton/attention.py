@@ -15,6 +15,7 @@ import triton.language as tl
 
 from mold_kernels._triton.scores import LN_2, LOG2_E, capped_scores, load_tile, product, score_slope, store_rows
 from mold_kernels._triton.tiles import choose_tile
+from mold_kernels.native import empty_heads
 
 
 @triton.jit
@@ -403,7 +404,7 @@ def _attention_backward_dk_kernel(
         )
 
 
-def attention_forward(
+def attention_with_lse_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor | None,
@@ -416,19 +417,18 @@ def attention_forward(
     valid = None if valid is None else valid.contiguous()
     batch, heads, length, _ = q.shape
     tile, options = _options("attention_forward", q, v, valid, ranges, softcap)
-    out = None if v is None else torch.empty_like(q)
+    out = None if v is None else empty_heads(q)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
-    if lse.numel():
-        _attention_forward_kernel[triton.cdiv(length, tile.m), batch * heads](
-            *(q, k, _or(v, q), _or(out, q), lse, _or(valid, q), _or(ranges, q)),
-            *(q.stride(), k.stride(), _or(v, q).stride(), _or(out, q).stride()),
-            *(heads, heads // k.shape[1], length, scale, softcap or 1.0),
-            **options,
-        )
+    _attention_forward_kernel[triton.cdiv(length, tile.m), batch * heads](
+        *(q, k, _or(v, q), _or(out, q), lse, _or(valid, q), _or(ranges, q)),
+        *(q.stride(), k.stride(), _or(v, q).stride(), _or(out, q).stride()),
+        *(heads, heads // k.shape[1], length, scale, softcap or 1.0),
+        **options,
+    )
     return out, lse
 
 
-def attention_backward(
+def attention_with_lse_backward(
     dout: torch.Tensor | None,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -441,15 +441,14 @@ def attention_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dq, dk, dv). Without dout only lse has a gradient: neither v nor out is read, dv is None."""
+    """(dq, dk, dv). Without dout only lse has a gradient: neither v nor out is read, dv is 0, or None without v."""
     batch, heads, length, _ = q.shape
     kv_heads = k.shape[1]
     valid, dlse = (None if small is None else small.contiguous() for small in (valid, dlse))
+    dq, dk, dv = empty_heads(q), empty_heads(k), None if v is None else empty_heads(v)
     if dout is None:
         v = out = None
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), None if v is None else torch.empty_like(v)
-    if not lse.numel():
-        return dq, dk, dv
+        dv = None if dv is None else dv.zero_()
     delta = torch.empty_like(lse)
     v_, out_, dout_ = _or(v, q), _or(out, q), _or(dout, q)
     valid_, ranges_, dlse_ = _or(valid, q), _or(ranges, q), _or(dlse, lse)
@@ -469,6 +468,16 @@ def attention_backward(
         **options,
     )
     return dq, dk, dv
+
+
+def attention_lse_forward(q, k, valid, ranges, scale, softcap) -> torch.Tensor:
+    """lse [B, Hq, T]."""
+    return attention_with_lse_forward(q, k, None, valid, ranges, scale, softcap)[1]
+
+
+def attention_lse_backward(dlse, q, k, lse, valid, ranges, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dq, dk)"""
+    return attention_with_lse_backward(None, dlse, q, k, None, None, lse, valid, ranges, scale, softcap)[:2]
 
 
 def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:

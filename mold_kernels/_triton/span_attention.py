@@ -12,13 +12,16 @@ Cost with P = B Hq T N / 2 pairs: forward 2 P D FLOPs, reading q once a tile of 
 piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pairs of pieces.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from mold_kernels._triton.scores import capped_scores, load_rows, product, score_slope, store_rows
-from mold_kernels._triton.span_pieces import make_pieces, pool_spans
+from mold_kernels._triton.span_pieces import pool_spans
 from mold_kernels._triton.tiles import choose_tile
+from mold_kernels.span_pieces import Pieces
 
 _PROGRAMS = 512
 """Enough programs to fill a GPU of 132 to 148 multiprocessors: work is split until there are as many."""
@@ -348,6 +351,7 @@ def span_attention_forward(
     row_spans: torch.Tensor,
     key_spans: torch.Tensor,
     ranges: torch.Tensor | None,
+    pieces: Sequence[torch.Tensor],
     scale: float,
     softcap: float | None,
     mean: bool,
@@ -356,10 +360,7 @@ def span_attention_forward(
     batch, heads, length, _ = q.shape
     kv_heads, steps, keys = k.shape[1], row_spans.shape[1], key_spans.shape[1]
     pooled = lse.new_empty(batch, steps, keys)
-    if not pooled.numel() or not q.numel():
-        return pooled.zero_()
-    lse, row_spans, key_spans = lse.contiguous(), row_spans.int().contiguous(), key_spans.int().contiguous()
-    pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
+    lse, pieces = lse.contiguous(), Pieces(*pieces)
     tile, options = _options("span_attention_forward", q, ranges, softcap)
     programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
     parts = min(kv_heads, triton.cdiv(2 * _PROGRAMS, programs * batch))
@@ -384,6 +385,7 @@ def span_attention_backward(
     row_spans: torch.Tensor,
     key_spans: torch.Tensor,
     ranges: torch.Tensor | None,
+    pieces: Sequence[torch.Tensor],
     scale: float,
     softcap: float | None,
     mean: bool,
@@ -391,14 +393,11 @@ def span_attention_backward(
     """(dq, dk, dlse) from grad [B, S, M]."""
     batch, heads, length, head_dim = q.shape
     kv_heads, steps = k.shape[1], row_spans.shape[1]
-    if not grad.numel() or not q.numel():
-        return torch.zeros_like(q), k.new_zeros(k.shape), lse.new_zeros(lse.shape)
     unit = None
     if q.dtype == torch.float16:  # gradients of A are small: keep the weights within float16
         unit = grad.abs().amax().clamp_min(1e-30)
         grad = grad / unit
-    lse, row_spans, key_spans = lse.contiguous(), row_spans.int().contiguous(), key_spans.int().contiguous()
-    pieces = make_pieces(row_spans, key_spans, length, _piece_length(q))
+    lse, pieces = lse.contiguous(), Pieces(*pieces)
     by_step = lse.new_empty(batch, steps, pieces.key_count)
     pairs = lse.new_empty(batch, pieces.row_count, pieces.key_count)
     pool_spans(by_step.mT, grad.mT[None], key_spans, pieces.key_piece, spread=True, factor=1 / heads)
@@ -432,10 +431,6 @@ def span_attention_backward(
         enable_fp_fusion=True,
     )
     return dq, dk, dlse
-
-
-def _piece_length(q):
-    return choose_tile("span_attention_backward_dk", q).m
 
 
 def _options(kernel, q, ranges, softcap):

@@ -1,20 +1,9 @@
-"""Spans on the GPU without waiting for it: pieces of rows and of keys, and sums over them.
-
-The starts and ends of all spans of an example cut its tokens into **pieces**, so that a span is a run of pieces and
-spans overlap as they like: whatever is summed once a piece is summed over a span by adding its pieces. Row pieces are
-cut further so that none has more than a tile of rows; of the key pieces only those count that some key span holds.
-Their tokens are the **columns**.
-
-Sizes come from shapes alone, never from values, which would have to be read back: S spans over T tokens make at most
-min(2 S + T / tile + 1, T + 1) pieces; unused ones are empty and last. There are at most T columns: their list has T
-places (4 bytes each), and a kernel reads on the device how many there are.
+"""Pieces of spans on the GPU without waiting for it, and sums over them; `mold_kernels.span_pieces` says what they are.
 
 Two launches: `_mark_kernel` counts where spans start and end (integer atomics: any order gives the same), and
 `_scan_kernel` walks the tokens of an example and numbers pieces and columns. `pool_spans` adds pieces up into spans,
 or spreads spans over pieces.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -27,29 +16,6 @@ _CLOSED = tl.constexpr(1 << 32)
 
 _MARK_BLOCK, _SCAN_BLOCK = 128, 1024
 _POOL_BLOCK = 32
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Row pieces, key pieces and columns of a batch, all int32."""
-
-    row_piece: torch.Tensor  # [B, T + 1] the piece of a token
-    row_start: torch.Tensor  # [B, G + 1] twice a piece's first token, plus 1 where a step holds it; then 2 T
-    key_piece: torch.Tensor  # [B, T + 1] key pieces that begin before a token
-    key_first: torch.Tensor  # [B, E + 1] a piece's first column; then N
-    before: torch.Tensor  # [B, T + 1] columns before a token; N at T
-    columns: torch.Tensor  # [B, T] the columns' tokens, ascending; N of them
-    column_piece: torch.Tensor  # [B, T] the key pieces that they are in
-
-    @property
-    def row_count(self) -> int:
-        """G, the most row pieces there can be."""
-        return self.row_start.shape[1] - 1
-
-    @property
-    def key_count(self) -> int:
-        """E, the most key pieces there can be."""
-        return self.key_first.shape[1] - 1
 
 
 @triton.jit
@@ -179,25 +145,19 @@ def _scan_kernel(
         )
 
 
-def make_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, length: int, rows: int) -> Pieces:
-    """Pieces of contiguous int32 [B, S, 2] and [B, M, 2] over `length` tokens; no row piece has more than `rows`."""
-    (batch, steps, _), keys = row_spans.shape, key_spans.shape[1]
-    row_count = min(2 * steps + length // rows + 1, length + 1)
-    key_count = min(2 * keys, length + 1)
-    sizes = (length + 1, row_count + 1, length + 1, key_count + 1, length + 1, length, length)
-    pieces = Pieces(*(row_spans.new_empty(batch, size) for size in sizes))
+def span_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, rows: int, pieces) -> None:
+    """Fills the `pieces` of contiguous int32 [B, S, 2] and [B, M, 2]; no row piece has more than `rows`."""
+    (batch, steps, _), keys, length = row_spans.shape, key_spans.shape[1], pieces.columns.shape[1]
     marks = torch.zeros(batch, 2, length + 1, dtype=torch.int64, device=row_spans.device)
     _mark_kernel[batch, 2, triton.cdiv(max(steps, keys), _MARK_BLOCK)](
         marks, row_spans, key_spans, steps, keys, length, BLOCK=_MARK_BLOCK, enable_fp_fusion=True
     )
     _scan_kernel[batch, 2](
-        *(marks, pieces.row_piece, pieces.row_start, pieces.key_piece, pieces.key_first, pieces.before),
-        *(pieces.columns, pieces.column_piece, length, row_count, key_count),
+        *(marks, *pieces, length, pieces.row_count, pieces.key_count),
         ROWS=rows,
         BLOCK=_SCAN_BLOCK,
         enable_fp_fusion=True,
     )
-    return pieces
 
 
 @triton.jit(

@@ -7,14 +7,8 @@ benchmarks.triton_resources` shows what each takes). Those of sm_80 serve every 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -123,16 +117,11 @@ TABLE = {
 }
 
 
-CACHE = Path.home() / ".cache" / "mold_kernels" / "tiles.json"
-"""What `tune` found on this machine, by device; used from then on. Nothing is measured unless `tune` is called."""
-
-
 def choose_tile(kernel: str, q: torch.Tensor) -> Tile:
     """The tile of `kernel` for tensors like q (device, element width, last dimension)."""
     if q.device.type == "cpu":
         return INTERPRETED
-    tuned = _tuned() and _tuned().get(_key(kernel, q))
-    return tuned or table_tile(kernel, architecture(q.device), q.element_size(), q.shape[-1])
+    return table_tile(kernel, architecture(q.device), q.element_size(), q.shape[-1])
 
 
 def table_tile(kernel: str, arch: int, element_size: int, head_dim: int) -> Tile:
@@ -146,44 +135,12 @@ def architecture(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
-def tune(
-    kernel: str, q: torch.Tensor, run: Callable[[], object], measure: Callable[[Callable[[], object]], float]
-) -> Tile:
-    """Measure the chosen tile and its neighbours, use the fastest from now on and keep it in `CACHE`.
-
-    Args:
-        kernel: a name of `TABLE`.
-        q: tensors like this one are tuned for.
-        run: runs the kernel on such tensors.
-        measure: the seconds a call takes; raises RuntimeError where a tile does not fit the device.
-    """
-    chosen, times = choose_tile(kernel, q), {}
-    for tile in (chosen, *_neighbours(chosen)):
-        _tuned()[_key(kernel, q)] = tile
-        with contextlib.suppress(RuntimeError):
-            times[tile] = measure(run)
-    _tuned()[_key(kernel, q)] = best = min(times, key=times.get, default=chosen)
-    CACHE.parent.mkdir(parents=True, exist_ok=True)
-    draft = CACHE.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps({key: dataclasses.astuple(tile) for key, tile in _tuned().items()}, indent=1))
-    draft.replace(CACHE)
-    return best
-
-
-@functools.cache
-def _tuned() -> dict[str, Tile]:
-    return {key: Tile(*values) for key, values in json.loads(CACHE.read_text()).items()} if CACHE.exists() else {}
-
-
-def _neighbours(tile: Tile) -> list[Tile]:
+def neighbours(tile: Tile) -> list[Tile]:
+    """Tiles one step away: `benchmarks.gpu --tiles` measures them, and whoever reads it edits the table."""
     changes = [{name: size} for name in ("m", "n") for size in (getattr(tile, name) // 2, getattr(tile, name) * 2)]
     changes += [{"warps": 12 - tile.warps}, {"stages": tile.stages + 1}, {"stages": tile.stages - 1}]
     tiles = [dataclasses.replace(tile, **change) for change in changes]
     return [tile for tile in tiles if min(tile.m, tile.n) >= 16 and tile.stages >= 1]
-
-
-def _key(kernel: str, q: torch.Tensor) -> str:
-    return f"{torch.cuda.get_device_name(q.device)}: {kernel}, {q.dtype}, {_column(q.shape[-1])}"
 
 
 def _column(head_dim: int) -> int:

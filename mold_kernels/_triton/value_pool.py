@@ -86,24 +86,21 @@ def _value_pool_backward_kernel(
 
 
 def value_pool_forward(v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
-    """[B, Hkv * D] float32: the sums before the norm's weight."""
+    """[B, Hkv * D] float32."""
     batch, heads, length, head_dim = v.shape
     mask, options = mask.contiguous(), _options(v)
     shares = min(triton.cdiv(length, options["BLOCK_T"]), triton.cdiv(_PROGRAMS, max(batch, 1)))
     partial = v.new_empty(shares, batch, heads * head_dim, dtype=torch.float32)
-    if partial.numel():
-        _value_pool_forward_kernel[shares, batch](v, mask, partial, v.stride(), length, eps, **options)
+    _value_pool_forward_kernel[shares, batch](v, mask, partial, v.stride(), length, eps, **options)
     return partial.sum(0)
 
 
 def value_pool_backward(u: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
-    """dv in v's dtype, from u = dh * weight [B, Hkv * D] in float32."""
-    dv = torch.empty_like(v)
-    if v.numel():
-        mask, options = mask.contiguous(), _options(v)
-        _value_pool_backward_kernel[triton.cdiv(v.shape[2], options["BLOCK_T"]), v.shape[0]](
-            u, v, mask, dv, u.stride(), v.stride(), dv.stride(), v.shape[2], eps, **options
-        )
+    """dv in v's dtype, from u [B, Hkv * D] in float32."""
+    dv, mask, options = torch.empty_like(v), mask.contiguous(), _options(v)
+    _value_pool_backward_kernel[triton.cdiv(v.shape[2], options["BLOCK_T"]), v.shape[0]](
+        u, v, mask, dv, u.stride(), v.stride(), dv.stride(), v.shape[2], eps, **options
+    )
     return dv
 
 

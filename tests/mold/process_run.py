@@ -11,7 +11,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from mold.data.examples import DEFAULT_TEMPLATE
-from mold.method.signals import SignalSettings, extract_signals
+from mold.method.extraction import extract_signals
+from mold.method.signals import SignalSettings
 from tests.tiny_runs import BARE, EXAMPLES, TEACHER_TOKENIZER, make_student, make_teacher, make_trainer, weights
 
 RUNS = {

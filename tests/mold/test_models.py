@@ -4,8 +4,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mold.models import SMOLLM2, load_config, load_model, load_tokenizer, spread_layers, take_layers
+from mold.models import (
+    SMOLLM2,
+    load_config,
+    load_model,
+    load_tokenizer,
+    spread_layers,
+    take_layers,
+    weights_fingerprint,
+)
 from tests.tiny_models import FAMILIES, make_model
+from tests.tiny_runs import make_teacher
 from tests.tiny_tokenizers import make_tokenizer
 
 
@@ -104,3 +113,15 @@ def test_the_configuration_of_an_adapter_is_that_of_its_model(tmp_path):
     (tmp_path / "adapter/adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="model: cannot load the configuration of"):
         load_config(str(tmp_path / "adapter"))
+
+
+def test_every_parameter_counts_in_the_fingerprint():
+    teacher = make_teacher()
+    before = weights_fingerprint(teacher)
+    assert weights_fingerprint(make_teacher()) == before
+    for parameter in teacher.parameters():
+        with torch.no_grad():
+            parameter.flatten()[0] += 1
+        after = weights_fingerprint(teacher)
+        assert after != before
+        before = after

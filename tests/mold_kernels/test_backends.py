@@ -1,50 +1,113 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 from mold_kernels import native
-from mold_kernels.backends import BACKENDS, Backend, available_backends, choose_backend
-
-CPU, META = torch.device("cpu"), torch.device("meta")
-CANDIDATES = ["fast", "slow"]
+from mold_kernels.backends import RUNTIMES, Backend, Op, Runtime, available_backends, listed
 
 
-@pytest.fixture
-def table(monkeypatch):
-    monkeypatch.setitem(BACKENDS, "fast", Backend(lambda: None, frozenset({"cpu"})))
-    monkeypatch.setitem(BACKENDS, "slow", Backend(lambda: None))
-    monkeypatch.setitem(BACKENDS, "absent", Backend(lambda: "nobody built it"))
+def twice(x, backend="twice"):
+    return x * 2
+
+
+def make_op(name, *lines, options=()):
+    return Op(name, "Tensor x", "Tensor y", lines, fake=lambda x, _: torch.empty_like(x), options=options)
+
+
+@pytest.fixture(scope="module")
+def op():
+    """Lines of every kind, fastest first."""
+    return make_op(
+        "test_op",
+        Backend("fast", twice, twice, dtypes=(torch.float32,), options=("window",)),
+        Backend("absent", twice, twice),
+        Backend("small", twice, twice, head_dim=4),
+        Backend("named", twice, gradient=("meta",)),
+        Backend("slow", twice, twice, options=("window", "softcap")),
+        Backend("reference", twice),
+        options=("window", "softcap", "mask"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def runtimes(monkeypatch):
+    for name, runtime in {
+        "fast": Runtime(("cpu",)),
+        "absent": Runtime(why_missing=lambda: "nobody built it"),
+        "small": Runtime(auto=("meta",)),
+        "named": Runtime(auto=()),
+        "slow": Runtime(),
+    }.items():
+        monkeypatch.setitem(RUNTIMES, name, runtime)
+
+
+X = torch.zeros(2, 8)
 
 
 @pytest.mark.parametrize(
-    ("requested", "candidates", "device", "chosen"),
+    ("requested", "tensor", "given", "chosen"),
     [
-        ("auto", ["fast", "slow"], CPU, "fast"),
-        ("auto", ["fast", "slow"], META, "slow"),
-        ("auto", ["absent", "slow"], CPU, "slow"),
-        ("slow", ["fast", "slow"], CPU, "slow"),
+        ("auto", X, {}, "fast"),
+        ("auto", X, {"window": 3, "softcap": None}, "fast"),
+        ("auto", X, {"softcap": 2.0}, "slow"),
+        ("auto", X.double(), {}, "slow"),
+        ("auto", X.to("meta"), {}, "slow"),
+        ("auto", X[:, :4].to("meta"), {}, "small"),
+        ("auto", X[:, :4].double(), {}, "slow"),
+        ("slow", X, {}, "slow"),
+        ("named", X, {}, "named"),
+        ("small", X[:, :4], {"mask": X}, "small"),
     ],
 )
-def test_choice(table, requested, candidates, device, chosen):
-    assert choose_backend("op", requested, candidates, device) == chosen
+def test_choice(op, requested, tensor, given, chosen):
+    assert op.choose(requested, tensor, given).name == chosen
 
 
 @pytest.mark.parametrize(
-    ("requested", "candidates", "device", "message"),
+    ("requested", "tensor", "given", "reason"),
     [
-        ("fast", ["fast", "slow"], META, "backend was 'fast', on meta it may be 'auto', 'slow' (fast runs on cpu)"),
-        ("absent", ["absent", "slow"], CPU, "backend was 'absent', on cpu it may be 'auto', 'slow' (nobody built it)"),
-        ("slow", ["fast"], CPU, "it may be 'auto', 'fast' (slow does not implement op for these tensors)"),
-        ("quick", ["fast"], CPU, "it may be 'auto', 'fast' (there is no backend of that name)"),
-        ("auto", ["absent", "fast"], META, "it may be nothing (absent: nobody built it; fast: fast runs on cpu)"),
+        ("fast", X.to("meta"), {}, "'slow' or 'reference' for test_op of float32 on meta: fast runs on cpu"),
+        ("fast", X.half(), {}, "for test_op of float16 on cpu: fast takes float32"),
+        ("fast", X, {"softcap": 1, "mask": 1}, "with softcap and mask on cpu: fast does not have mask or softcap"),
+        ("absent", X, {}, "absent: nobody built it"),
+        ("small", X, {}, "small takes head dimensions up to 4"),
+        ("named", X, {}, "named has a gradient on meta only"),
+        ("quick", X, {}, "test_op has no backend of that name"),
     ],
 )
-def test_a_named_backend_never_falls_back(table, requested, candidates, device, message):
-    with pytest.raises(ValueError, match=r"^op: ") as error:
-        choose_backend("op", requested, candidates, device)
-    assert message in str(error.value)
+def test_a_named_backend_is_used_or_refused(op, requested, tensor, given, reason):
+    with pytest.raises(ValueError, match=f"^backend: is '{requested}', must be 'auto'") as error:
+        op.choose(requested, tensor, given, needs_gradient=True)
+    assert reason in str(error.value)
+
+
+def test_nothing_that_can():
+    op = make_op("test_no_op", Backend("fast", twice, dtypes=(torch.float32,)), Backend("absent", twice))
+    with pytest.raises(ValueError, match=r"is 'auto', must be nothing for test_no_op .*: fast takes .*; absent: nobo"):
+        op.choose("auto", X.double())
+
+
+def test_the_reference_is_not_chosen_in_silence(op):
+    with pytest.warns(UserWarning, match="no fast backend here takes float32 with mask on cpu"):
+        assert op.choose("auto", X, {"mask": X}).name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op.choose("reference", X, {"mask": X})
+        op.choose("auto", X)
+
+
+def test_a_new_backend_is_one_line(op):
+    assert torch.equal(op.operator(X + 1, "slow"), (X + 1) * 2)
+    op.backends["new"] = Backend("slow", lambda x: x * 3, twice)
+    assert torch.equal(op.operator(X + 1, "new"), (X + 1) * 3)
+    del op.backends["new"]
+
+
+def test_listed():
+    assert [listed([]), listed("a"), listed("ab"), listed("abc")] == ["", "a", "a or b", "a, b or c"]
 
 
 def test_available_backends():
@@ -64,18 +127,21 @@ def test_import_without_the_compiled_module():
 import sys
 sys.modules["mold_kernels._native"] = None
 import torch
+from mold_kernels import reference, span_attention, value_pool
 from mold_kernels.backends import available_backends
-from mold_kernels.value_pool import value_pool
 print(available_backends()["native"])
-arguments = torch.ones(1, 1, 2, 4), torch.ones(4), torch.ones(1, 2, dtype=torch.bool), 1e-6
+arguments = torch.ones(1, 1, 2, 4), torch.ones(1, 2, dtype=torch.bool), 1e-6
 print(value_pool(*arguments).shape)
+q, span = torch.ones(1, 1, 5, 4), torch.tensor([[[0, 5]]])
+print(span_attention(q, q, reference.attention_lse(q, q), span, span).round().item())
 try:
     value_pool(*arguments, backend="native")
 except ValueError as error:
     print(error)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    reason, shape, error = run.stdout.splitlines()
+    reason, shape, pooled, error = run.stdout.splitlines()
     assert reason.startswith("the compiled module mold_kernels._native cannot be imported")
     assert shape == "torch.Size([1, 4])"
+    assert pooled == "5.0"
     assert reason in error

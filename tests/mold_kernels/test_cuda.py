@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import cuda_resources
-from mold_kernels import cuda, layer_mixture_kl, reference, span_attention, spans
-from mold_kernels.backends import BACKENDS, Backend
+from mold_kernels import cuda, layer_mixture_kl, reference, span_attention
+from mold_kernels.backends import RUNTIMES, Runtime
 from mold_kernels.testing import assert_as_accurate_as, random_qkv, random_spans
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def build_emulation(folder, *options):
     flags = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *options]
     flags += ["-DMOLD_EMULATION", "-DMOLD_MODULE=_cuda_emulated"]
     flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    stems = ["span_attention_backward", "span_attention_forward", "layer_mixture", "module"]
+    stems = ["span_attention_backward", "span_attention_forward", "layer_mixture_kl", "module"]
     for pair in (stems[:2], stems[2:]):
         compilers = [
             subprocess.Popen(
@@ -65,7 +65,7 @@ def emulate(monkeypatch, module, seed=0):
     """backend="cuda" takes CPU tensors, and `seed` decides in which order threads run."""
     monkeypatch.setattr(cuda, "_cuda", module)
     monkeypatch.setattr(cuda, "_stream", lambda device: contextlib.nullcontext(module.Stream(0, seed)))
-    monkeypatch.setitem(BACKENDS, "cuda", Backend(lambda: None))
+    monkeypatch.setitem(RUNTIMES, "cuda", Runtime())
 
 
 @pytest.fixture
@@ -252,43 +252,6 @@ def test_the_order_of_threads_does_not_matter(monkeypatch, emulation):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-def test_key_columns():
-    generator = torch.Generator().manual_seed(0)
-    for key_spans in (
-        random_spans(generator, 3, 6, 200) // 3,
-        torch.tensor([[[3, 9], [200, 200]], [[0, 0], [199, 200]]]),
-    ):
-        columns = cuda.key_columns(key_spans, 200)
-        tokens, membership = spans.key_columns(key_spans, 200)
-        count = membership.any(1).sum(-1)
-        position = torch.arange(columns.tokens.shape[1])
-        assert columns.tokens.shape[1] % 64 == 0
-        for b, real in enumerate(count.tolist()):
-            assert torch.equal(columns.tokens[b, :real].long(), tokens[b, :real])
-            assert (columns.tokens[b, real:] == 200).all()
-            assert torch.equal(columns.index[b, tokens[b, :real]].long(), torch.arange(real))
-            assert (columns.index[b] >= 0).sum() == real
-        held = (columns.spans[..., :1] <= position) & (position < columns.spans[..., 1:])
-        assert torch.equal(held[..., : tokens.shape[1]], membership)
-        assert not held[..., tokens.shape[1] :].any()
-
-
-def test_key_columns_are_made_once_a_batch():
-    key_spans = torch.tensor([[[0, 3]]])
-    columns = cuda.key_columns(key_spans, 10)
-    assert cuda.key_columns(key_spans, 10) is columns
-    assert cuda.key_columns(key_spans, 11).index.shape == (1, 11)
-    columns = cuda.key_columns(key_spans, 10)
-    key_spans += 1
-    assert cuda.key_columns(key_spans, 10).tokens[0, 0] == 1
-    assert cuda.key_columns(key_spans.clone(), 10) is not cuda.key_columns(key_spans, 10)
-    with torch.inference_mode():
-        key_spans = torch.tensor([[[0, 3]]])
-        cuda.key_columns(key_spans, 10)
-        key_spans += 1
-        assert cuda.key_columns(key_spans, 10).tokens[0, 0] == 1
-
-
 def mixture_case(layers=(5, 3), steps=19, keys=45, seed=0):
     generator = torch.Generator().manual_seed(seed)
     teacher, student = (torch.rand(count, 4, steps, keys, generator=generator) for count in layers)
@@ -389,17 +352,22 @@ def test_sanitizers(tmp_path):
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
 
 
-def test_is_refused_where_it_cannot_run():
+def test_is_refused_where_it_cannot_run(monkeypatch):
     span, count, q = torch.zeros(1, 1, 2).int(), torch.ones(2).int(), torch.zeros(1, 2, 3, 1)
     with pytest.raises(ValueError, match="cuda runs on cuda"):
         span_attention(q, q, q[..., 0], span, span, backend="cuda")
-    for double in (q.double(), q.expand(-1, -1, -1, 300)):
-        lse = double[..., 0]
-        with pytest.raises(ValueError, match="cuda does not implement span_attention for these tensors"):
-            span_attention(double, double, lse, span, span, backend="cuda")
     with pytest.raises(ValueError, match="cuda runs on cuda"):
         layer_mixture_kl(q, q, q[0, :, :1, 0], count, count, backend="cuda")
-    with pytest.raises(ValueError, match="cuda does not implement layer_mixture_kl for these tensors"):
+    monkeypatch.setitem(RUNTIMES, "cuda", Runtime())
+    for wrong, reason in (
+        (q.double(), "takes float32, bfloat16 or float16"),
+        (q.expand(-1, -1, -1, 300), "takes head dimensions up to 256"),
+    ):
+        with pytest.raises(ValueError, match=f"cuda {reason}"):
+            span_attention(wrong, wrong, wrong[..., 0], span, span, backend="cuda")
+    with pytest.raises(ValueError, match="cuda does not have softcap"):
+        span_attention(q, q, q[..., 0], span, span, softcap=1.0, backend="cuda")
+    with pytest.raises(ValueError, match="cuda takes float32"):
         layer_mixture_kl(q.double(), q.double(), q[0, :, :1, 0], count, count, backend="cuda")
 
 

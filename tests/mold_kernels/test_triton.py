@@ -75,38 +75,24 @@ def test_a_spill_without_a_reason_fails_the_check():
         check([Kernel("attention_forward", 90, QUICK[0], None, 4, 2, 255, 0, 0, "mma.sync", True)])
 
 
-def test_tuned_tiles_are_used_and_kept(monkeypatch, tmp_path):
+def test_tiles_come_from_the_table_alone(monkeypatch):
     from mold_kernels._triton import tiles
 
-    monkeypatch.setattr(tiles, "CACHE", tmp_path / "cache" / "tiles.json")
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    tiles._tuned.cache_clear()
     q = torch.empty(1, 1, 1, 64, device="meta", dtype=torch.bfloat16)
-    table = tiles.choose_tile("attention_forward", q)
-    tried = []
-
-    def measure(run):
-        tried.append(tiles.choose_tile("attention_forward", q))
-        if tried[-1].m > table.m:
-            raise RuntimeError("out of shared memory")
-        return 1.0 + abs(tried[-1].n - 2 * table.n)
-
-    best = tiles.tune("attention_forward", q, lambda: None, measure)
-    assert tried[0] == table
-    assert len(set(tried)) == len(tried) > 5
-    assert (best.m, best.n) == (table.m, 2 * table.n)
-    tiles._tuned.cache_clear()  # as a new process would
-    assert tiles.choose_tile("attention_forward", q) == best
-    assert tiles.choose_tile("attention_backward_dq", q) == tiles.table_tile("attention_backward_dq", 90, 2, 64)
-    tiles._tuned.cache_clear()
+    for arch in ARCHITECTURES:
+        monkeypatch.setattr(tiles, "architecture", lambda device, arch=arch: arch)
+        for kernel in {name for name, _ in tiles.TABLE}:
+            tile = tiles.choose_tile(kernel, q)
+            assert tile == tiles.TABLE[kernel, arch][0][0]
+            near = tiles.neighbours(tile)
+            assert len({tile, *near}) == len(near) + 1 > 5
 
 
 @pytest.mark.skipif(_triton.INTERPRETED or torch.cuda.is_available(), reason="here the kernels can run")
 def test_why_the_kernels_cannot_run_here():
     assert available_backends()["triton"] == "torch finds no CUDA device"
     with pytest.raises(ValueError, match="triton runs on cuda"):
-        attention_with_lse(*torch.rand(3, 1, 1, 4, 16), engine="triton")
+        attention_with_lse(*torch.rand(3, 1, 1, 4, 16), backend="triton")
 
 
 def test_import_without_triton():

@@ -37,6 +37,7 @@ def tiny(models, tmp_path):
         },
         "sweep": {"beta": [5.0]},
         "seeds": [0, 1],
+        "baseline": "mixture",
     }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))

@@ -23,6 +23,7 @@ from tests.mold.conftest import write_rows
         ("data.far.test=some", "data.far.test is 'some', must be from 1"),
         ("options.learning_rte=1", "has the unknown option 'learning_rte'; did you mean learning_rate?"),
         ("variants.mixture={betta: 1}", "recipe: mixture has the unknown option 'betta'"),
+        ("baseline=mixtur", "recipe: baseline is 'mixtur', must be one of answers, a pair, mixture, beta=5.0"),
         ("variants.mixture={beta: -1}", "beta: is -1.0, must be in"),
         ("generate={num_tries: 3}", "num_tries: is 3 at temperature 0.0"),
         ("generate={prompt: maths}", "prompt: is 'maths', must be one of"),
@@ -60,3 +61,17 @@ def test_packaged_recipes_pass_a_dry_run(name, tmp_path):
     lines = list(dry_run(replace(recipe, data=local, shapes=shapes)))
     assert any(line.startswith("train: ") and "GiB" in line for line in lines)
     assert not any("not checked" in line for line in lines)
+
+
+def test_a_folder_of_data_that_is_not_there_is_no_name_on_the_hub(mold, tiny):
+    for data_dir in ("data", "nowhere", tiny.parent / "none"):
+        message = refusal(mold("run", tiny, "--data_dir", data_dir, "--dry_run"))
+        assert f"dataset: {data_dir}/train.jsonl does not exist, must be below --data_dir" in message
+    changed = ("--set", "data.own.dataset='{data_dir}/svamp'")
+    message = refusal(mold("run", tiny, "--data_dir", "owner", "--dry_run", *changed))
+    assert "dataset: owner/svamp does not exist" in message
+
+
+def test_a_recipe_for_a_gpu_is_checked_without_one(mold, tiny):
+    status, _, err = mold("run", tiny, "--data_dir", tiny.parent, "--dry_run", "--set", "train.bf16=true")
+    assert status == 0, err

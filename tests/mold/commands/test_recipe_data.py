@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mold.commands.recipe_data import collect
+from mold.commands.recipe_data import collect, teacher_examples
 from mold.data.examples import question_key
 from tests.mold.command_line import load
 
@@ -26,3 +26,14 @@ def test_no_question_is_trained_on_and_tested(tiny):
     twice = {name: {"dataset": own["dataset"], "test": "all"} for name in ("a", "b")}
     far = {"far": {"dataset": str(tiny.parent / "far.jsonl"), "train": "all"}}
     assert "13 questions are in a and in b, tests both" in collect(replace(load(tiny), data=twice | far))[2]
+
+
+def test_a_teacher_learns_no_test_question(tiny):
+    recipe = load(tiny, "data.own.teacher=all", "teacher={}")
+    _, tests, _ = collect(recipe)
+    learned = teacher_examples(recipe, tests)
+    asked = {question_key(example.question) for test in tests.values() for example in test}
+    assert len(learned) == 10
+    assert not {question_key(example.question) for example in learned} & asked
+    with pytest.raises(ValueError, match="must have a source with teacher"):
+        teacher_examples(load(tiny), tests)

@@ -1,14 +1,17 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mold.data.chat import CHAT_TEMPLATE, render_for
 from mold.data.conversations import example_from_row, question_row
-from mold.data.encoding import encode_example
+from mold.data.encoding import encode_example, encode_prompt
 from mold.data.examples import DEFAULT_TEMPLATE, Example, text_hash
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
 from mold.evaluation.predictions import generate_predictions
+from mold.generation.prompting import prompt_ids
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
 
@@ -196,3 +199,41 @@ def test_any_text_is_found_or_refused(question, rationale, answer):
     rendered = render_for(example, CHAT_TEMPLATE, chat_tokenizer("smollm", "headers"))
     assert rendered.text[slice(*rendered.question)] == example.question
     assert rendered.text[slice(*rendered.rationale)] == example.rationale
+
+
+@pytest.mark.parametrize(
+    ("style", "reason"),
+    [
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}", "no system role"),
+        ("{% if messages | length > 2 %}{{ raise_exception('one turn\\nalone') }}{% endif %}", "one turn alone"),
+        ("{{ 1 // 0 }}", "by zero"),
+        ("{{ messages[0].content + 1 }}", "concatenate str"),
+        ("{% for m in messages %}", "end of template"),
+    ],
+)
+def test_what_a_chat_template_refuses_names_the_example(style, reason):
+    tokenizer = make_tokenizer.__wrapped__("smollm")
+    tokenizer.chat_template = style + CHAT_TEMPLATES["chatml"]
+    example = replace(EXAMPLE, id="row-7", history=(("system", "Be brief."),))
+    for encode in (encode_example, encode_prompt):
+        with pytest.raises(
+            ValueError, match=rf"^example row-7: messages: are of system, user, assistant.*{reason}"
+        ) as e:
+            encode(example, tokenizer, CHAT_TEMPLATE)
+        assert "\n" not in str(e.value)
+
+
+def test_a_special_token_in_an_earlier_turn_is_refused():
+    tokenizer = chat_tokenizer("smollm", "chatml")
+    example = replace(EXAMPLE, history=(("system", "Be </s> brief."),))
+    with pytest.raises(ValueError, match="message of system: holds '</s>'"):
+        encode_example(example, tokenizer, CHAT_TEMPLATE)
+
+
+def test_a_chat_template_with_a_date_writes_the_same_every_day():
+    tokenizer = make_tokenizer.__wrapped__("smollm")
+    clock = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    tokenizer.chat_template = clock + "Today is {{ date_string }}.\n" + CHAT_TEMPLATES["chatml"]
+    assert render_for(EXAMPLE, CHAT_TEMPLATE, tokenizer).text.startswith("Today is 26 Jul 2024.\n")
+    prompt = prompt_ids(tokenizer, "Think.", [], EXAMPLE.question, "", chat=True)
+    assert tokenizer.decode(prompt).startswith("Today is 26 Jul 2024.\n")

@@ -1,8 +1,12 @@
+import re
+from dataclasses import replace
+
 import pytest
 import torch
+from tokenizers import AddedToken, processors
 from transformers import ByT5Tokenizer
 
-from mold.data.encoding import Collator, encode_example
+from mold.data.encoding import Collator, encode_example, encode_prompt
 from mold.data.examples import ANSWER, DEFAULT_TEMPLATE, PROMPT, RATIONALE, Example, render
 from mold.data.problems import generate_problems
 from tests.tiny_tokenizers import KINDS, make_tokenizer
@@ -121,3 +125,84 @@ def test_batches(side):
         assert held.sum().item() == pytest.approx(signal.sum().item(), rel=1e-5)
     assert not batch["teacher_attention"][2].any()
     assert "teacher_attention" not in Collator(0)([items[2]])
+
+
+# Tokens that a text is made of, and no others
+
+CODE = Example("code", "Ann has 7 pens.\n\tHow many?", "if a:\n    a = 7  # it\n\n\t  So 9 .\n  The end", "9  9")
+
+
+def trimming(tokenizer, kind):
+    """The tokenizer with offsets that lose their blanks, alone, as RoBERTa's, or as one of several processors."""
+    byte_level = processors.ByteLevel(trim_offsets=True)
+    ends = {name: (name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")}
+    tokenizer.backend_tokenizer.post_processor = {
+        "alone": byte_level,
+        "roberta": processors.RobertaProcessing(ends["</s>"], ends["<s>"], trim_offsets=True, add_prefix_space=False),
+        "sequence": processors.Sequence(
+            [byte_level, processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[*ends.values()])]
+        ),
+    }[kind]
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, "{question}\n{rationale}\n\n{answer}\n"])
+@pytest.mark.parametrize("kind", ["alone", "roberta", "sequence"])
+def test_blanks_are_learned_where_offsets_are_trimmed(kind, template):
+    tokenizer = trimming(make_tokenizer.__wrapped__("gpt2"), kind)
+    before = tokenizer.backend_tokenizer.post_processor.__getstate__()
+    for example in (CODE, *EXAMPLES):
+        encoded = encode_example(example, tokenizer, template)
+        rendered = render(example, template)
+        learned = [t for t, r in zip(encoded.input_ids, encoded.regions, strict=True) if r != PROMPT]
+        assert tokenizer.decode(learned) == rendered.text[len(rendered.prompt) :] + "</s>"
+        answer = [t for t, r in zip(encoded.input_ids, encoded.regions, strict=True) if r == ANSWER]
+        assert tokenizer.decode(answer) == rendered.text[rendered.answer[0] :] + "</s>"
+        plain = encode_example(example, make_tokenizer("gpt2"), template)
+        shift = len(encoded.input_ids) - len(plain.input_ids)
+        assert encoded.row_spans == [(start + shift, end + shift) for start, end in plain.row_spans]
+    assert tokenizer.backend_tokenizer.post_processor.__getstate__() == before
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+@pytest.mark.parametrize("end", ["</s>", "<pad>"])
+def test_what_a_tokenizer_adds_behind_a_text_is_left_to_us(end, append_eos):
+    tokenizer = make_tokenizer.__wrapped__("gpt2")
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", end)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<s> $A {end}", special_tokens=special
+    )
+    encoded = encode_example(MESSY, tokenizer, DEFAULT_TEMPLATE, append_eos=append_eos)
+    plain = encode_example(MESSY, make_tokenizer("gpt2"), DEFAULT_TEMPLATE, append_eos=append_eos)
+    assert encoded.input_ids == [tokenizer.bos_token_id, *plain.input_ids]
+    assert encoded.regions == [PROMPT, *plain.regions]
+    prompt = encode_prompt(MESSY, tokenizer, DEFAULT_TEMPLATE)
+    assert encoded.input_ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("part", ["question", "rationale", "answer"])
+@pytest.mark.parametrize("spelling", ["</s>", "<s>", "<pad>", "<|im_end|>", "<|tool|>"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_spelling_of_a_special_token_is_refused(kind, spelling, part):
+    tokenizer = make_tokenizer.__wrapped__(kind)
+    assert encode_example(MESSY, tokenizer, DEFAULT_TEMPLATE).id == "messy"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.add_tokens([AddedToken("<|tool|>", special=True)])
+    text = getattr(MESSY, part)
+    example = replace(MESSY, **{part: f"{text[:5]}{spelling}{text[5:]}"})
+    for encode in (encode_example, encode_prompt):
+        with pytest.raises(ValueError, match=rf"example messy: {part}: holds {re.escape(repr(spelling))}"):
+            encode(example, tokenizer, DEFAULT_TEMPLATE)
+    # A template may hold them: whoever writes it means them.
+    template = f"{spelling}{DEFAULT_TEMPLATE}"
+    assert tokenizer.convert_tokens_to_ids(spelling) in encode_example(MESSY, tokenizer, template).input_ids
+
+
+def test_positions_count_from_the_first_token_with_padding_on_the_left():
+    tokenizer = make_tokenizer("smollm")
+    items = [{"example": encode_example(e, tokenizer, DEFAULT_TEMPLATE)} for e in (MESSY, EXAMPLES[0])]
+    assert "position_ids" not in Collator(tokenizer.pad_token_id)(items)
+    batch = Collator(tokenizer.pad_token_id, "left", pad_to_multiple_of=16)(items)
+    for item, positions, mask in zip(items, batch["position_ids"], batch["attention_mask"], strict=True):
+        assert positions[mask.bool()].tolist() == list(range(len(item["example"].input_ids)))
+        assert not positions[~mask.bool()].any()

@@ -92,3 +92,28 @@ def test_all_problems_differ_and_every_scenario_comes():
 def test_no_problems(count):
     with pytest.raises(ValueError, match=f"count: is {count}, must be at least 1"):
         generate_problems(count)
+
+
+@pytest.mark.parametrize("max_value", [100, 150])
+def test_a_largest_value_makes_the_numbers_smaller_and_nothing_else(max_value):
+    easy, hard = (generate_problems(400, seed=3, max_value=limit) for limit in (max_value, None))
+    assert max(max(numbers(f"{p.question} {p.rationale}")) for p in easy) <= max_value
+    assert max(max(numbers(f"{p.question} {p.rationale}")) for p in hard) > max_value
+
+    def kinds(examples):
+        return [sum(p.question.endswith(end) for p in examples) for end in ("get back?", "pay?", "buy?", "in total?")]
+
+    assert all(0.5 < a / b < 2 for a, b in zip(kinds(easy), kinds(hard), strict=True))
+    assert len({len(p.rationale.split(". ")) for p in easy}) == len({len(p.rationale.split(". ")) for p in hard})
+    with pytest.raises(ValueError, match="max_value: is 99, must be at least 100"):
+        generate_problems(1, max_value=99)
+
+
+def test_equations_alone():
+    texts, equations = (generate_problems(100, seed=1, rationale_form=form) for form in ("text", "equations"))
+    for text, equation in zip(texts, equations, strict=True):
+        assert (text.question, text.answer) == (equation.question, equation.answer)
+        lines = equation.rationale.split("\n")
+        assert all(value_of(line.split(" = ")[0]) == int(line.split(" = ")[1]) for line in lines)
+        assert lines[-1].endswith(f"= {equation.answer}")
+        assert set(numbers(text.rationale)) <= set(numbers(equation.rationale))

@@ -105,6 +105,51 @@ def test_svamp(tmp_path):
         read_examples(path)
 
 
+def test_equations_take_the_place_of_rationales(tmp_path):
+    def rationales(path, **options):
+        examples, report = read_examples(path, rationale_form="equations", **options)
+        return [example.rationale for example in examples], str(report)
+
+    path = write(tmp_path / "train.jsonl", GSM8K)
+    assert rationales(path) == (["1200 / 2 = 600\n1200 - 600 = 600", "600 * 10 = 6000"], "2 rows, 2 kept")
+    (tmp_path / "svamp").mkdir()
+    write(tmp_path / "svamp" / "SVAMP.json", SVAMP)
+    # Those beside the data set are texts.
+    write(tmp_path / "svamp" / "rationales.jsonl", [{"question": "A jar?", "rationale": "A text."}])
+    assert rationales(tmp_path / "svamp") == (["7 * 3 = 21", "9.5 - 2 = 7.5"], "2 rows, 2 kept")
+    (tmp_path / "ASDiv.xml").write_text(ASDIV_XML)
+    assert rationales(tmp_path / "ASDiv.xml") == (["4 + 5 = 9"], "2 rows, 1 kept, 1 without equations")
+    assert rationales(write(tmp_path / "questions.json", EQUATIONS))[0] == ["3 * 0.6 = 1.8"]
+    multi = {"iIndex": 1, "sQuestion": "How many?", "lEquations": ["X=((5.0+3.0)*2.0)"], "lSolutions": [16.0]}
+    assert rationales(write(tmp_path / "MultiArith.json", [multi]))[0] == ["5 + 3 = 8\n8 * 2 = 16"]
+    plain = [{"question": "How much?", "rationale": "That is 3 * 4 = 12 dollars.", "answer": "12"}]
+    assert rationales(write(tmp_path / "plain.jsonl", plain))[0] == ["3 * 4 = 12"]
+
+
+def test_rows_whose_equations_make_no_rationale_are_counted_and_kept_to_be_asked(tmp_path):
+    wrong = [{**SVAMP[0], "ID": "w", "Body": "Other", "Equation": "( 7.0 + 3.0 )"}]
+    unled = [{"question": "And then?", "answer": "It is <<2+2=4>>4, doubled.\n#### 8"}]
+    none = [{"question": "Why?", "answer": "So it is.\n#### 3"}]
+    examples, report = read_examples(write(tmp_path / "a.json", SVAMP + wrong), rationale_form="equations")
+    assert [e.id for e in examples] == ["s-1", "s-2"]
+    assert str(report) == "3 rows, 2 kept, 1 with a wrong equation"
+    path = write(tmp_path / "b.jsonl", GSM8K + unled + none)
+    _, report = read_examples(path, rationale_form="equations")
+    assert str(report) == "4 rows, 2 kept, 1 whose equations do not lead to the answer, 1 without equations"
+    examples = read(path, rationale_form="equations")
+    assert [bool(e.rationale) for e in examples] == [True, True, False, False]
+    with pytest.raises(ValueError, match="holds no usable example"):
+        read_examples(write(tmp_path / "c.jsonl", none), rationale_form="equations")
+
+
+def test_rationale_form_is_checked(tmp_path):
+    path = write(tmp_path / "train.jsonl", GSM8K)
+    with pytest.raises(ValueError, match="rationale_form: is 'equation', must be one of text, equations"):
+        read_examples(path, rationale_form="equation")
+    with pytest.raises(ValueError, match="rationales: is given, must not be with rationale_form='equations'"):
+        read_examples(path, rationale_form="equations", rationales=path)
+
+
 def test_asdiv_in_xml_and_json(tmp_path):
     (tmp_path / "ASDiv.xml").write_text(ASDIV_XML)
     assert read(tmp_path / "ASDiv.xml") == ASDIV_EXAMPLES
@@ -242,8 +287,122 @@ def test_without_the_extra_it_is_named(monkeypatch, tmp_path, module, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.parquet").touch()
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r'pip install "mold-distill\[data\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'mold-distill\[data\]'"):
         read_examples(path, split="train")
+
+
+# Files as others write them
+
+ROW = {"question": "Où est l'œuf, 3 ou 4?", "rationale": "3 + 1 = 4.", "answer": "4"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+def test_what_a_byte_order_mark_says_is_read(tmp_path, name, encoding):
+    text = json.dumps(ROW, ensure_ascii=False)
+    if name == "a.csv":
+        text = "question,rationale,answer\r\n" + ",".join(f'"{value}"' for value in ROW.values())
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert read_examples(tmp_path / name)[0] == [Example("a-1", **ROW)]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("form", ["lines", "blank lines", "array", "array of many lines", "windows"])
+def test_json_is_read_by_what_it_holds(tmp_path, name, form):
+    rows = [json.dumps(ROW | {"answer": str(number)}) for number in range(3)]
+    text = {
+        "lines": "\n".join(rows),
+        "blank lines": "\n\n" + "\n \n".join(rows) + "\n",
+        "array": f"[{','.join(rows)}]",
+        "array of many lines": json.dumps([json.loads(row) for row in rows], indent=2),
+        "windows": "\r\n".join(rows) + "\r\n",
+    }[form]
+    (tmp_path / name).write_bytes(text.encode())
+    assert [example.answer for example in read_examples(tmp_path / name)[0]] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+def test_another_encoding_names_file_line_and_byte(tmp_path, name):
+    head = b"question,rationale,answer\n" if name == "a.csv" else b""
+    body = b"x" * 20_000 + b"\n\nd\xe9j\xe0"
+    (tmp_path / name).write_bytes(head + (b"[" if name == "a.json" else b"") + body)
+    if name == "a.jsonl":  # its first lines are read before the last
+        (tmp_path / name).write_bytes(json.dumps(ROW).encode() + b"\n\nd\xe9j\xe0")
+    line = 4 if head else 3
+    with pytest.raises(ValueError, match=rf"{name}:{line}: holds the byte 0xe9, must be UTF-8 \(Latin-1 or another"):
+        read_examples(tmp_path / name)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv(tmp_path, delimiter):
+    rows = [
+        ["id", "question", "rationale", "answer", "keywords", "correct"],
+        ["1", '"Two\nlines, 3; and ""4""?"', '"3 + 4 = 7."', "7", "", "True"],
+        [],
+        ["2", "x" * 200_000, "Long.", "8", '"[""x""]"', ""],
+        ["3", "Wrong?", "So.", "9", "", "False"],
+    ]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(delimiter.join(row) for row in rows))
+    examples, report = read_examples(path)
+    assert examples[0] == Example("1", 'Two\nlines, 3; and "4"?', "3 + 4 = 7.", "7")
+    assert examples[1] == Example("2", "x" * 200_000, "Long.", "8", ("x",))
+    assert report.left_out == {"with a wrong rationale": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "history"),
+    [
+        ({"instruction": "What is 2 + 2?", "output": "2 + 2 = 4. The answer is 4."}, ()),
+        ({"instruction": "What is 2 + 2?", "input": "", "output": "2 + 2 = 4.\n#### 4"}, ()),
+        ({"instruction": "What is", "input": "2 + 2?", "output": "2 + 2 = 4.\n#### 4"}, ()),
+        ({"problem": "What is 2 + 2?", "solution": "2 + 2 = 4.", "answer": "4"}, ()),
+        ({"Problem": "What is 2 + 2?", "Solution": "2 + 2 = 4.", "Answer": 4}, ()),
+        ({"query": "What is 2 + 2?", "response": "2 + 2 = 4. The answer is: 4", "original_question": "x"}, ()),
+        ({"question": "What is 2 + 2?", "generated_solution": "2 + 2 = 4.", "expected_answer": "4"}, ()),
+        ({"question": "What is 2 + 2?", "rationale": "2 + 2 = 4.", "final_answer": "4"}, ()),
+        ({"system_prompt": "Hm.", "question": "What is 2 + 2?", "response": "2 + 2 = 4.\nAnswer: 4"}, ("system",)),
+        (
+            {"instruction": "What is 2 + 2?", "output": "2 + 2 = 4.\nAnswer: 4", "history": [["Hi", "Hello"]]},
+            ("user", "assistant"),
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "What is 2 + 2?"},
+                    {"from": "gpt", "value": "2 + 2 = 4.\nAnswer: 4"},
+                ]
+            },
+            (),
+        ),
+    ],
+)
+def test_the_columns_of_common_sets(tmp_path, row, history):
+    ((example,), _) = read_examples(write(tmp_path / "a.jsonl", [row]))
+    assert " ".join(example.question.split()) == "What is 2 + 2?"
+    assert (example.rationale, example.answer) == ("2 + 2 = 4.", "4")
+    assert tuple(role for role, _ in example.history) == history
+
+
+def test_problems_without_solutions_are_for_evaluation(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"ID": "p-1", "Problem": "What is 2 + 2?", "Answer": 4}])
+    assert read(path) == [Example("p-1", "What is 2 + 2?", "", "4")]
+    with pytest.raises(ValueError, match=r"rationale is None, .*the row has ID, Problem, Answer$"):
+        read_examples(path)
+
+
+def test_aqua(tmp_path):
+    row = {"question": "What is half of 10?", "options": ["A)4", "B) 5"], "rationale": "10/2 = 5.", "correct": "B"}
+    question = "What is half of 10? Answer Choices: (A) 4 (B) 5"
+    assert read_examples(write(tmp_path / "dev.jsonl", [row]))[0] == [Example("dev-1", question, "10/2 = 5.", "B")]
+    with pytest.raises(ValueError, match="correct is 'C', must be the letter of one of the options"):
+        read_examples(write(tmp_path / "dev.jsonl", [row | {"correct": "C"}]))
+
+
+def test_hostile_answers_take_linear_time(tmp_path):
+    row = {"Body": "", "Question": "How many?", "Formula": "1"}
+    for filling in (" " * 1_000_000, "(" * 1_000_000, " (" * 500_000, "(a)" * 300_000):
+        read(write(tmp_path / "a.jsonl", [row | {"Answer": f"9{filling}9"}]))
 
 
 # Wrong input names file and line
@@ -269,9 +428,29 @@ GOOD = '{"question": "a", "rationale": "b", "answer": "c"}'
         ("a.json", f"[\n{GOOD},\n\n7]", r"a\.json:4: is a int, must be an object"),
         ("a.json", f"[{GOOD},\n{{]", r"a\.json:2: is no JSON"),
         ("a.json", f"[{GOOD}", r"a\.json:1: the array ends"),
-        ("a.json", GOOD, r"a\.json:1: must be a JSON array"),
+        ("a.json", GOOD[:-1], r"a\.json:1: is no JSON"),
         ("a.xml", "<a>\n<b></a>", r"a\.xml:2: is no XML"),
-        ("a.csv", "question,answer", "must end in .jsonl, .json, .xml, .parquet"),
+        ("a.txt", "question,answer", "must end in .jsonl, .json, .csv, .tsv, .xml, .parquet"),
+        ("a.csv", "question,answer\n1,2,3", r"a\.csv:2: has 3 values, must have 2: question, answer"),
+        ("a.csv", 'question,rationale,answer\n"a\nb",c,d\ne,"f"g,h', r"a\.csv:4: is no CSV"),
+        ("a.csv", "question,question\n1,2", "must name each, once"),
+        ("a.csv", "question,answer,rationale,keywords\na,b,c,d", r"a\.csv:2: keywords is 'd', must be a list in JSON"),
+        ("a.json", "[" * 100_000, r"a\.json:1: is nested too deep"),
+        ("a.jsonl", f'{GOOD}\n{{"a":' + "[" * 100_000, r"a\.jsonl:2: is nested too deep"),
+        ("a.jsonl", f"{GOOD}\n" + "9" * 5000, r"a\.jsonl:2: cannot be read as JSON \(Exceeds the limit"),
+        ("a.jsonl", f'{GOOD[:-2]}\\ud83d"}}', r"a\.jsonl:1: answer: holds '\\ud83d' at character 1, one half"),
+        ("a.jsonl", f'{GOOD[:-1]}, "keywords": ["\\udc00"]}}', r"a\.jsonl:1: keywords: holds '\\udc00'"),
+        ("a.jsonl", f'{GOOD[:-1]}, "id": "__metadata__"}}', r"a\.jsonl:1: id: is '__metadata__'"),
+        (
+            "a.jsonl",
+            '{"question": "a", "answer": "b"}',
+            r"jsonl:1: rationale is None, .*; the row has question, answer$",
+        ),
+        ("a.jsonl", '{"text": "a", "label": 1}', r"jsonl:1: .*has the columns text, label; must have question, answer"),
+        ("a.jsonl", '{"problem": "a", "query": "b", "solution": "c"}', "has problem and query, which say the same"),
+        ("a.jsonl", '{"instruction": "a", "output": "no end"}', "no answer found in 'no end'"),
+        ("a.xml", '<?xml version="1.0" encoding="klingon"?><a/>', r"a\.xml:1: is no XML"),
+        ("a.parquet", "question", r"a\.parquet: is no Parquet that can be read"),
         (
             "a.jsonl",
             json.dumps(GSM8K[0]) + '\n{"question": "a", "answer": "no mark"}',
@@ -298,7 +477,7 @@ def test_what_does_not_exist(tmp_path):
     with pytest.raises(ValueError, match="holds no data file"):
         read_examples(tmp_path)
     path = write(tmp_path / "a.json", SVAMP)
-    with pytest.raises(ValueError, match=r"dataset: .*none\.jsonl does not exist"):
+    with pytest.raises(ValueError, match=r"rationales: .*none\.jsonl does not exist"):
         read_examples(path, rationales=tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=f"dataset_format: is 'csv', must be auto, {', '.join(FORMATS)}"):
         read_examples(path, "csv")

@@ -67,7 +67,7 @@ def test_the_plot():
     ]
     assert [line.get_ydata()[0] for line in figure.axes[0].lines] == pytest.approx([0.15, 0.1] * 2)
     assert "<svg" in plots.figure_to_svg(figure)
-    with pytest.raises(ValueError, match="models: was empty"):
+    with pytest.raises(ValueError, match="models: is empty"):
         plots.key_word_attention({})
 
 

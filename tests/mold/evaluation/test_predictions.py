@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import pytest
@@ -6,7 +5,6 @@ import pytest
 from mold.data.examples import render
 from mold.data.problems import generate_problems
 from mold.evaluation.predictions import accuracy, generate_predictions, score, wilson_interval
-from mold.files import write_jsonl
 from mold.generation.batches import Journal
 from tests.mold.scripted_model import ScriptedModel
 from tests.tiny_models import make_model
@@ -60,12 +58,6 @@ def test_batches_change_no_prediction(attention):
     assert len({row["completion"] for row in rows[0]}) > 1
 
 
-def test_rows_are_written_whole(tmp_path):
-    rows = [{"id": "a", "text": "½ 五 \n"}, {"id": "b", "text": None}]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()] == rows
-
-
 def test_what_is_looked_for_without_a_marker_depends_on_the_right_answer():
     examples = [replace(EXAMPLES[0], answer="B"), replace(EXAMPLES[1], answer="12")]
     model = learned_by_heart([render(e).prompt + " Of 12 only (B) fits." for e in examples])
@@ -106,5 +98,14 @@ def test_no_interval(right, total):
 def test_score():
     rows = [{"correct": i < 2, "prediction": None if i == 3 else "1", "truncated": i > 2} for i in range(5)]
     low, high = wilson_interval(2, 5)
-    expected = {"right": 2, "total": 5, "accuracy": 0.4, "low": low, "high": high, "no_answer": 1, "truncated": 2}
+    expected = {
+        "right": 2,
+        "total": 5,
+        "accuracy": 0.4,
+        "low": low,
+        "high": high,
+        "no_answer": 1,
+        "not_judged": 0,
+        "truncated": 2,
+    }
     assert score(rows) == expected

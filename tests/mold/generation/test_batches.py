@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from mold.generation.batches import Journal, batch_seed, batches_by_length, generate_batch
+from mold.generation.batches import Journal, batch_seed, batches_by_length, generate_all, generate_batch
 from tests.mold.scripted_model import ScriptedModel
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
@@ -78,6 +78,26 @@ def test_batches_hold_every_prompt_once_and_like_lengths_together():
     batches = batches_by_length([[0] * n for n in (5, 1, 9, 2, 5)], 2)
     assert batches == [[1, 3], [0, 4], [2]]
     assert len({batch_seed(seed, name) for seed in (0, 1) for name in ("plain-0-0", "plain-0-1")}) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_all_prompts_are_completed_in_their_order_and_once(model, tmp_path, temperature):
+    def run(prompts=PROMPTS, model=model):
+        journal = Journal(tmp_path / "journal.jsonl", {})
+        return generate_all(
+            *(model, TOKENIZER, prompts, "stage"),
+            **{"batch_size": 2, "journal": journal, "max_new_tokens": 12, "temperature": temperature},
+            progress=False,
+        )
+
+    first = run()
+    if temperature == 0:
+        assert first == complete(model)
+    assert run(model=ScriptedModel(TOKENIZER, None)) == first
+    # Other prompts under the same name are other batches, never the answers of the old ones.
+    other = [PROMPTS[0], PROMPTS[2], [*PROMPTS[1], *PROMPTS[1]]]
+    assert run(other) != first
+    assert run(model=ScriptedModel(TOKENIZER, None)) == first
 
 
 def test_a_journal_keeps_whole_batches_and_cuts_a_torn_one(tmp_path):

@@ -7,8 +7,9 @@ import torch
 from mold.data.encoding import encode_example
 from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.data.problems import generate_problems
-from mold.method import signals as signals_module
-from mold.method.signals import SignalCache, SignalSettings, extract_signals, weights_fingerprint
+from mold.method import extraction
+from mold.method.extraction import extract_signals
+from mold.method.signals import SignalCache, SignalSettings
 from tests.mold.training.test_exactness import pool_by_hand
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
@@ -63,7 +64,7 @@ def test_an_example_without_key_words_has_no_signal(tmp_path):
 def test_killed_at_any_write_it_goes_on(tmp_path, monkeypatch, killed_at):
     """Three shards and three manifests are written; the process dies at one of them, before or after the rename."""
     undisturbed = extract(tmp_path / "undisturbed")
-    write, writes = signals_module.write_atomically, []
+    write, writes = extraction.write_atomically, []
 
     def dying_write(path, data):
         writes.append(path)
@@ -72,10 +73,10 @@ def test_killed_at_any_write_it_goes_on(tmp_path, monkeypatch, killed_at):
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(signals_module, "write_atomically", dying_write)
+    monkeypatch.setattr(extraction, "write_atomically", dying_write)
     with pytest.raises(KeyboardInterrupt):
         extract(tmp_path / "killed")
-    monkeypatch.setattr(signals_module, "write_atomically", write)
+    monkeypatch.setattr(extraction, "write_atomically", write)
     forwards = []
     teacher = make_teacher()
     teacher.model.register_forward_pre_hook(lambda *args: forwards.append(1))
@@ -104,18 +105,6 @@ def test_a_cache_of_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match="teacher='tiny', must be 'another'"):
         SignalCache(tmp_path).require(teacher="another")
     SignalCache(tmp_path).require(teacher="tiny", row_reduction="sum")
-
-
-def test_every_parameter_counts_in_the_fingerprint():
-    teacher = make_teacher()
-    before = weights_fingerprint(teacher)
-    assert weights_fingerprint(make_teacher()) == before
-    for parameter in teacher.parameters():
-        with torch.no_grad():
-            parameter.flatten()[0] += 1
-        after = weights_fingerprint(teacher)
-        assert after != before
-        before = after
 
 
 def test_another_text_is_refused(tmp_path):

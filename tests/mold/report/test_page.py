@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mold.report import plots
-from mold.report.page import number, read_json_lines, write_report
+from mold.report.page import number, write_report
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -144,11 +144,14 @@ def test_only_a_torn_last_line_is_left_out(run_folder):
     path.write_bytes(whole + '{"step": 70, "loss": 1, "note": "é'.encode()[:-1])
     assert "last line of metrics.jsonl is half written" in write_report(run_folder).read_text("utf-8")
     path.write_bytes(b'{"step": 1, "lo\n' + whole)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: "):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: is no JSON"):
         write_report(run_folder)
     path.write_bytes(whole + b"[1]\n")
-    with pytest.raises(ValueError, match="must be a JSON object"):
-        read_json_lines(path, [])
+    with pytest.raises(ValueError, match="is a list, must be an object"):
+        write_report(run_folder)
+    path.write_bytes(whole + b'{"step": null}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:\d+: step is None, must be a number"):
+        write_report(run_folder)
 
 
 def test_a_failed_report_leaves_the_old_one(run_folder):
@@ -156,7 +159,7 @@ def test_a_failed_report_leaves_the_old_one(run_folder):
     maps = json.loads((run_folder / "attention_maps.json").read_text())
     maps[1]["teacher"] = maps[1]["teacher"][:-1]
     (run_folder / "attention_maps.json").write_text(json.dumps(maps))
-    with pytest.raises(ValueError, match=r"example 'b<2>': teacher: was \(2, 7\), must be \(3, 7\)"):
+    with pytest.raises(ValueError, match=r"example 'b<2>': teacher: is \(2, 7\), must be \(3, 7\)"):
         write_report(run_folder)
     assert (run_folder / "report.html").read_bytes() == old
     assert sorted(p.name for p in run_folder.glob("*report*")) == ["report.html"]
@@ -206,7 +209,7 @@ def test_shares_zeros_and_nan_are_told_apart():
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert {"1.00", ".25", ".75", "NaN"} <= set(texts)
     assert "NaN" in figure.texts[0].get_text()
-    with pytest.raises(ValueError, match="row_norm: was 'l2'"):
+    with pytest.raises(ValueError, match="row_norm: is 'l2'"):
         plots.attention_heat_map([[1.0]], ["a"], ["1"], row_norm="l2")
 
 
@@ -242,13 +245,13 @@ def test_router_weights_by_the_nearest_logged_step():
     np.testing.assert_allclose(cells[:, [0, 25, 215, 225]], expected)
     one = plots.layer_weights_over_training([{"step": 5, "router_weights": [1.0]}])
     assert one.axes[0].images[0].get_array().shape == (1, 400, 4)
-    with pytest.raises(ValueError, match="router_weights: was 2 rows"):
+    with pytest.raises(ValueError, match="router_weights: is in 2 rows"):
         plots.layer_weights_over_training([*rows[:1], {"step": 1, "router_weights": [1.0]}])
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "mold-distill\[report\]"'):
+    with pytest.raises(ImportError, match=r"pip install 'mold-distill\[report\]'"):
         plots.attention_heat_map([[1.0]], ["a"], ["1"])
 
 

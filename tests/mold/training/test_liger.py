@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mold.training.chunked_cross_entropy import ChunkedHead
+from mold.training.heads import ChunkedHead
 from tests.interpreter import run_interpreted
 from tests.tiny_models import make_model
 
@@ -20,7 +20,7 @@ def test_in_the_interpreter():
     ("installed", "error", "message"),
     [
         (object(), ValueError, "cross_entropy: is 'liger', must be 'chunked' or 'full' on cpu"),
-        (None, ImportError, r"cross_entropy: 'liger' needs liger-kernel: pip install 'mold\[liger\]'"),
+        (None, ImportError, r"cross_entropy='liger': needs liger-kernel: pip install 'mold-distill\[liger\]'"),
     ],
 )
 def test_what_cannot_run_is_refused(monkeypatch, installed, error, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mold.data.examples import Example
-from mold.method.signals import OnlineTeacher
+from mold.method.online_teacher import OnlineTeacher
 from tests.tiny_runs import (
     BARE,
     EXAMPLES,
@@ -85,7 +85,7 @@ def test_what_is_refused(tmp_path, signals):
         make_trainer(tmp_path, None, trainer_options={"teacher_model": make_teacher()})
     teacher = OnlineTeacher(make_teacher(), TEACHER_TOKENIZER, "{question} {rationale} {answer}", "sum")
     student = OnlineTeacher(make_student(), STUDENT_TOKENIZER, "{question} {rationale} {answer}", "sum")
-    with pytest.raises(ValueError, match=f"example {EXAMPLES[0].id}: the teacher's text has"):
+    with pytest.raises(ValueError, match=f"example {EXAMPLES[0].id}: the teacher has"):
         teacher.encode(EXAMPLES[0], student.encode(EXAMPLES[1], student_encoding(EXAMPLES[1])))
 
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from mold.training.chunked_cross_entropy import ChunkedHead
+from mold.training.heads import ChunkedHead
 from tests.tiny_runs import BARE, EXAMPLES, STUDENT_TOKENIZER, make_student, make_trainer, metrics, weights
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file
 
+from mold.data.examples import PROMPT
 from mold.method.loss import region_cross_entropy
 from mold.training import chunked_cross_entropy as chunked_module
-from mold.training.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy
+from mold.training.chunked_cross_entropy import chunked_cross_entropy
+from mold.training.heads import ChunkedHead, make_head
 from tests.tiny_models import FAMILIES, make_model
 from tests.tiny_runs import BARE, EXAMPLES, make_student, make_trainer, metrics, weights
 
@@ -163,13 +165,28 @@ def test_nothing_made_is_as_large_as_the_logits(generator):
     model = make_model("llama", vocab=5000)
     head = ChunkedHead(model)
     ids = torch.randint(5000, (2, 40), generator=generator)
+    regions = torch.ones_like(ids)
+    learned = head.learned(regions)
     with Watch():
-        model(input_ids=ids, use_cache=False, **head.arguments)
-        head.cross_entropy(ids, torch.ones_like(ids)).sum().backward()
+        outputs = model(input_ids=ids, use_cache=False, **head.arguments(learned))
+        head.cross_entropy(outputs, ids, regions, learned).sum().backward()
     assert model.lm_head.weight.numel() <= largest < 79 * 5000 * 0.99
-    expected = region_cross_entropy(model(input_ids=ids).logits, ids, torch.ones_like(ids))
-    model(input_ids=ids, use_cache=False, **head.arguments)
-    torch.testing.assert_close(head.cross_entropy(ids, torch.ones_like(ids)), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("family", "kind"), [("llama", "full"), ("llama", "chunked"), ("gemma2", "chunked")])
+def test_every_head_gives_the_cross_entropy_of_all_logits(generator, family, kind, training):
+    model = make_model(family).train(training)
+    ids = torch.randint(model.config.vocab_size, (3, 17), generator=generator)
+    regions = torch.randint(3, (3, 17), generator=generator)
+    regions[:, 9] = PROMPT  # a position that nobody learns from
+    head = make_head(model, kind)
+    learned = head.learned(regions)
+    outputs = model(input_ids=ids, use_cache=False, **head.arguments(learned))
+    expected = region_cross_entropy(model(input_ids=ids).logits, ids, regions)
+    torch.testing.assert_close(head.cross_entropy(outputs, ids, regions, learned), expected)
+    made = {"full": int((regions[:, 1:] > PROMPT).any(0).sum()) if training else 17, "chunked": 1}
+    assert outputs.logits.shape[1] == made[kind]
 
 
 def test_logits_that_are_not_the_output_layers_are_refused(monkeypatch):

@@ -7,7 +7,8 @@ from mold import StepwiseAttentionMixin
 from mold.data.chat import CHAT_TEMPLATE
 from mold.data.examples import Example
 from mold.data.problems import generate_problems
-from mold.method.signals import SignalSettings, extract_signals
+from mold.method.extraction import extract_signals
+from mold.method.signals import SignalSettings
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
 

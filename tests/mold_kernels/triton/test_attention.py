@@ -1,4 +1,4 @@
-"""The Triton engine of attention_with_lse and attention_lse against the float64 reference, values and gradients."""
+"""The Triton backend of attention_with_lse and attention_lse against the float64 reference, values and gradients."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def check(batch, heads, kv_heads, length, head_dim, dtype, layout=lambda tensor:
         torch.randn(batch, heads, length, generator=generator, dtype=torch.float64),
     ]
     assert_matches_reference(
-        lambda q, k, v: attention_with_lse(q, k, v, engine="triton", **options),
+        lambda q, k, v: attention_with_lse(q, k, v, backend="triton", **options),
         lambda q, k, v: reference.attention_with_lse(q, k, v, **options),
         tensors,
         upstream,
@@ -104,7 +104,7 @@ def test_production_tiles(monkeypatch):
 
 def test_scores_too_large_for_exp():
     q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 1, 37, 16)
-    out, lse = attention_with_lse(q * 50, k * 50, v, engine="triton")
+    out, lse = attention_with_lse(q * 50, k * 50, v, backend="triton")
     expected = reference.attention_with_lse(q.double() * 50, k.double() * 50, v.double())
     torch.testing.assert_close(out, expected[0].float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(lse, expected[1].float(), rtol=1e-6, atol=1e-3)
@@ -114,16 +114,16 @@ def test_two_runs_are_equal_bit_by_bit():
     tensors = [tensor.requires_grad_() for tensor in random_qkv(torch.Generator().manual_seed(0), 1, 4, 2, 40, 16)]
     runs = []
     for _ in range(2):
-        out, lse = attention_with_lse(*tensors, engine="triton")
+        out, lse = attention_with_lse(*tensors, backend="triton")
         runs.append([out, lse, *torch.autograd.grad(out.sum() + lse.sum(), tensors)])
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
 
 def test_float64_and_wide_heads_are_refused():
-    for tensors in (
-        random_qkv(torch.Generator(), 1, 1, 1, 4, 16, dtype=torch.float64),
-        random_qkv(torch.Generator(), 1, 1, 1, 4, 264),
+    for tensors, reason in (
+        (random_qkv(torch.Generator(), 1, 1, 1, 4, 16, dtype=torch.float64), "float32, bfloat16 or float16"),
+        (random_qkv(torch.Generator(), 1, 1, 1, 4, 264), "head dimensions up to 256"),
     ):
-        with pytest.raises(ValueError, match="triton does not implement attention_with_lse for these tensors"):
-            attention_with_lse(*tensors, engine="triton")
+        with pytest.raises(ValueError, match=f"backend: is 'triton', must be .*: triton takes {reason}"):
+            attention_with_lse(*tensors, backend="triton")

@@ -8,6 +8,7 @@ from mold_kernels import reference, span_attention
 from mold_kernels._triton import span_pieces, tiles
 from mold_kernels.testing import random_qkv, random_spans
 from tests.mold_kernels.test_span_attention import VISIBILITY, assert_matches_reference, spans
+from tests.mold_kernels.test_span_pieces import check_pieces
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -72,33 +73,7 @@ def test_any_spans(row_spans, key_spans):
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(spans(4), spans(5))
 def test_pieces(row_spans, key_spans):
-    """Every span is a run of pieces, no row piece is longer than asked, the columns are the held tokens."""
-    length, rows = 23, 4
-    row_spans, key_spans = (torch.tensor([each], dtype=torch.int32) for each in (row_spans, key_spans))
-    pieces = span_pieces.make_pieces(row_spans, key_spans, length, rows)
-    held = set()
-    for start, end in key_spans[0].tolist():
-        held |= set(range(start, end))
-        first, last = pieces.key_piece[0, start], pieces.key_piece[0, end]
-        inside = (pieces.column_piece[0, : pieces.before[0, -1]] >= first) & (
-            pieces.column_piece[0, : pieces.before[0, -1]] < last
-        )
-        assert pieces.columns[0, : pieces.before[0, -1]][inside].tolist() == list(range(start, end))
-    assert pieces.before[0, -1] == len(held)
-    assert pieces.columns[0, : len(held)].tolist() == sorted(held)
-    assert (pieces.key_first[0] <= len(held)).all()
-
-    starts, covered = pieces.row_start[0] // 2, pieces.row_start[0] % 2
-    assert starts[0] == 0
-    assert starts[-1] == length
-    assert ((starts.diff() >= 0) & (starts.diff() <= rows)).all()
-    tokens = torch.repeat_interleave(torch.arange(pieces.row_count), starts.diff())
-    assert torch.equal(tokens.int(), pieces.row_piece[0, :length])
-    in_step = torch.zeros(length, dtype=torch.int32)
-    for start, end in row_spans[0].tolist():
-        in_step[start:end] = 1
-        assert start == end or (starts[pieces.row_piece[0, start]] == start and tokens[end - 1] + 1 >= 1)
-    assert torch.equal(covered[:-1][tokens], in_step)
+    check_pieces("triton", row_spans, key_spans)
 
 
 def test_empty_spans_give_exact_zeros():

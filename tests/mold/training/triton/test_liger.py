@@ -4,7 +4,8 @@ import pytest
 import torch
 from liger_kernel.transformers import functional
 
-from mold.training.chunked_cross_entropy import ChunkedHead, chunked_cross_entropy, liger_cross_entropy
+from mold.training.chunked_cross_entropy import chunked_cross_entropy, liger_cross_entropy
+from mold.training.heads import ChunkedHead
 from mold_kernels.testing import assert_as_accurate_as
 from tests.tiny_models import make_model
 from tests.tiny_runs import BARE, EXAMPLES, make_student, make_trainer, metrics

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mold_kernels import layer_mixture_kl, reference
-from mold_kernels._triton import layer_mixture as kernels
+from mold_kernels._triton import layer_mixture_kl as kernels
 from mold_kernels.testing import assert_as_accurate_as
 
 

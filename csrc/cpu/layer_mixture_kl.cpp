@@ -1,7 +1,7 @@
 #include "level_kernels.hpp"
 #include "simd.hpp"
 
-// Formulas in mold_kernels/layer_mixture.py. Everything after the mixture is made in float64: it is S x M numbers, and
+// Formulas in mold_kernels/layer_mixture_kl.py. Everything after the mixture is made in float64: it is S x M numbers, and
 // the divergence of nearly equal rows is a small difference. Reads every attention twice (teacher) or once (student).
 namespace mold::MOLD_LEVEL {
 namespace {
@@ -59,9 +59,9 @@ void mix(
 }
 
 // Logarithms of the row made a distribution; returns what a row's gradient needs: its sum ("l1").
-double log_row(double* row, int64_t keys, double l1_epsilon) {
+double log_row(double* row, int64_t keys, RowNorm row_norm, double l1_epsilon) {
     double most = -HUGE_VAL, total = 0;
-    if (l1_epsilon > 0) {
+    if (row_norm == RowNorm::l1) {
         for (int64_t m = 0; m < keys; ++m) total += row[m] += l1_epsilon;
         for (int64_t m = 0; m < keys; ++m) row[m] = std::log(row[m] / total);
         return total;
@@ -75,7 +75,7 @@ double log_row(double* row, int64_t keys, double l1_epsilon) {
 template <typename T>
 void forward(
     const View& teacher, const View& student, const View& weights, const View& num_steps, const View& num_keys,
-    double tau, double l1_epsilon, const View& loss, const View& mixture_grad, int threads) {
+    double tau, RowNorm row_norm, double l1_epsilon, const View& loss, const View& mixture_grad, int threads) {
     const int64_t teachers = teacher.sizes[0], batch = teacher.sizes[1], steps = teacher.sizes[2],
                   keys = teacher.sizes[3];
     const auto valid_of = [&](int64_t example) { return Valid(num_steps, num_keys, example, steps, keys); };
@@ -101,12 +101,13 @@ void forward(
         if (step >= valid.steps) return;
         mix<T>(teacher, example, step, teacher_weights + example * teachers, 1, valid.keys, rows.teacher);
         mix<T>(student, example, step, weights.at<const T>(example), weights.strides[1], valid.keys, rows.student);
-        log_row(rows.teacher, valid.keys, l1_epsilon);
-        const double total = log_row(rows.student, valid.keys, l1_epsilon), count = count_at(num_steps, example);
+        log_row(rows.teacher, valid.keys, row_norm, l1_epsilon);
+        const double total = log_row(rows.student, valid.keys, row_norm, l1_epsilon);
+        const double count = count_at(num_steps, example);
         for (int64_t m = 0; m < valid.keys; ++m) {
             const double p = std::exp(rows.teacher[m]), q = std::exp(rows.student[m]);
             divergence[task] += p * (rows.teacher[m] - rows.student[m]);
-            gradient[m] = static_cast<T>((l1_epsilon > 0 ? (1 - p / q) / total : q - p) / count);
+            gradient[m] = static_cast<T>((row_norm == RowNorm::l1 ? (1 - p / q) / total : q - p) / count);
         }
     });
     for (int64_t b = 0; b < batch; ++b) {
@@ -118,7 +119,7 @@ void forward(
 
 template <typename T>
 void backward(
-    const View& grad, const View& student, const View& weights, const View& mixture_grad, const View& dstudent,
+    const View& grad, const View& mixture_grad, const View& student, const View& weights, const View& dstudent,
     const View& dweights, int threads) {
     const int64_t layers = student.sizes[0], steps = student.sizes[2], keys = student.sizes[3];
     parallel(threads, layers * student.sizes[1], [](Scratch&) { return 0; }, [&](int64_t task, int) {
@@ -145,18 +146,18 @@ void backward(
 
 }  // namespace
 
-void layer_mixture_forward(
+void layer_mixture_kl_forward(
     const View& teacher, const View& student, const View& weights, const View& num_steps, const View& num_keys,
-    double tau, double l1_epsilon, const View& loss, const View& mixture_grad, int threads) {
+    double tau, RowNorm row_norm, double l1_epsilon, const View& loss, const View& mixture_grad, int threads) {
     const auto run = student.dtype == Dtype::float32 ? forward<float> : forward<double>;
-    run(teacher, student, weights, num_steps, num_keys, tau, l1_epsilon, loss, mixture_grad, threads);
+    run(teacher, student, weights, num_steps, num_keys, tau, row_norm, l1_epsilon, loss, mixture_grad, threads);
 }
 
-void layer_mixture_backward(
-    const View& grad, const View& student, const View& weights, const View& mixture_grad, const View& dstudent,
+void layer_mixture_kl_backward(
+    const View& grad, const View& mixture_grad, const View& student, const View& weights, const View& dstudent,
     const View& dweights, int threads) {
     const auto run = student.dtype == Dtype::float32 ? backward<float> : backward<double>;
-    run(grad, student, weights, mixture_grad, dstudent, dweights, threads);
+    run(grad, mixture_grad, student, weights, dstudent, dweights, threads);
 }
 
 }  // namespace mold::MOLD_LEVEL

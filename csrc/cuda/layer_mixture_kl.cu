@@ -9,15 +9,15 @@
 
 #include <cmath>
 
+#include "../row_norm.hpp"
 #include "device.cuh"
-#include "layer_mixture.hpp"
+#include "layer_mixture_kl.hpp"
 
 namespace mold::cuda {
 namespace {
 
 constexpr int threads = 512;
 constexpr int warps = threads / warp_size;
-constexpr double l1_epsilon = 1e-6;  // mold_kernels.reference.L1_EPSILON
 
 template <typename Value>
 __device__ Value warp_sum(Value value) {
@@ -55,7 +55,8 @@ struct Forward {
     const std::int64_t *num_steps, *num_keys;
     float *teacher_mixture, *mixture_grad, *loss;
     float tau;
-    bool softmax;
+    RowNorm row_norm;
+    double l1_epsilon;
     int teacher_layers, student_layers, steps, keys;
 };
 
@@ -82,7 +83,7 @@ __device__ inline double row_logsumexp(const float* row, int keys) {
 }
 
 // sum_m of (row + epsilon) of a warp's row.
-__device__ inline double row_mass(const float* row, int keys) {
+__device__ inline double row_mass(const float* row, int keys, double l1_epsilon) {
     double sum = 0;
     for (int m = threadIdx.x % warp_size; m < keys; m += warp_size) sum += row[m] + l1_epsilon;
     return warp_sum(sum);
@@ -121,6 +122,7 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(Forward p) {
     }
     __syncthreads();
 
+    const bool softmax = p.row_norm == RowNorm::softmax;
     double divergence = 0;
     for (int step = warp; step < p.steps; step += warps) {
         const std::int64_t offset = (static_cast<std::int64_t>(b) * p.steps + step) * p.keys;
@@ -128,16 +130,16 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(Forward p) {
         const int valid = step < steps ? keys : 0;
         mix(p.teacher, p.teacher_layers, teacher_weights, b, step, valid, teacher);
         mix(p.student, p.student_layers, student_weights, b, step, valid, student);
-        const double teacher_norm = p.softmax ? row_logsumexp(teacher, valid) : row_mass(teacher, valid);
-        const double student_norm = p.softmax ? row_logsumexp(student, valid) : row_mass(student, valid);
+        const double teacher_norm = softmax ? row_logsumexp(teacher, valid) : row_mass(teacher, valid, p.l1_epsilon);
+        const double student_norm = softmax ? row_logsumexp(student, valid) : row_mass(student, valid, p.l1_epsilon);
         for (int m = lane; m < p.keys; m += warp_size) {
             double gradient = 0;
-            if (m < valid && p.softmax) {
+            if (m < valid && softmax) {
                 const double log_p = teacher[m] - teacher_norm, log_q = student[m] - student_norm, prob = exp(log_p);
                 divergence += prob * (log_p - log_q);
                 gradient = exp(log_q) - prob;
             } else if (m < valid) {
-                const double mass = student[m] + l1_epsilon, prob = (teacher[m] + l1_epsilon) / teacher_norm;
+                const double mass = student[m] + p.l1_epsilon, prob = (teacher[m] + p.l1_epsilon) / teacher_norm;
                 divergence += prob * log(prob * student_norm / mass);
                 gradient = 1 / student_norm - prob / mass;
             }
@@ -184,8 +186,8 @@ __global__ void __launch_bounds__(threads) backward_kernel(Backward p) {
 }  // namespace
 
 void layer_mixture_kl_forward(const Tensor& teacher_attention, const Tensor& student_attention, const Tensor& weights,
-                              const Tensor& num_steps, const Tensor& num_keys, float tau, bool softmax,
-                              const Tensor& teacher_mixture, const Tensor& mixture_grad, const Tensor& loss,
+                              const Tensor& num_steps, const Tensor& num_keys, float tau, const std::string& row_norm,
+                              double l1_epsilon, const Tensor& teacher_mixture, const Tensor& mixture_grad, const Tensor& loss,
                               Stream stream) {
     const int teacher_layers = teacher_attention.size(0), student_layers = student_attention.size(0);
     const Forward arguments{.teacher = {teacher_attention.data<const float>(), Strides<4>(teacher_attention)},
@@ -198,7 +200,8 @@ void layer_mixture_kl_forward(const Tensor& teacher_attention, const Tensor& stu
                             .mixture_grad = mixture_grad.data<float>(),
                             .loss = loss.data<float>(),
                             .tau = tau,
-                            .softmax = softmax,
+                            .row_norm = row_norm_named(row_norm),
+                            .l1_epsilon = l1_epsilon,
                             .teacher_layers = teacher_layers,
                             .student_layers = student_layers,
                             .steps = student_attention.size(2),

@@ -20,10 +20,10 @@ _TILE_ELEMENTS = 2048
 
 
 @triton.jit
-def _log_rows(values, valid, epsilon, L1_NORM: tl.constexpr):
+def _log_rows(values, valid, l1_epsilon, ROW_NORM: tl.constexpr):
     """(log of each row made a distribution over its valid cells, the values plus epsilon, their sum)"""
-    if L1_NORM:
-        mass = tl.where(valid, values + epsilon, 0.0)
+    if ROW_NORM == "l1":
+        mass = tl.where(valid, values + l1_epsilon, 0.0)
         total = tl.sum(mass, 1)[:, None]
         return tl.log(tl.where(valid, mass / total, 1.0)), mass, total
     else:
@@ -114,8 +114,8 @@ def _layer_mixture_kl_forward_kernel(
     S,
     M,
     tau,
-    epsilon,
-    L1_NORM: tl.constexpr,
+    l1_epsilon,
+    ROW_NORM: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -150,13 +150,13 @@ def _layer_mixture_kl_forward_kernel(
         cells += student_layer
     # Rows of padding are uniform here, so that no row is empty, and leave the loss below.
     row_valid = valid | ((step >= steps)[:, None] & (key < BLOCK_M)[None, :])
-    log_p, _, _ = _log_rows(teacher, row_valid, epsilon, L1_NORM)
-    log_q, mass, total = _log_rows(student, row_valid, epsilon, L1_NORM)
+    log_p, _, _ = _log_rows(teacher, row_valid, l1_epsilon, ROW_NORM)
+    log_q, mass, total = _log_rows(student, row_valid, l1_epsilon, ROW_NORM)
     p = tl.exp(log_p)
     divisor = tl.maximum(steps, 1).to(tl.float64)
     loss = tl.sum(tl.sum(tl.where(valid, p * (log_p - log_q), 0.0), 1), 0) / divisor
     tl.store(loss_ptr + batch * tl.num_programs(0) + tl.program_id(0), loss)
-    gradient = 1 / total - p / tl.where(valid, mass, 1.0) if L1_NORM else tl.exp(log_q) - p
+    gradient = 1 / total - p / tl.where(valid, mass, 1.0) if ROW_NORM == "l1" else tl.exp(log_q) - p
     gradient = tl.where(valid, gradient, 0.0) / divisor
     cells = mixture_grad_ptr + batch * S * M + step[:, None] * M + key[None, :]
     tl.store(cells, gradient.to(tl.float32), mask=(step < S)[:, None] & (key < M)[None, :])
@@ -224,8 +224,8 @@ def layer_mixture_kl_forward(
     num_steps: torch.Tensor,
     num_keys: torch.Tensor,
     tau: float,
-    epsilon: float,
-    l1: bool,
+    row_norm: str,
+    l1_epsilon: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss [B] and its gradient [B, S, M] in the student's mixture."""
     layers, batch, steps, keys = student.shape
@@ -236,8 +236,6 @@ def layer_mixture_kl_forward(
     mixture_grad = student.new_empty(batch, steps, keys)
     statistic = student.new_empty(batch, teacher_layers, dtype=torch.float64)
     loss = student.new_empty(batch, blocks, dtype=torch.float64)
-    if not mixture_grad.numel():
-        return student.new_zeros(batch), mixture_grad
     num_steps, num_keys = num_steps.contiguous(), num_keys.contiguous()
     options = {"BLOCK_S": block_s, "BLOCK_M": block_m, "num_warps": 8, "enable_fp_fusion": True}
     _layer_statistic_kernel[teacher_layers, batch](
@@ -246,8 +244,8 @@ def layer_mixture_kl_forward(
     _layer_mixture_kl_forward_kernel[blocks, batch](
         *(teacher, student, weights, num_steps, num_keys, statistic, loss, mixture_grad),
         *(*teacher.stride(), *student.stride(), *weights.stride()),
-        *(teacher_layers, layers, steps, keys, tau, epsilon),
-        L1_NORM=l1,
+        *(teacher_layers, layers, steps, keys, tau, l1_epsilon),
+        ROW_NORM=row_norm,
         BLOCK_L=triton.next_power_of_2(max(layers, teacher_layers)),
         **options,
     )
@@ -260,11 +258,10 @@ def layer_mixture_kl_backward(
     """Gradients [L, B, S, M] and [B, L] from grad [B]."""
     layers, batch, steps, keys = student.shape
     attention_grad, weights_grad = student.new_empty(student.shape), weights.new_empty(batch, layers)
-    if weights_grad.numel():
-        _layer_mixture_kl_backward_kernel[layers, batch](
-            *(grad, mixture_grad, student, weights, attention_grad, weights_grad),
-            *(*grad.stride(), *student.stride(), *weights.stride(), layers, steps * keys, keys),
-            BLOCK=1024,
-            enable_fp_fusion=True,
-        )
+    _layer_mixture_kl_backward_kernel[layers, batch](
+        *(grad, mixture_grad, student, weights, attention_grad, weights_grad),
+        *(*grad.stride(), *student.stride(), *weights.stride(), layers, steps * keys, keys),
+        BLOCK=1024,
+        enable_fp_fusion=True,
+    )
     return attention_grad, weights_grad

@@ -1,0 +1,60 @@
+"""A teacher that runs beside the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mold.data.encoding import Collator, EncodedExample, check_tokenizer, encode_example
+from mold.data.examples import Example
+from mold.method.attention_interface import observe_attention, use_mold_attention
+from mold.method.signals import check_agreement
+
+
+class OnlineTeacher:
+    """A teacher that runs beside the student, in place of a SignalCache: nothing on disk, a forward every step.
+
+    Args:
+        model: frozen, put into evaluation mode and switched to the "mold" attention here.
+        tokenizer: the teacher's, a fast one.
+        template, row_reduction: as of the student's training.
+        max_length: most tokens an example may have.
+
+    Raises:
+        ValueError: the model's attention cannot be replaced, or the tokenizer cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        row_reduction: str,
+        max_length: int | None = None,
+    ):
+        check_tokenizer(tokenizer)
+        self.model = use_mold_attention(model).eval().requires_grad_(False)
+        self._tokenizer, self._template = tokenizer, template
+        self._row_reduction, self._max_length = row_reduction, max_length
+
+    @property
+    def collator(self) -> Collator:
+        """What pads the teacher's tokens."""
+        return Collator(self._tokenizer.eos_token_id)
+
+    def encode(self, example: Example, encoded: EncodedExample) -> EncodedExample | None:
+        """The example in the teacher's tokens; None if it has no key words.
+
+        Raises:
+            ValueError: its steps and key words are not the student's (`encoded`); names the example.
+        """
+        mine = encode_example(example, self._tokenizer, self._template, append_eos=False, max_length=self._max_length)
+        check_agreement(example, encoded, len(mine.row_spans), len(mine.key_spans))
+        return mine if mine.key_spans else None
+
+    def attention(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Stepwise attention float32 [B, L1, S, M] of a batch that `collator` made, on the batch's device."""
+        attention = observe_attention(self.model, batch, self._row_reduction).float()
+        return attention.transpose(0, 1).to(batch["input_ids"].device)

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from mold.files import append_jsonl, cut_torn_line, json_lines, write_atomically, write_jsonl
+
+ROWS = [{"id": "a", "text": "½ 五 \n\u2028"}, {"id": "b", "text": None}]
+
+
+def rows_of(path, **options):
+    return [row for _, row in json_lines(path, **options)]
+
+
+def test_rows_are_written_whole(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, ROWS)
+    assert [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]] == ROWS
+    assert rows_of(path) == ROWS
+    write_jsonl(path, [])
+    assert path.read_bytes() == b""
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mold.files.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_wherever_a_run_is_killed_whole_rows_stay_and_go_on(tmp_path):
+    path = tmp_path / "deep/rows.jsonl"
+    for row in ROWS:
+        append_jsonl(path, row)
+    data = path.read_bytes()
+    first = data.index(b"\n") + 1
+    for length in range(len(data) + 1):
+        path.write_bytes(data[:length])
+        whole, torn = (length >= first) + (length == len(data)), []
+        assert rows_of(path, on_torn=lambda torn=torn: torn.append(1)) == ROWS[:whole]
+        assert len(torn) == (length not in (0, first, len(data)))
+        append_jsonl(path, {"n": 1})
+        assert rows_of(path) == [*ROWS[:whole], {"n": 1}]
+        path.write_bytes(data[:length])
+        cut_torn_line(path)
+        assert rows_of(path) == ROWS[:whole]
+
+
+def test_a_last_line_of_a_file_that_nobody_was_killed_at_needs_no_end(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\n{"a": 1}\r\n\n{"a": 2}')
+    assert list(json_lines(path)) == [(f"{path}:2", {"a": 1}), (f"{path}:4", {"a": 2})]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"a": 1}\n{"a": \n{"a": 1}\n', r"rows\.jsonl:2: is no JSON"),
+        (b'{"a": 1}\n\n"a"\n', r"rows\.jsonl:3: is a str, must be an object"),
+        (b'{"a": "\xff"}\n', r"rows\.jsonl:1: is no JSON"),
+        (None, r"rationales: .*rows\.jsonl does not exist"),
+    ],
+)
+def test_what_is_no_row_is_named(tmp_path, data, message):
+    path = tmp_path / "rows.jsonl"
+    if data is not None:
+        path.write_bytes(data)
+    for on_torn in (None, list):
+        with pytest.raises(ValueError, match=message):
+            rows_of(path, name="rationales", on_torn=on_torn)
