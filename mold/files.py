@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
     """Write one JSON object a line, whole or not at all."""
     write_atomically(Path(path), b"".join(map(_line, rows)))
+
+
+def digest(*values) -> str:
+    """A hash of values that JSON can hold, or that have a text."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def append_jsonl(path: Path, row: dict) -> None:
