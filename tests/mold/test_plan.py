@@ -145,7 +145,7 @@ def test_the_command_names_the_best_saver_and_the_largest_length(tmp_path, capsy
     monkeypatch.setattr(sys, "argv", ["mold", "plan", *options, "--gpu", "h1"])
     with pytest.raises(SystemExit):
         main()
-    assert "--gpu: is 'h1', must be one of a100-80gb" in capsys.readouterr().err
+    assert "gpu: is 'h1', must be one of a100-80gb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
