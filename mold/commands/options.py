@@ -32,7 +32,7 @@ class DataOptions(_Group):
 
     dataset: str | None = field(
         default=None,
-        metadata={"help": 'File, folder or hub name, or "generated": our own problems.'},
+        metadata={"help": 'File, folder, hub name, or "generated".'},
     )
     dataset_format: str = field(
         default="auto",
@@ -44,10 +44,7 @@ class DataOptions(_Group):
     rationales: str | None = field(default=None, metadata={"help": "JSONL, in place of those in the data set."})
     rationale_form: str = field(
         default="text",
-        metadata={
-            "help": '"text", or "equations" of the data set, an operation a step.',
-            "choices": ("text", "equations"),
-        },
+        metadata={"help": '"text", or the data\'s "equations".', "choices": ("text", "equations")},
     )
     num_train: int | None = field(
         default=None, metadata={"help": "Examples to train on; all if not given.", "at_least": 1}

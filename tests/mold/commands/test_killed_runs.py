@@ -12,6 +12,7 @@ import pytest
 
 from mold.data.problems import generate_problems
 from mold.report.page import _merged
+from tests.mold.command_line import flags
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
 
@@ -30,9 +31,13 @@ def options(tmp_path):
         tokenizer.save_pretrained(tmp_path / name)
     rows = "".join(json.dumps(vars(example)) + "\n" for example in generate_problems(36, seed=6))
     (tmp_path / "problems.jsonl").write_text(rows)
-    config = {
+    both = {
         "dataset": tmp_path / "problems.jsonl",
         "teacher_model_name_or_path": tmp_path / "teacher",
+        "disable_tqdm": True,
+    }
+    extract = {"extract_shard_size": 2, "extract_batch_size": 2}
+    train = {
         "model_name_or_path": tmp_path / "student",
         "num_eval": 4,
         "max_new_tokens": 4,
@@ -40,17 +45,14 @@ def options(tmp_path):
         "save_steps": 2,
         "save_total_limit": 2,
         "logging_steps": 2,
-        "extract_shard_size": 2,
-        "extract_batch_size": 2,
-        "disable_tqdm": True,
     }
-    return [text for key, value in config.items() for text in (f"--{key}", str(value))]
+    return {"extract": [*map(str, flags(both | extract))], "train": [*map(str, flags(both | train))]}
 
 
 def run(command, options, folder, kill_after=None):
     """Whether the command ended by itself; killed without warning after some seconds where a number is given."""
     process = subprocess.Popen(
-        [*MOLD, command, *options, "--output_dir", str(folder)],
+        [*MOLD, command, *options[command], "--output_dir", str(folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -56,7 +56,7 @@ def test_a_command_takes_its_own_options(command):
     [
         ("train", ["--learning_rte", "1"], "--learning_rte: is no option of mold train; did you mean learning_rate?"),
         ("extract", ["--learning_rte", "1"], "did you mean learning_rate, of mold demo, train?"),
-        ("train", ["--beta", "much"], "beta: is 'much', must be float"),
+        ("train", ["--tau_1", "much"], "tau_1: is 'much', must be float"),
         ("train", ["--beta"], "beta: expected one argument"),
         ("train", ["--student-layers", "0", "x"], "student_layers: is 'x', must be int"),
         ("train", ["--lr_scheduler_type", "steep"], "lr_scheduler_type: invalid choice: 'steep'"),
@@ -118,7 +118,7 @@ def test_a_yaml_file_and_the_command_line_that_wins(tmp_path, caplog):
         ("a: " + "[" * 100_000, "nested too deep"),
         ("a: 2020-99-99\n", "is no YAML"),
         ("beta: [1, 2]\n", "beta: is [1, 2], must be one value"),
-        ("beta: much\n", "beta: is 'much', must be float"),
+        ("tau_1: much\n", "tau_1: is 'much', must be float"),
         ("use_cpu: 7\n", "use_cpu"),
     ],
 )

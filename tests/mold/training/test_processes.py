@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mold.method.signals import SignalCache
+from tests.mold.command_line import flags
 from tests.mold.process_run import RUNS
 from tests.tiny_runs import (
     BARE,
@@ -90,22 +91,24 @@ def test_the_command_line_in_two_processes(tmp_path):
     for name, model in (("teacher", make_teacher()), ("student", make_student(layers=2))):
         model.save_pretrained(tmp_path / name)
         (TEACHER_TOKENIZER if name == "teacher" else STUDENT_TOKENIZER).save_pretrained(tmp_path / name)
-    options = {
+    both = {
+        "dataset": "generated",
         "num_train": 12,
         "num_eval": 5,
         "teacher_model_name_or_path": tmp_path / "teacher",
-        "model_name_or_path": tmp_path / "student",
         "output_dir": tmp_path / "run",
         "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    training = {
+        "model_name_or_path": tmp_path / "student",
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "logging_steps": 1,
         "max_new_tokens": 3,
-        "disable_tqdm": True,
     }
-    options = [text for key, value in options.items() for text in (f"--{key}", value)]
-    start(2, "mold.commands.cli", "extract", *options)
-    start(2, "mold.commands.cli", "train", *options)
+    start(2, "mold.commands.cli", "extract", *flags(both))
+    start(2, "mold.commands.cli", "train", *flags(both | training))
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
     assert sum("eval_loss" in row for row in rows) == 2
