@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 
-def run_interpreted(file: Path) -> None:
-    """Run a file of tests in Triton's interpreter; fails with their output."""
+def run_interpreted(file: Path, *options: str) -> None:
+    """Run a file of tests in Triton's interpreter, with options for pytest; fails with their output."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -1,7 +1,7 @@
 """What lies at the edges of every op and backend: nothing at all, scales of any sign, spans that nobody checked,
 tangents. Right, or an error that names the argument; never NaN, never a stray write.
 
-In Triton's interpreter (tests/mold_kernels/triton/test_edges.py) the Triton backends are among those tried.
+In Triton's interpreter the Triton backends are among those tried (`test_triton.py`).
 """
 
 import subprocess

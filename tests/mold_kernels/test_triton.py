@@ -26,6 +26,11 @@ def test_in_the_interpreter(file):
     run_interpreted(file)
 
 
+@pytest.mark.slow
+def test_edges_in_the_interpreter():
+    run_interpreted(Path(__file__).parent / "test_edges.py", "-k", "triton")
+
+
 def check(kernels):
     from benchmarks.triton_resources import CONSUMER_SHARED_MEMORY, MATRIX_UNITS, SHARED_MEMORY
 
