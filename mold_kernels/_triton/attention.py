@@ -13,28 +13,30 @@ import torch
 import triton
 import triton.language as tl
 
-from mold_kernels._triton.scores import LN_2, LOG2_E, capped_scores, load_tile, product, score_slope, store_rows
-from mold_kernels._triton.tiles import choose_tile
+from mold_kernels._triton.scores import (
+    LN_2,
+    LOG2_E,
+    capped_scores,
+    load_rows,
+    product,
+    score_slope,
+    store_rows,
+    tile_options,
+    with_strides,
+)
 from mold_kernels.native import empty_heads
+
+# Tensors [B, H, T, D] are (pointer, four strides). An argument that is None is compiled away with all that it does.
 
 
 @triton.jit
-def _hide(
-    scores,
-    row,
-    key,
-    T,
-    range_ptr,
-    valid_base,
-    HAS_RANGES: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-):
+def _hide(scores, row, key, T, range_ptr, valid_ptr):
     """-inf where a row must not see a key; `row` and `key` broadcast to the scores' shape."""
     visible = (key <= row) & (key < T)
-    if HAS_RANGES:
+    if range_ptr is not None:
         visible = visible & (key >= tl.load(range_ptr + row, mask=row < T, other=0))
-    if HAS_VALID:
-        visible = visible & tl.load(valid_base + key, mask=key < T, other=0).to(tl.int1)
+    if valid_ptr is not None:
+        visible = visible & tl.load(valid_ptr + key, mask=key < T, other=0).to(tl.int1)
     return tl.where(visible, scores, float("-inf"))
 
 
@@ -42,10 +44,10 @@ def _hide(
 def _forward_keys(
     state,
     q,
-    k_base,
-    v_base,
-    k_strides,
-    v_strides,
+    k,
+    v,
+    batch,
+    kv_head,
     low,
     high,
     row,
@@ -53,50 +55,51 @@ def _forward_keys(
     scale,
     softcap,
     range_ptr,
-    valid_base,
+    valid_ptr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
-    HAS_VALUE: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
     """Rows' running sums (acc, total, peak) over the keys [low, high); MASKED where some row must not see one."""
     acc, total, peak = state
     for start in range(low, high, BLOCK_N):
-        k = load_tile(k_base, start, k_strides, T, D, BLOCK_N, BLOCK_D)
-        scores = capped_scores(product(q, k.T, None), scale * LOG2_E, softcap * LOG2_E, HAS_SOFTCAP)
+        key = start + tl.arange(0, BLOCK_N)
+        keys = load_rows(k, batch, kv_head, key, key < T, D, BLOCK_D)
+        scores = capped_scores(product(q, keys.T, None), scale, softcap, LOG2_E)
         if MASKED:
-            key = start + tl.arange(0, BLOCK_N)
-            scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_base, HAS_RANGES, HAS_VALID)
+            scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_ptr)
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         # -inf - -inf would be NaN in a row that has seen no key so far.
         safe = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
         p = tl.exp2(scores - safe[:, None])
         shrink = tl.exp2(peak - safe)
         total = total * shrink + tl.sum(p, 1)
-        if HAS_VALUE:
-            v = load_tile(v_base, start, v_strides, T, D, BLOCK_N, BLOCK_D)
-            acc = product(p.to(v.dtype), v, acc * shrink[:, None])
+        if v is not None:
+            values = load_rows(v, batch, kv_head, key, key < T, D, BLOCK_D)
+            acc = product(p.to(values.dtype), values, acc * shrink[:, None])
         peak = new_peak
     return acc, total, peak
 
 
+@triton.jit
+def _first_key(range_ptr, first_row, BLOCK_N: tl.constexpr):
+    """The first tile of keys that a tile of rows sees."""
+    if range_ptr is None:
+        return 0
+    else:
+        return tl.load(range_ptr + first_row) // BLOCK_N * BLOCK_N
+
+
 @triton.jit(do_not_specialize=["T"])
 def _attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
+    q,
+    k,
+    v,
+    out,
     lse_ptr,
     valid_ptr,
     range_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
     heads,
     group,
     T,
@@ -106,49 +109,42 @@ def _attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_VALUE: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
     # The last rows see most keys: they start first.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
+    kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr + batch * q_strides[0] + head * q_strides[1], first, q_strides[2:], T, D, BLOCK_M, BLOCK_D)
-    k_base = k_ptr + batch * k_strides[0] + (head // group) * k_strides[1]
-    v_base = v_ptr + batch * v_strides[0] + (head // group) * v_strides[1]
-    valid_base = valid_ptr + batch * T
+    inside = row < T
+    if valid_ptr is not None:
+        valid_ptr += batch * T
+    queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    low = 0
-    diagonal = first // BLOCK_N * BLOCK_N
+    low = _first_key(range_ptr, first, BLOCK_N)
     high = tl.minimum(first + BLOCK_M, T)
-    if HAS_RANGES:
-        low = tl.load(range_ptr + first) // BLOCK_N * BLOCK_N
-    if HAS_RANGES or HAS_VALID:
-        diagonal = low
     state = acc, total, peak
-    if not (HAS_RANGES or HAS_VALID):
+    if range_ptr is None and valid_ptr is None:
+        diagonal = first // BLOCK_N * BLOCK_N
         state = _forward_keys(
-            state, q, k_base, v_base, k_strides[2:], v_strides[2:], low, diagonal, row, T, scale, softcap, range_ptr,
-            valid_base, D, BLOCK_D, BLOCK_N, False, HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
+            state, queries, k, v, batch, kv_head, low, diagonal, row, T, scale, softcap, range_ptr, valid_ptr, D,
+            BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
+        low = diagonal
     acc, total, peak = _forward_keys(
-        state, q, k_base, v_base, k_strides[2:], v_strides[2:], diagonal, high, row, T, scale, softcap, range_ptr,
-        valid_base, D, BLOCK_D, BLOCK_N, True, HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
+        state, queries, k, v, batch, kv_head, low, high, row, T, scale, softcap, range_ptr, valid_ptr, D, BLOCK_D,
+        BLOCK_N, True,
     )  # fmt: skip
 
     sees = total > 0
     lse = tl.where(sees, (peak + tl.log2(total)) * LN_2, float("inf"))
-    tl.store(lse_ptr + (batch * heads + head) * T + row, lse, mask=row < T)
-    if HAS_VALUE:
+    tl.store(lse_ptr + (batch * heads + head) * T + row, lse, mask=inside)
+    if v is not None:
         acc = acc / tl.where(sees, total, 1.0)[:, None]
-        out_base = out_ptr + batch * out_strides[0] + head * out_strides[1]
-        store_rows(out_base, row, row < T, out_strides[2:], acc, D, BLOCK_D)
+        store_rows(out, batch, head, row, inside, acc, D, BLOCK_D)
 
 
 @triton.jit
@@ -158,10 +154,10 @@ def _dq_keys(
     dout,
     lse,
     delta,
-    k_base,
-    v_base,
-    k_strides,
-    v_strides,
+    k,
+    v,
+    batch,
+    kv_head,
     low,
     high,
     row,
@@ -169,52 +165,42 @@ def _dq_keys(
     scale,
     softcap,
     range_ptr,
-    valid_base,
+    valid_ptr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
-    HAS_VALUE: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
     """dq / scale of the keys [low, high), added; `lse` is in base 2."""
     for start in range(low, high, BLOCK_N):
-        k = load_tile(k_base, start, k_strides, T, D, BLOCK_N, BLOCK_D)
-        scores = capped_scores(product(q, k.T, None), scale * LOG2_E, softcap * LOG2_E, HAS_SOFTCAP)
-        slope = score_slope(scores, softcap * LOG2_E, HAS_SOFTCAP)
+        key = start + tl.arange(0, BLOCK_N)
+        keys = load_rows(k, batch, kv_head, key, key < T, D, BLOCK_D)
+        scores = capped_scores(product(q, keys.T, None), scale, softcap, LOG2_E)
+        slope = score_slope(scores, softcap, LOG2_E)
         if MASKED:
-            key = start + tl.arange(0, BLOCK_N)
-            scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_base, HAS_RANGES, HAS_VALID)
+            scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_ptr)
         ds = -delta[:, None]
-        if HAS_VALUE:
-            v = load_tile(v_base, start, v_strides, T, D, BLOCK_N, BLOCK_D)
-            ds = product(dout, v.T, None) + ds
+        if v is not None:
+            values = load_rows(v, batch, kv_head, key, key < T, D, BLOCK_D)
+            ds = product(dout, values.T, None) + ds
         ds *= tl.exp2(scores - lse[:, None]) * slope
-        dq = product(ds.to(k.dtype), k, dq)
+        dq = product(ds.to(keys.dtype), keys, dq)
     return dq
 
 
 @triton.jit(do_not_specialize=["T"])
 def _attention_backward_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
+    q,
+    k,
+    v,
+    out,
+    dout,
+    dq,
     lse_ptr,
-    dout_ptr,
     dlse_ptr,
     delta_ptr,
-    dq_ptr,
     valid_ptr,
     range_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    dout_strides,
-    dq_strides,
     heads,
     group,
     T,
@@ -224,127 +210,105 @@ def _attention_backward_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_VALUE: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
+    kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
     inside = row < T
     line = (batch * heads + head) * T
-    q = load_tile(q_ptr + batch * q_strides[0] + head * q_strides[1], first, q_strides[2:], T, D, BLOCK_M, BLOCK_D)
-    k_base = k_ptr + batch * k_strides[0] + (head // group) * k_strides[1]
-    v_base = v_ptr + batch * v_strides[0] + (head // group) * v_strides[1]
-    valid_base = valid_ptr + batch * T
+    if valid_ptr is not None:
+        valid_ptr += batch * T
+    queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
     delta = tl.zeros([BLOCK_M], tl.float32)
-    dout = q
-    if HAS_VALUE:
-        dout_base = dout_ptr + batch * dout_strides[0] + head * dout_strides[1]
-        dout = load_tile(dout_base, first, dout_strides[2:], T, D, BLOCK_M, BLOCK_D)
-        out_base = out_ptr + batch * out_strides[0] + head * out_strides[1]
-        out = load_tile(out_base, first, out_strides[2:], T, D, BLOCK_M, BLOCK_D)
-        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    if HAS_DLSE:
+    gradient = queries
+    if v is not None:
+        gradient = load_rows(dout, batch, head, row, inside, D, BLOCK_D)
+        outputs = load_rows(out, batch, head, row, inside, D, BLOCK_D)
+        delta = tl.sum(gradient.to(tl.float32) * outputs.to(tl.float32), 1)
+    if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + line + row, mask=inside, other=0.0)
     tl.store(delta_ptr + line + row, delta, mask=inside)
     lse = tl.load(lse_ptr + line + row, mask=inside, other=float("inf")) * LOG2_E
 
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    low = 0
-    diagonal = first // BLOCK_N * BLOCK_N
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    low = _first_key(range_ptr, first, BLOCK_N)
     high = tl.minimum(first + BLOCK_M, T)
-    if HAS_RANGES:
-        low = tl.load(range_ptr + first) // BLOCK_N * BLOCK_N
-    if HAS_RANGES or HAS_VALID:
-        diagonal = low
-    else:
-        dq = _dq_keys(
-            dq, q, dout, lse, delta, k_base, v_base, k_strides[2:], v_strides[2:], low, diagonal, row, T, scale,
-            softcap, range_ptr, valid_base, D, BLOCK_D, BLOCK_N, False, HAS_VALUE, HAS_RANGES,
-            HAS_VALID, HAS_SOFTCAP,
+    if range_ptr is None and valid_ptr is None:
+        diagonal = first // BLOCK_N * BLOCK_N
+        acc = _dq_keys(
+            acc, queries, gradient, lse, delta, k, v, batch, kv_head, low, diagonal, row, T, scale, softcap, range_ptr,
+            valid_ptr, D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
-    dq = _dq_keys(
-        dq, q, dout, lse, delta, k_base, v_base, k_strides[2:], v_strides[2:], diagonal, high, row, T, scale,
-        softcap, range_ptr, valid_base, D, BLOCK_D, BLOCK_N, True, HAS_VALUE, HAS_RANGES,
-        HAS_VALID, HAS_SOFTCAP,
+        low = diagonal
+    acc = _dq_keys(
+        acc, queries, gradient, lse, delta, k, v, batch, kv_head, low, high, row, T, scale, softcap, range_ptr,
+        valid_ptr, D, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
-    dq_base = dq_ptr + batch * dq_strides[0] + head * dq_strides[1]
-    store_rows(dq_base, row, inside, dq_strides[2:], dq * scale, D, BLOCK_D)
+    store_rows(dq, batch, head, row, inside, acc * scale, D, BLOCK_D)
 
 
 @triton.jit
 def _dk_rows(
     dk,
     dv,
-    k,
-    v,
+    keys,
+    values,
     key,
-    q_base,
-    dout_base,
-    q_strides,
-    dout_strides,
-    lse_base,
-    delta_base,
+    q,
+    dout,
+    batch,
+    head,
+    lse_ptr,
+    delta_ptr,
     low,
     high,
     T,
     scale,
     softcap,
     range_ptr,
-    valid_base,
+    valid_ptr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
-    HAS_VALUE: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
     """dk / scale and dv of the rows [low, high), added. Tiles are [keys, rows]: no transpose of what was computed."""
     for start in range(low, high, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        q = load_tile(q_base, start, q_strides, T, D, BLOCK_M, BLOCK_D)
+        inside = row < T
+        queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
         # Rows from T on have lse = +inf: their probabilities are 0.
-        lse = tl.load(lse_base + row, mask=row < T, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_base + row, mask=row < T, other=0.0)
-        scores = capped_scores(product(k, q.T, None), scale * LOG2_E, softcap * LOG2_E, HAS_SOFTCAP)
-        slope = score_slope(scores, softcap * LOG2_E, HAS_SOFTCAP)
+        lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2_E
+        delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
+        scores = capped_scores(product(keys, queries.T, None), scale, softcap, LOG2_E)
+        slope = score_slope(scores, softcap, LOG2_E)
         if MASKED:
-            scores = _hide(scores, row[None, :], key[:, None], T, range_ptr, valid_base, HAS_RANGES, HAS_VALID)
+            scores = _hide(scores, row[None, :], key[:, None], T, range_ptr, valid_ptr)
         p = tl.exp2(scores - lse[None, :])
         ds = -delta[None, :]
-        if HAS_VALUE:
-            dout = load_tile(dout_base, start, dout_strides, T, D, BLOCK_M, BLOCK_D)
-            dv = product(p.to(dout.dtype), dout, dv)
-            ds = product(v, dout.T, None) + ds
+        if dout is not None:
+            gradient = load_rows(dout, batch, head, row, inside, D, BLOCK_D)
+            dv = product(p.to(gradient.dtype), gradient, dv)
+            ds = product(values, gradient.T, None) + ds
         ds *= p * slope
-        dk = product(ds.to(q.dtype), q, dk)
+        dk = product(ds.to(queries.dtype), queries, dk)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["T"])
 def _attention_backward_dk_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q,
+    k,
+    v,
+    dout,
+    dk,
+    dv,
     lse_ptr,
-    dout_ptr,
     delta_ptr,
-    dk_ptr,
-    dv_ptr,
     valid_ptr,
     range_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    dk_strides,
-    dv_strides,
     kv_heads,
     group,
     T,
@@ -354,54 +318,42 @@ def _attention_backward_dk_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_VALUE: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     key = first + tl.arange(0, BLOCK_N)
-    k = load_tile(k_ptr + batch * k_strides[0] + kv_head * k_strides[1], first, k_strides[2:], T, D, BLOCK_N, BLOCK_D)
-    v = k
-    if HAS_VALUE:
-        v_base = v_ptr + batch * v_strides[0] + kv_head * v_strides[1]
-        v = load_tile(v_base, first, v_strides[2:], T, D, BLOCK_N, BLOCK_D)
-    valid_base = valid_ptr + batch * T
+    keys = load_rows(k, batch, kv_head, key, key < T, D, BLOCK_D)
+    values = keys
+    if v is not None:
+        values = load_rows(v, batch, kv_head, key, key < T, D, BLOCK_D)
+    if valid_ptr is not None:
+        valid_ptr += batch * T
 
     low = first // BLOCK_M * BLOCK_M
-    high = T
-    diagonal = tl.minimum((first + BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M, T)
-    if HAS_RANGES:
-        high = tl.load(range_ptr + T + tl.minimum(first + BLOCK_N, T) - 1)
-    if HAS_RANGES or HAS_VALID:
-        diagonal = high
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    # Rows until `masked` may be such as must not see a key of the tile.
+    masked = tl.minimum((first + BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M, T)
+    if range_ptr is not None:
+        masked = tl.load(range_ptr + T + tl.minimum(first + BLOCK_N, T) - 1)
+    elif valid_ptr is not None:
+        masked = T
+    key_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    value_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(group):
         head = kv_head * group + member
-        q_base = q_ptr + batch * q_strides[0] + head * q_strides[1]
-        dout_base = dout_ptr + batch * dout_strides[0] + head * dout_strides[1]
         line = (batch * kv_heads * group + head) * T
-        dk, dv = _dk_rows(
-            dk, dv, k, v, key, q_base, dout_base, q_strides[2:], dout_strides[2:], lse_ptr + line, delta_ptr + line,
-            low, diagonal, T, scale, softcap, range_ptr, valid_base, D, BLOCK_D, BLOCK_M, True,
-            HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
+        key_sum, value_sum = _dk_rows(
+            key_sum, value_sum, keys, values, key, q, dout, batch, head, lse_ptr + line, delta_ptr + line, low, masked,
+            T, scale, softcap, range_ptr, valid_ptr, D, BLOCK_D, BLOCK_M, True,
         )  # fmt: skip
-        if not (HAS_RANGES or HAS_VALID):
-            dk, dv = _dk_rows(
-                dk, dv, k, v, key, q_base, dout_base, q_strides[2:], dout_strides[2:], lse_ptr + line,
-                delta_ptr + line, diagonal, T, T, scale, softcap, range_ptr, valid_base, D, BLOCK_D,
-                BLOCK_M, False, HAS_VALUE, HAS_RANGES, HAS_VALID, HAS_SOFTCAP,
+        if range_ptr is None and valid_ptr is None:
+            key_sum, value_sum = _dk_rows(
+                key_sum, value_sum, keys, values, key, q, dout, batch, head, lse_ptr + line, delta_ptr + line, masked,
+                T, T, scale, softcap, range_ptr, valid_ptr, D, BLOCK_D, BLOCK_M, False,
             )  # fmt: skip
-    store_rows(
-        dk_ptr + batch * dk_strides[0] + kv_head * dk_strides[1], key, key < T, dk_strides[2:], dk * scale, D, BLOCK_D
-    )
-    if HAS_VALUE:
-        store_rows(
-            dv_ptr + batch * dv_strides[0] + kv_head * dv_strides[1], key, key < T, dv_strides[2:], dv, D, BLOCK_D
-        )
+    store_rows(dk, batch, kv_head, key, key < T, key_sum * scale, D, BLOCK_D)
+    if v is not None:
+        store_rows(dv, batch, kv_head, key, key < T, value_sum, D, BLOCK_D)
 
 
 def attention_with_lse_forward(
@@ -416,13 +368,11 @@ def attention_with_lse_forward(
     """(out [B, Hq, T, D], lse [B, Hq, T]); out is None without v."""
     valid = None if valid is None else valid.contiguous()
     batch, heads, length, _ = q.shape
-    tile, options = _options("attention_forward", q, v, valid, ranges, softcap)
+    tile, options = tile_options("attention_forward", q)
     out = None if v is None else empty_heads(q)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     _attention_forward_kernel[triton.cdiv(length, tile.m), batch * heads](
-        *(q, k, _or(v, q), _or(out, q), lse, _or(valid, q), _or(ranges, q)),
-        *(q.stride(), k.stride(), _or(v, q).stride(), _or(out, q).stride()),
-        *(heads, heads // k.shape[1], length, scale, softcap or 1.0),
+        *(*map(with_strides, (q, k, v, out)), lse, valid, ranges, heads, heads // k.shape[1], length, scale, softcap),
         **options,
     )
     return out, lse
@@ -450,20 +400,14 @@ def attention_with_lse_backward(
         v = out = None
         dv = None if dv is None else dv.zero_()
     delta = torch.empty_like(lse)
-    v_, out_, dout_ = _or(v, q), _or(out, q), _or(dout, q)
-    valid_, ranges_, dlse_ = _or(valid, q), _or(ranges, q), _or(dlse, lse)
-    scalars = heads // kv_heads, length, scale, softcap or 1.0
-    tile, options = _options("attention_backward_dq", q, v, valid, ranges, softcap)
+    scalars = heads // kv_heads, length, scale, softcap
+    tile, options = tile_options("attention_backward_dq", q)
     _attention_backward_dq_kernel[triton.cdiv(length, tile.m), batch * heads](
-        *(q, k, v_, out_, lse, dout_, dlse_, delta, dq, valid_, ranges_),
-        *(q.stride(), k.stride(), v_.stride(), out_.stride(), dout_.stride(), dq.stride(), heads, *scalars),
-        HAS_DLSE=dlse is not None,
-        **options,
+        *(*map(with_strides, (q, k, v, out, dout, dq)), lse, dlse, delta, valid, ranges, heads, *scalars), **options
     )
-    tile, options = _options("attention_backward_dk", q, v, valid, ranges, softcap)
+    tile, options = tile_options("attention_backward_dk", q)
     _attention_backward_dk_kernel[triton.cdiv(length, tile.n), batch * kv_heads](
-        *(q, k, v_, lse, dout_, delta, dk, _or(dv, dk), valid_, ranges_),
-        *(q.stride(), k.stride(), v_.stride(), dout_.stride(), dk.stride(), _or(dv, dk).stride()),
+        *(*map(with_strides, (q, k, v, dout, dk, None if v is None else dv)), lse, delta, valid, ranges),
         *(kv_heads, *scalars),
         **options,
     )
@@ -478,25 +422,3 @@ def attention_lse_forward(q, k, valid, ranges, scale, softcap) -> torch.Tensor:
 def attention_lse_backward(dlse, q, k, lse, valid, ranges, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
     """(dq, dk)"""
     return attention_with_lse_backward(None, dlse, q, k, None, None, lse, valid, ranges, scale, softcap)[:2]
-
-
-def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
-    """A kernel's pointer argument: `unused` stands in for a tensor that is not there and will not be read."""
-    return unused if tensor is None else tensor
-
-
-def _options(kernel, q, v, valid, ranges, softcap):
-    tile = choose_tile(kernel, q)
-    return tile, {
-        "D": q.shape[-1],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "HAS_VALUE": v is not None,
-        "HAS_RANGES": ranges is not None,
-        "HAS_VALID": valid is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "enable_fp_fusion": True,
-    }

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE_ELEMENTS = 2048
+from mold_kernels._triton import tiles
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def layer_mixture_kl_forward(
     layers, batch, steps, keys = student.shape
     teacher_layers = teacher.shape[0]
     block_m = max(16, triton.next_power_of_2(keys))
-    block_s = max(1, min(_TILE_ELEMENTS // block_m, triton.next_power_of_2(max(steps, 1))))
+    block_s = max(1, min(tiles.MIXTURE_ELEMENTS // block_m, triton.next_power_of_2(max(steps, 1))))
     blocks = triton.cdiv(steps, block_s)
     mixture_grad = student.new_empty(batch, steps, keys)
     statistic = student.new_empty(batch, teacher_layers, dtype=torch.float64)
@@ -261,7 +261,7 @@ def layer_mixture_kl_backward(
     _layer_mixture_kl_backward_kernel[layers, batch](
         *(grad, mixture_grad, student, weights, attention_grad, weights_grad),
         *(*grad.stride(), *student.stride(), *weights.stride(), layers, steps * keys, keys),
-        BLOCK=1024,
+        BLOCK=tiles.MIXTURE_CELLS,
         enable_fp_fusion=True,
     )
     return attention_grad, weights_grad

@@ -1,47 +1,48 @@
-"""Pieces that every attention kernel shares: tiles, scores, soft-capping and its derivative."""
+"""Pieces that every attention kernel shares: rows, scores, soft-capping and its derivative, options of a launch."""
 
+import torch
 import triton
 import triton.language as tl
 
 from mold_kernels import _triton
+from mold_kernels._triton.tiles import Tile, choose_tile
 
 _INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
-def load_tile(base, start, strides, limit, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [start, start + ROWS) of a [T, D] matrix with the strides (row, column); 0 from row `limit` on."""
-    row = start + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    pointers = base + row.to(tl.int64)[:, None] * strides[0] + column[None, :] * strides[1]
-    inside = (row < limit)[:, None]
-    if BLOCK_D != D:
-        inside = inside & (column < D)[None, :]
-    return tl.load(pointers, mask=inside, other=0.0)
+def with_strides(tensor: torch.Tensor | None) -> tuple | None:
+    """A kernel's argument for [B, H, T, D] tensors: (pointer, strides of batch, head, token, column); None stays."""
+    return None if tensor is None else (tensor, *tensor.stride())
 
 
 @triton.jit
-def load_rows(base, row, inside, strides, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The given rows of a [T, D] matrix with the strides (row, column); 0 where `inside` is False."""
-    column = tl.arange(0, BLOCK_D)
-    pointers = base + row.to(tl.int64)[:, None] * strides[0] + column[None, :] * strides[1]
+def _pointers(tensor, batch, head, row, BLOCK_D: tl.constexpr):
+    """Of the given rows of a head; `head` is a number or one of each row."""
+    offset = (head * tensor[2] + row.to(tl.int64) * tensor[3])[:, None]
+    return tensor[0] + batch * tensor[1] + offset + tl.arange(0, BLOCK_D)[None, :] * tensor[4]
+
+
+@triton.jit
+def _mask(inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
     inside = inside[:, None]
     if BLOCK_D != D:
-        inside = inside & (column < D)[None, :]
-    return tl.load(pointers, mask=inside, other=0.0)
+        inside = inside & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return inside
 
 
 @triton.jit
-def store_rows(base, row, inside, strides, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store the given rows of a [T, D] matrix with the strides (row, column) where `inside` is True."""
-    column = tl.arange(0, BLOCK_D)
-    pointers = base + row.to(tl.int64)[:, None] * strides[0] + column[None, :] * strides[1]
-    inside = inside[:, None]
-    if BLOCK_D != D:
-        inside = inside & (column < D)[None, :]
-    tl.store(pointers, values.to(base.dtype.scalar.element_ty), mask=inside)
+def load_rows(tensor, batch, head, row, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The given rows of a head [T, D] of a tensor with its strides; 0 where `inside` is False."""
+    return tl.load(_pointers(tensor, batch, head, row, BLOCK_D), mask=_mask(inside, D, BLOCK_D), other=0.0)
+
+
+@triton.jit
+def store_rows(tensor, batch, head, row, inside, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the given rows of a head where `inside` is True."""
+    values = values.to(tensor[0].dtype.element_ty)
+    tl.store(_pointers(tensor, batch, head, row, BLOCK_D), values, mask=_mask(inside, D, BLOCK_D))
 
 
 @triton.jit
@@ -64,19 +65,33 @@ def _tanh(x):
 
 
 @triton.jit
-def capped_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scores of the products q . k; in base 2 where scale and softcap are given times log2(e)."""
-    if HAS_SOFTCAP:
-        return _tanh(products * (scale / softcap)) * softcap
+def capped_scores(products, scale, softcap, UNIT: tl.constexpr):
+    """Scores of the products q . k, times UNIT: 1, or log2(e) for scores in base 2."""
+    if softcap is None:
+        return products * (scale * UNIT)
     else:
-        return products * scale
+        return _tanh(products * (scale / softcap)) * (softcap * UNIT)
 
 
 @triton.jit
-def score_slope(scores, softcap, HAS_SOFTCAP: tl.constexpr):
+def score_slope(scores, softcap, UNIT: tl.constexpr):
     """d score / d (scale q . k), from what `capped_scores` gave: 1 without soft-capping."""
-    if HAS_SOFTCAP:
-        ratio = scores / softcap
-        return 1.0 - ratio * ratio
-    else:
+    if softcap is None:
         return 1.0
+    else:
+        ratio = scores / (softcap * UNIT)
+        return 1.0 - ratio * ratio
+
+
+def tile_options(kernel: str, q: torch.Tensor) -> tuple[Tile, dict]:
+    """The kernel's tile, and what its launch takes beside its arguments."""
+    tile = choose_tile(kernel, q)
+    return tile, {
+        "D": q.shape[-1],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }

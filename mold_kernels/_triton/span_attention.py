@@ -18,14 +18,35 @@ import torch
 import triton
 import triton.language as tl
 
-from mold_kernels._triton.scores import capped_scores, load_rows, product, score_slope, store_rows
+from mold_kernels._triton.scores import (
+    capped_scores,
+    load_rows,
+    product,
+    score_slope,
+    store_rows,
+    tile_options,
+    with_strides,
+)
 from mold_kernels._triton.span_pieces import pool_spans
-from mold_kernels._triton.tiles import choose_tile
+from mold_kernels._triton.tiles import GATHERED_TOKENS
 from mold_kernels.span_pieces import Pieces
 
 _PROGRAMS = 512
 """Enough programs to fill a GPU of 132 to 148 multiprocessors: work is split until there are as many."""
-_GATHERED_TOKENS = 32
+
+
+@triton.jit
+def _of_example(pieces, batch, T, row_count, key_count):
+    """The pieces of one example, in the order of `Pieces`."""
+    return (
+        pieces[0] + batch * (T + 1),
+        pieces[1] + batch * (row_count + 1),
+        pieces[2] + batch * (T + 1),
+        pieces[3] + batch * (key_count + 1),
+        pieces[4] + batch * (T + 1),
+        pieces[5] + batch * T,
+        pieces[6] + batch * T,
+    )
 
 
 @triton.jit
@@ -36,22 +57,22 @@ def _piece_rows(row_start_ptr, piece):
 
 
 @triton.jit
-def _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row, HAS_RANGES: tl.constexpr):
+def _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row):
     """Of the columns [low, high) those that some row of a piece may see."""
     high = tl.minimum(high, tl.load(before_ptr + end_row))
-    if HAS_RANGES:
+    if range_ptr is not None:
         low = tl.maximum(low, tl.load(before_ptr + tl.load(range_ptr + first_row)))
     return low, high
 
 
 @triton.jit
-def _probabilities(scores, lse, row, column, range_ptr, T, HAS_RANGES: tl.constexpr):
+def _probabilities(scores, lse, row, column, range_ptr, T):
     """exp(score - lse) where the row sees the column; all broadcast.
 
     Not in base 2 as in the flash kernels: lse rounded in base 2 would shift whole rows.
     """
     visible = column <= row
-    if HAS_RANGES:
+    if range_ptr is not None:
         visible = visible & (column >= tl.load(range_ptr + row, mask=row < T, other=0))
     return tl.where(visible, tl.exp(scores - lse), 0.0)
 
@@ -64,18 +85,12 @@ def _sum_columns(column_sums, column_piece, key_piece):
 
 @triton.jit(do_not_specialize=["parts", "row_count", "key_count", "T"])
 def _span_attention_forward_kernel(
-    q_ptr,
-    k_ptr,
+    q,
+    k,
     lse_ptr,
     pairs_ptr,
-    row_start_ptr,
-    key_first_ptr,
-    before_ptr,
-    columns_ptr,
-    column_piece_ptr,
+    pieces,
     range_ptr,
-    q_strides,
-    k_strides,
     kv_heads,
     group,
     parts,
@@ -88,8 +103,6 @@ def _span_attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
     PIECES: tl.constexpr = 2 * BLOCK_N  # enough that their columns fill tiles
     blocks = tl.cdiv(key_count, PIECES)
@@ -97,16 +110,14 @@ def _span_attention_forward_kernel(
     key_block = tl.program_id(0) % blocks * PIECES
     batch = (tl.program_id(1) // parts).to(tl.int64)
     part = tl.program_id(1) % parts
-    row_start_ptr += batch * (row_count + 1)
-    key_first_ptr += batch * (key_count + 1)
-    before_ptr += batch * (T + 1)
-    columns_ptr += batch * T
-    column_piece_ptr += batch * T
+    _, row_start_ptr, _, key_first_ptr, before_ptr, columns_ptr, column_piece_ptr = _of_example(
+        pieces, batch, T, row_count, key_count
+    )
 
     first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
     low = tl.load(key_first_ptr + key_block)
     high = tl.load(key_first_ptr + tl.minimum(key_block + PIECES, key_count))
-    low, high = _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row, HAS_RANGES)
+    low, high = _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row)
     high = tl.where(held, high, 0)
     length = end_row - first_row
     tiles = tl.cdiv(length * group, BLOCK_M)
@@ -128,13 +139,10 @@ def _span_attention_forward_kernel(
                 mask=inside,
                 other=float("inf"),
             )
-            k = load_rows(
-                k_ptr + batch * k_strides[0] + kv_head * k_strides[1], column, column < T, k_strides[2:], D, BLOCK_D
-            )
-            q_base = q_ptr + batch * q_strides[0] + (head * q_strides[1])[:, None]
-            q = load_rows(q_base, row, inside, q_strides[2:], D, BLOCK_D)
-            scores = capped_scores(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
-            acc += _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T, HAS_RANGES)
+            keys = load_rows(k, batch, kv_head, column, column < T, D, BLOCK_D)
+            queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
+            scores = capped_scores(product(keys, queries.T, None), scale, softcap, 1.0)
+            acc += _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T)
         column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=-1)
         column_sums = tl.sum(acc, 1)
         lower += _sum_columns(column_sums, column_piece, key_piece)
@@ -146,21 +154,15 @@ def _span_attention_forward_kernel(
 
 @triton.jit(do_not_specialize=["row_count", "key_count", "T"])
 def _span_attention_backward_dq_kernel(
-    q_ptr,
-    k_ptr,
+    q,
+    k,
+    dq,
     lse_ptr,
     pairs_ptr,
     unit_ptr,
-    dq_ptr,
     dlse_ptr,
-    row_start_ptr,
-    before_ptr,
-    columns_ptr,
-    column_piece_ptr,
+    pieces,
     range_ptr,
-    q_strides,
-    k_strides,
-    dq_strides,
     kv_heads,
     group,
     row_count,
@@ -172,56 +174,47 @@ def _span_attention_backward_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_UNIT: tl.constexpr,
 ):
     row_piece = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
-    row_start_ptr += batch * (row_count + 1)
-    before_ptr += batch * (T + 1)
-    columns_ptr += batch * T
-    column_piece_ptr += batch * T
+    _, row_start_ptr, _, _, before_ptr, columns_ptr, column_piece_ptr = _of_example(
+        pieces, batch, T, row_count, key_count
+    )
     pairs_ptr += (batch * row_count + row_piece) * key_count
-    k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[1]
 
     first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
-    low, high = _seen_columns(before_ptr, range_ptr, 0, T, first_row, end_row, HAS_RANGES)
+    low, high = _seen_columns(before_ptr, range_ptr, 0, T, first_row, end_row)
     high = tl.where(held, high, 0)
     length = end_row - first_row
     unit = 1.0
-    if HAS_UNIT:
+    if unit_ptr is not None:
         unit = tl.load(unit_ptr)
     for first in range(0, length * group, BLOCK_M):
         pair = first + tl.arange(0, BLOCK_M)
         inside = pair < length * group
         head = kv_head * group + pair // length
         row = first_row + pair % length
-        q_base = q_ptr + batch * q_strides[0] + (head * q_strides[1])[:, None]
-        q = load_rows(q_base, row, inside, q_strides[2:], D, BLOCK_D)
+        queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
         lse = tl.load(
             lse_ptr + (batch * kv_heads * group + head) * T + row,
             mask=inside,
             other=float("inf"),
         )
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         dlse = tl.zeros([BLOCK_M], tl.float32)
         for start in range(low, high, BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
             column = tl.load(columns_ptr + place, mask=place < high, other=T)
             column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=0)
             g = tl.load(pairs_ptr + column_piece)
-            k = load_rows(k_base, column, column < T, k_strides[2:], D, BLOCK_D)
-            scores = capped_scores(product(q, k.T, None), scale, softcap, HAS_SOFTCAP)
-            slope = score_slope(scores, softcap, HAS_SOFTCAP)
-            weights = g[None, :] * _probabilities(
-                scores, lse[:, None], row[:, None], column[None, :], range_ptr, T, HAS_RANGES
-            )
+            keys = load_rows(k, batch, kv_head, column, column < T, D, BLOCK_D)
+            scores = capped_scores(product(queries, keys.T, None), scale, softcap, 1.0)
+            slope = score_slope(scores, softcap, 1.0)
+            weights = g[None, :] * _probabilities(scores, lse[:, None], row[:, None], column[None, :], range_ptr, T)
             dlse -= tl.sum(weights, 1)
-            dq = product((weights * slope).to(k.dtype), k, dq)
-        dq_base = dq_ptr + batch * dq_strides[0] + (head * dq_strides[1])[:, None]
-        store_rows(dq_base, row, inside, dq_strides[2:], dq * (scale * unit), D, BLOCK_D)
+            acc = product((weights * slope).to(keys.dtype), keys, acc)
+        store_rows(dq, batch, head, row, inside, acc * (scale * unit), D, BLOCK_D)
         tl.store(dlse_ptr + (batch * kv_heads * group + head) * T + row, dlse * unit, mask=inside)
 
 
@@ -234,19 +227,13 @@ def _shares(columns, slots, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["row_count", "key_count", "T"])
 def _span_attention_backward_dk_kernel(
-    q_ptr,
-    k_ptr,
+    q,
+    k,
     lse_ptr,
     pairs_ptr,
     slots_ptr,
-    row_piece_ptr,
-    row_start_ptr,
-    before_ptr,
-    columns_ptr,
-    column_piece_ptr,
+    pieces,
     range_ptr,
-    q_strides,
-    k_strides,
     kv_heads,
     group,
     row_count,
@@ -258,18 +245,15 @@ def _span_attention_backward_dk_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_RANGES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
 ):
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
-    row_piece_ptr += batch * (T + 1)
-    row_start_ptr += batch * (row_count + 1)
-    columns_ptr += batch * T
-    column_piece_ptr += batch * T
+    row_piece_ptr, row_start_ptr, _, _, before_ptr, columns_ptr, column_piece_ptr = _of_example(
+        pieces, batch, T, row_count, key_count
+    )
     pairs_ptr += batch * row_count * key_count
 
-    count = tl.load(before_ptr + batch * (T + 1) + T)
+    count = tl.load(before_ptr + T)
     tiles, shares = _shares(count, tl.num_programs(0), BLOCK_N)
     share = tl.program_id(0) // tiles
     start = tl.program_id(0) % tiles * BLOCK_N
@@ -277,44 +261,43 @@ def _span_attention_backward_dk_kernel(
         place = start + tl.arange(0, BLOCK_N)
         column = tl.load(columns_ptr + place, mask=place < count, other=T)
         column_piece = tl.load(column_piece_ptr + place, mask=place < count, other=0)
-        k_base = k_ptr + batch * k_strides[0] + kv_head * k_strides[1]
-        k = load_rows(k_base, column, column < T, k_strides[2:], D, BLOCK_D)
+        keys = load_rows(k, batch, kv_head, column, column < T, D, BLOCK_D)
         low = tl.load(row_piece_ptr + tl.load(columns_ptr + start))
         last_row = T - 1
-        if HAS_RANGES:
+        if range_ptr is not None:
             last_column = tl.load(columns_ptr + tl.minimum(start + BLOCK_N, count) - 1)
             last_row = tl.load(range_ptr + T + last_column) - 1
-        pieces = tl.load(row_piece_ptr + last_row) + 1 - low
+        seeing = tl.load(row_piece_ptr + last_row) + 1 - low
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for x in range((low + pieces * share // shares) * group, (low + pieces * (share + 1) // shares) * group):
+        for x in range((low + seeing * share // shares) * group, (low + seeing * (share + 1) // shares) * group):
             row_piece = (x // group).to(tl.int64)
             head = kv_head * group + x % group
-            first_row, end_row, _ = _piece_rows(row_start_ptr, row_piece)
+            # Not `_`, which has another type above: Triton 3.6 takes that for a variable that the loop changes.
+            first_row, end_row, _held = _piece_rows(row_start_ptr, row_piece)
             row = first_row + tl.arange(0, BLOCK_M)
             inside = row < end_row
             g = tl.load(pairs_ptr + row_piece * key_count + column_piece)
-            q = load_rows(q_ptr + batch * q_strides[0] + head * q_strides[1], row, inside, q_strides[2:], D, BLOCK_D)
+            queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
             lse = tl.load(
                 lse_ptr + (batch * kv_heads * group + head) * T + row,
                 mask=inside,
                 other=float("inf"),
             )
-            scores = capped_scores(product(k, q.T, None), scale, softcap, HAS_SOFTCAP)
-            weights = g[:, None] * score_slope(scores, softcap, HAS_SOFTCAP)
-            weights *= _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T, HAS_RANGES)
-            dk = product(weights.to(q.dtype), q, dk)
+            scores = capped_scores(product(keys, queries.T, None), scale, softcap, 1.0)
+            weights = g[:, None] * score_slope(scores, softcap, 1.0)
+            weights *= _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T)
+            dk = product(weights.to(queries.dtype), queries, dk)
         slot = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N
         lane = tl.arange(0, BLOCK_N)
-        store_rows(slots_ptr + slot * D, lane, lane < BLOCK_N, (D, 1), dk, D, BLOCK_D)
+        store_rows((slots_ptr, D, 0, D, 1), slot, 0, lane, lane < BLOCK_N, dk, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["slots", "T"])
 def _span_attention_gather_dk_kernel(
     slots_ptr,
     unit_ptr,
-    dk_ptr,
+    dk,
     before_ptr,
-    dk_strides,
     kv_heads,
     slots,
     T,
@@ -323,7 +306,6 @@ def _span_attention_gather_dk_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    HAS_UNIT: tl.constexpr,
 ):
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -333,15 +315,13 @@ def _span_attention_gather_dk_kernel(
     held = (token < T) & (tl.load(before_ptr + token + 1, mask=token < T, other=0) > place)
     tiles, shares = _shares(tl.load(before_ptr + T), slots, BLOCK_N)
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    slots_ptr += tl.program_id(1).to(tl.int64) * slots * BLOCK_N * D
+    slot = tl.program_id(1).to(tl.int64) * slots * BLOCK_N
     for share in range(shares):
-        acc += load_rows(slots_ptr, share * tiles * BLOCK_N + place, held, (D, 1), D, BLOCK_D)
-    if HAS_UNIT:
+        place_of_share = share * tiles * BLOCK_N + place
+        acc += load_rows((slots_ptr, D, 0, D, 1), slot, 0, place_of_share, held, D, BLOCK_D)
+    if unit_ptr is not None:
         scale *= tl.load(unit_ptr)
-    store_rows(
-        dk_ptr + batch * dk_strides[0] + kv_head * dk_strides[1], token, token < T, dk_strides[2:], acc * scale, D,
-        BLOCK_D,
-    )  # fmt: skip
+    store_rows(dk, batch, kv_head, token, token < T, acc * scale, D, BLOCK_D)
 
 
 def span_attention_forward(
@@ -361,14 +341,13 @@ def span_attention_forward(
     kv_heads, steps, keys = k.shape[1], row_spans.shape[1], key_spans.shape[1]
     pooled = lse.new_empty(batch, steps, keys)
     lse, pieces = lse.contiguous(), Pieces(*pieces)
-    tile, options = _options("span_attention_forward", q, ranges, softcap)
+    tile, options = tile_options("span_attention_forward", q)
     programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
     parts = min(kv_heads, triton.cdiv(2 * _PROGRAMS, programs * batch))
     pairs = lse.new_empty(parts, batch, pieces.row_count, pieces.key_count)
     _span_attention_forward_kernel[programs, batch * parts](
-        *(q, k, lse, pairs, pieces.row_start, pieces.key_first, pieces.before, pieces.columns, pieces.column_piece),
-        *(q if ranges is None else ranges, q.stride(), k.stride()),
-        *(kv_heads, heads // kv_heads, parts, pieces.row_count, pieces.key_count, length, scale, softcap or 1.0),
+        *(with_strides(q), with_strides(k), lse, pairs, tuple(pieces), ranges, kv_heads, heads // kv_heads, parts),
+        *(pieces.row_count, pieces.key_count, length, scale, softcap),
         **options,
     )
     by_step = lse.new_empty(batch, steps, pieces.key_count)
@@ -404,45 +383,23 @@ def span_attention_backward(
     pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, spread=True, mean=mean)
 
     dq, dk, dlse = torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(batch, heads, length)
-    unit_, ranges_ = q if unit is None else unit, q if ranges is None else ranges
-    scalars = kv_heads, heads // kv_heads, pieces.row_count, pieces.key_count, length, scale, softcap or 1.0
-    _, options = _options("span_attention_backward_dq", q, ranges, softcap)
+    scalars = kv_heads, heads // kv_heads, pieces.row_count, pieces.key_count, length, scale, softcap
+    _, options = tile_options("span_attention_backward_dq", q)
     _span_attention_backward_dq_kernel[pieces.row_count, batch * kv_heads](
-        *(q, k, lse, pairs, unit_, dq, dlse, pieces.row_start, pieces.before, pieces.columns, pieces.column_piece),
-        *(ranges_, q.stride(), k.stride(), dq.stride(), *scalars),
-        HAS_UNIT=unit is not None,
-        **options,
+        *(*map(with_strides, (q, k, dq)), lse, pairs, unit, dlse, tuple(pieces), ranges, *scalars), **options
     )
-    tile, options = _options("span_attention_backward_dk", q, ranges, softcap)
+    tile, options = tile_options("span_attention_backward_dk", q)
     slots = max(triton.cdiv(length, tile.n), triton.cdiv(_PROGRAMS, batch * kv_heads))
     partial = lse.new_empty(batch * kv_heads, slots, tile.n, head_dim)
     _span_attention_backward_dk_kernel[slots, batch * kv_heads](
-        *(q, k, lse, pairs, partial, pieces.row_piece, pieces.row_start, pieces.before, pieces.columns),
-        *(pieces.column_piece, ranges_, q.stride(), k.stride(), *scalars),
-        **options,
+        *(with_strides(q), with_strides(k), lse, pairs, partial, tuple(pieces), ranges, *scalars), **options
     )
-    _span_attention_gather_dk_kernel[triton.cdiv(length, _GATHERED_TOKENS), batch * kv_heads](
-        *(partial, unit_, dk, pieces.before, dk.stride(), kv_heads, slots, length, scale),
+    _span_attention_gather_dk_kernel[triton.cdiv(length, GATHERED_TOKENS), batch * kv_heads](
+        *(partial, unit, with_strides(dk), pieces.before, kv_heads, slots, length, scale),
         D=head_dim,
         BLOCK_D=options["BLOCK_D"],
         BLOCK_N=tile.n,
-        BLOCK_T=_GATHERED_TOKENS,
-        HAS_UNIT=unit is not None,
+        BLOCK_T=GATHERED_TOKENS,
         enable_fp_fusion=True,
     )
     return dq, dk, dlse
-
-
-def _options(kernel, q, ranges, softcap):
-    tile = choose_tile(kernel, q)
-    return tile, {
-        "D": q.shape[-1],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "HAS_RANGES": ranges is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "enable_fp_fusion": True,
-    }

@@ -9,13 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from mold_kernels._triton import tiles
 from mold_kernels._triton.scores import product
 
 _CLOSED = tl.constexpr(1 << 32)
 """A mark counts the spans that open at a token below this, those that close in its multiples."""
-
-_MARK_BLOCK, _SCAN_BLOCK = 128, 1024
-_POOL_BLOCK = 32
 
 
 @triton.jit
@@ -149,13 +147,13 @@ def span_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, rows: int, pie
     """Fills the `pieces` of contiguous int32 [B, S, 2] and [B, M, 2]; no row piece has more than `rows`."""
     (batch, steps, _), keys, length = row_spans.shape, key_spans.shape[1], pieces.columns.shape[1]
     marks = torch.zeros(batch, 2, length + 1, dtype=torch.int64, device=row_spans.device)
-    _mark_kernel[batch, 2, triton.cdiv(max(steps, keys), _MARK_BLOCK)](
-        marks, row_spans, key_spans, steps, keys, length, BLOCK=_MARK_BLOCK, enable_fp_fusion=True
+    _mark_kernel[batch, 2, triton.cdiv(max(steps, keys), tiles.MARK_BLOCK)](
+        marks, row_spans, key_spans, steps, keys, length, BLOCK=tiles.MARK_BLOCK, enable_fp_fusion=True
     )
     _scan_kernel[batch, 2](
         *(marks, *pieces, length, pieces.row_count, pieces.key_count),
         ROWS=rows,
-        BLOCK=_SCAN_BLOCK,
+        BLOCK=tiles.SCAN_BLOCK,
         enable_fp_fusion=True,
     )
 
@@ -272,12 +270,12 @@ def pool_spans(
     (batch, outputs, width), inputs = out.shape, values.shape[2]
     if not out.numel():
         return
-    grid = triton.cdiv(width, _POOL_BLOCK), triton.cdiv(outputs, _POOL_BLOCK), batch
+    grid = triton.cdiv(width, tiles.POOL_BLOCK), triton.cdiv(outputs, tiles.POOL_BLOCK), batch
     _pool_spans_kernel[grid](
         *(out, values, spans, piece, *out.stride(), *values.stride()),
         *(values.shape[0], outputs, inputs, width, spans.shape[1], piece.shape[1] - 1, factor),
         MEAN=mean,
         SPREAD=spread,
-        BLOCK=_POOL_BLOCK,
+        BLOCK=tiles.POOL_BLOCK,
         enable_fp_fusion=True,
     )

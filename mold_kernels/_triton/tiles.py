@@ -24,6 +24,19 @@ class Tile:
     spills: str = ""
 
 
+MARK_BLOCK, SCAN_BLOCK = 128, 1024
+"""Spans that a program of `span_pieces` marks, tokens that one walks at once."""
+POOL_BLOCK = 32
+"""Spans, pieces and columns a side of a tile of `pool_spans`."""
+GATHERED_TOKENS = 32
+"""Tokens whose dk a program of span attention adds up."""
+VALUE_POOL_ELEMENTS = 8192
+"""Values that a program of value_pool holds: 16 tokens at most, since short sums round less."""
+MIXTURE_ELEMENTS = 2048
+"""Cells of the maps that a program of layer_mixture_kl holds."""
+MIXTURE_CELLS = 1024
+"""Cells that a program of its backward walks at once."""
+
 INTERPRETED = Tile(16, 32)
 """On CPU tensors, in Triton's interpreter: small, so that small tensors have tiles of every kind."""
 

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE_ELEMENTS = 8192
+from mold_kernels._triton import tiles
+
 _PROGRAMS = 1024
 
 
@@ -111,7 +112,7 @@ def _options(v):
         "D": v.shape[3],
         "DIM": width,
         "BLOCK": block,
-        "BLOCK_T": max(1, min(16, _TILE_ELEMENTS // block)),  # short sums round less
+        "BLOCK_T": max(1, min(16, tiles.VALUE_POOL_ELEMENTS // block)),
         "num_warps": 8,
         "enable_fp_fusion": True,
     }

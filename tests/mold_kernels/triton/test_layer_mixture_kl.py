@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mold_kernels import layer_mixture_kl, reference
-from mold_kernels._triton import layer_mixture_kl as kernels
+from mold_kernels._triton import tiles
 from mold_kernels.testing import assert_as_accurate_as
 
 
@@ -48,7 +48,7 @@ def test_512_steps_and_key_words():
 
 
 def test_rows_over_several_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", 32)
+    monkeypatch.setattr(tiles, "MIXTURE_ELEMENTS", 32)
     check((3, 2), 3, 11, 9, tau=1.0)
 
 

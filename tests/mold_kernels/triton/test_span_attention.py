@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from mold_kernels import reference, span_attention
-from mold_kernels._triton import span_pieces, tiles
+from mold_kernels._triton import tiles
 from mold_kernels.testing import random_qkv, random_spans
 from tests.mold_kernels.test_span_attention import VISIBILITY, assert_matches_reference, spans
 from tests.mold_kernels.test_span_pieces import check_pieces
@@ -49,8 +49,8 @@ def test_many_steps_and_key_words():
 
 
 def test_more_tokens_than_a_block_of_the_scan(monkeypatch):
-    monkeypatch.setattr(span_pieces, "_SCAN_BLOCK", 16)
-    monkeypatch.setattr(span_pieces, "_MARK_BLOCK", 4)
+    monkeypatch.setattr(tiles, "SCAN_BLOCK", 16)
+    monkeypatch.setattr(tiles, "MARK_BLOCK", 4)
     check(2, 2, 1, 53, 16, 6, 9, torch.float32)
 
 

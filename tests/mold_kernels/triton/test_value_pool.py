@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mold_kernels._triton import tiles
 from mold_kernels._triton import value_pool as kernels
 from mold_kernels.value_pool import value_pool
 from tests.mold_kernels.test_value_pool import check_against_reference, make_case, value_and_gradient
@@ -17,7 +18,7 @@ def test_values_and_gradients(generator, dtype, length, width, padding):
 
 
 def test_several_tiles_a_share(generator, monkeypatch):
-    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", 256)
+    monkeypatch.setattr(tiles, "VALUE_POOL_ELEMENTS", 256)
     monkeypatch.setattr(kernels, "_PROGRAMS", 6)
     check_against_reference(generator, "triton", *make_case(generator, 2, 3, 130, 16))
 
