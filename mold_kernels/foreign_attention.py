@@ -87,6 +87,8 @@ def flex_attention_with_lse(q, k, v, *, scale, key_padding_mask, sliding_window,
     def capped(score, batch, head, row, key):
         return softcap * torch.tanh(score / softcap)
 
+    if not torch.is_grad_enabled():  # on the CPU it refuses what requires a gradient, even where none is made
+        q, k, v = (tensor.detach() for tensor in (q, k, v))
     batch = None if key_padding_mask is None else q.shape[0]
     out, aux = _flex_attention(q.device.type)(
         q,

@@ -199,6 +199,9 @@ def test_flex_has_no_gradient_on_the_cpu():
     q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 4, 2, 6, 8)
     with pytest.raises(ValueError, match="flex has a gradient on cuda only"):
         attention_with_lse(q.requires_grad_(), k, v, backend="flex")
+    with torch.no_grad():
+        actual = attention_with_lse(q, k, v, backend="flex")
+        torch.testing.assert_close(actual, reference.attention_with_lse(q, k, v))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """The Triton kernels without a GPU: run in Triton's interpreter, and compiled ahead of time for three architectures."""
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,6 @@ from mold_kernels.backends import available_backends
 from tests.interpreter import run_interpreted
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[2]
 
 INTERPRETED_TESTS = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
 ARCHITECTURES = (80, 90, 100)
@@ -112,35 +109,3 @@ print(mold_kernels.attention_with_lse(*torch.rand(3, 1, 1, 4, 16))[0].shape)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["the package triton is not installed", "torch.Size([1, 1, 4, 16])"]
-
-
-@pytest.mark.slow
-def test_the_gpu_benchmark_in_the_interpreter(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--output", str(tmp_path / "gpu.json")]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert {row["section"] for row in rows} == {"check", "flash", "op", "step", "longest"}
-    assert all(row["median"] for row in rows if row["section"] != "check")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
-def test_the_gpu_benchmark_says_why_it_cannot_run():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.gpu"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == (
-        "benchmarks.gpu: the Triton kernels cannot run here: torch finds no CUDA device"
-    )
-
-
-def test_the_roofline(tmp_path):
-    from benchmarks.roofline import Shape, attention, report, span_attention
-
-    shape = Shape(4096)
-    for work in attention(shape) + span_attention(shape):
-        assert work.does_flops >= work.must_flops, work
-        assert work.predicted > work.floor, work
-    assert "attention_backward_dk" in report(shape)
