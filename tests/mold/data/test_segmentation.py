@@ -59,6 +59,90 @@ def test_sentences(marked):
     assert pieces(text, split_sentences(text)) == [part.strip() for part in marked.split("|")]
 
 
+# One table a kind: "|" stands where a sentence ends, with a blank before the next one.
+KINDS = {
+    "abbreviations": [
+        "The book costs Rs. 250.|A pen is Re. 1 each.",
+        "He paid Fr. 5 and Kr. 7.|Then he left.",
+        "See p. 12, pp. 3-4, ch. 2, sec. 5, no. 7 and vol. 3.|Good.",
+        "As in eq. (3) and fig. 2b, it holds.|So x = 1.",
+        "Ex. 5 and Prob. 6 are hard.|Thm. 2 gives it.|Cor. 4 as well.",
+        "Smith et al. [3] and Lee et al. 2020 say so.|Done.",
+        "Lt. Dan, Col. Mustard, Maj. Tom, Cpl. Jones and Capt. Cook met.|They left.",
+        "Sen. Warren and Rep. Lee met Gov. Brown.|Yes.",
+        "Mt. Everest is 8,849 m tall.|Ft. Worth is far.|He went to Ft. Knox.",
+        "Warner Bros. made 5 films.|Warner Bros. Pictures made 6.",
+        "It takes 5 min. and 3 sec. of work.|Then 2 hrs. of rest.",
+        "It is 5 cm. long and 3 kg. heavy.|It is 7 m. wide.|Tom sees it.",
+        "A rod is 3 in. long.|He went in.|Then he left.",
+        "On Mon. and Tue. he works, in Jan. and Feb. he rests.|From Oct. to Dec. he runs.",
+        "On Jan. 5 he ran.|On Fri. he rested.",
+        "The max. is 5, the min. is 3 and the avg. is 4.|So viz. 5, ca. 6 and cf. 7.",
+        "He works at Acme Inc.|He likes it.",
+    ],
+    "ends inside markup": [
+        "We get $$x = 5.$$|Then go.",
+        "So \\(x = 5.\\)|Then `y = 6.`|Now **7.**|And _8._|End.",
+        "So \\[x = 5.\\]|Then $y.$|Go.",
+        "It is known.[1]|Then go.[^2]|And more.†|Last.",
+        "It is known.¹|Then go.²³|End.",
+        "It ends here.</p>|Then go.",
+        "Is it $5?$|It is.",
+        "We have $1.5$ pens, $x.y$ and `a.b` here.|End.",
+    ],
+    "list markers": [
+        "1.) Add.|2.) Sub.|3.) Stop.",
+        "i. Add 5.|ii. Add 6.|iii. Stop.",
+        "A. Add 5.|B. Add 6.|C. Stop.",
+        "a) Add 5.|b) Add 6.|c) Stop.",
+        "(1) Add 5.|(2) Add 6.",
+        "Step One. Add 5.|Step Two. Add 6.",
+        "Step 1. Add 5.|Step 2. Add 6.",
+        "Q1. What is 5?|Q2. What is 6?",
+        "Two ways: 1. Add 5.|2. Add 6.|3. Stop.",
+        "It was 3. Tom had 4.|Ann left.".replace("3. Tom", "3.|Tom"),
+    ],
+    "other scripts": [
+        "वह 5 है।|यह ३ है॥|ठीक।",
+        "هل هو 5؟|نعم هو 6۔|حسنا",
+        "これは5です｡|はい。|五個．",
+        "ጤና።|ሰላም፧|5",
+        "၅။|၆",
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "marked"), [(kind, marked) for kind, table in KINDS.items() for marked in table])
+def test_sentences_of_a_kind(kind, marked):
+    text = marked.replace("|", " ")
+    assert pieces(text, split_sentences(text)) == marked.split("|")
+
+
+@pytest.mark.parametrize("end", "。！？｡।॥؟۔።፧።။។‽")
+def test_ends_that_need_no_blank(end):
+    text = f"अ5{end}ब6{end}"
+    assert pieces(text, split_sentences(text)) == [f"अ5{end}", f"ब6{end}"]
+
+
+def test_display_math_needs_no_blank():
+    text = r"So \[x = 5.\]Then $$y = 6.$$Go."
+    assert pieces(text, split_sentences(text)) == [r"So \[x = 5.\]", "Then $$y = 6.$$", "Go."]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("---", "===", "~~~", "***", "─────", "|:--|--:|", "+---+", "→", "...", "$$", "\\[", "```python", "<think>"),
+        *("\\begin{align*}", "\\begin{tabular}{|l|r|}", "\\hline", "\\end{array}"),
+    ],
+)
+def test_a_line_that_says_nothing_is_no_step(line):
+    text = f"Take 5.\n{line}\nAdd 6."
+    assert pieces(text, split_sentences(text)) == [f"Take 5.\n{line}", "Add 6."]
+    text = f"{line}\nAdd 6."
+    assert pieces(text, split_sentences(text)) == [text]
+
+
 def test_sentences_of_a_region():
     text = "Question? It is 5. So. End"
     assert split_sentences(text, 10, 22) == [(10, 18), (19, 22)]
@@ -127,6 +211,15 @@ NUMBERS = {
     "48 clips 1. x": "48 1",
     "1/99999999999999999999": "1 99999999999999999999",
     "one half, 10^6, 1e5": "10 6 1",
+    r"\frac12, \dfrac{3}{4} and \sqrt3": "1 2 3 4 3",
+    r"\times5 \div6 \pm7 \le8 \neq9": "5 6 7 8 9",
+    r"\log2, \log_2 8 and \log_{10}5": "2 2 8 10 5",
+    r"\theta1 and 2\pi but \alpha_1": "1 2",
+    r"\text{5 cm}, \left(6\right), \$7 \,8": "5 6 7 8",
+    "Fig.3, p.7, Rs.50 and vs.2": "3 7 50 2",
+    "(.5) -.5 =.5 x=.5": ".5 .5 .5 .5",
+    "1.) Add 5\nii. Add 6\nQ1. Add 7\nStep One: 8": "5 6 7 8",
+    "1. Add 5. 2. Add 6. 3. Go 7.": "5 6 7",
     "": "",
 }
 
@@ -309,12 +402,44 @@ def test_token_spans_refuse(span, offsets, message):
 def test_long_rationales_take_linear_time():
     sentence = "Mr. Tom has 12 apples and 3.5 pens, i.e. 1/2 of 31. "
     text = sentence * 8000
-    started = time.perf_counter()
+    started = time.process_time()
     found = segment(text, (0, len(sentence)), (len(sentence), len(text)))
     offsets = [(index, index + 4) for index in range(0, len(text), 4)]
     assert len(token_spans(found.steps, offsets, text)) == 8000
     assert len(token_spans(found.key_words, offsets, text)) == 32000
-    assert time.perf_counter() - started < 10  # quadratic code takes minutes
+    assert time.process_time() - started < 10  # quadratic code takes minutes
+
+
+HOSTILE = [
+    *('."', '"', "(", "()", "5", "a", " ", "\n", "\\", ",", "1/", "1,234,", " .", " \n", "1. ", ". 1. ", "A.", "*"),
+    *(
+        ".",
+        "。",
+        "*.",
+        ".[1",
+        ".</a",
+        ".^{",
+        "\\begin{",
+        "\\begin{a}{",
+        "\\frac",
+        "<a",
+        "$.",
+        ": 1) ",
+        "Step 1: ",
+        "cat ",
+    ),
+]
+
+
+@pytest.mark.parametrize("unit", HOSTILE, ids=repr)
+def test_hostile_texts_take_linear_time(unit):
+    text = unit * (100_000 // len(unit)) + "x"
+    offsets = [(index, min(index + 4, len(text))) for index in range(0, len(text), 4)]
+    started = time.process_time()
+    token_spans(split_sentences(text), offsets, text)
+    find_numbers(text)
+    find_keywords(text, ["cat", "ice cream", "...", "a a"])
+    assert time.process_time() - started < 10  # quadratic code takes minutes
 
 
 # --- real tokenizers, trained here ---
