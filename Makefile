@@ -47,7 +47,7 @@ clean:
 $(INSTALLED): pyproject.toml $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[test,report,math,gguf]"
+	$(BIN)/pip install --quiet --editable ".[test,report,gguf]"
 	touch $@
 
 $(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
     """Write one JSON object a line, whole or not at all."""
     write_atomically(Path(path), b"".join(map(_line, rows)))
+
+
+def digest(*values) -> str:
+    """A hash of values that JSON can hold, or that have a text."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def append_jsonl(path: Path, row: dict) -> None:
@@ -90,10 +96,7 @@ def text_lines(path: Path, newline: str | None = None) -> Iterator[str]:
             raise ValueError(f"{path}: begins as {encoding} and is none ({error.reason})") from error
         with open(path, "rb") as file:
             number, wrong = next((n, e) for n, line in enumerate(file, 1) if (e := _decode_error(line)))
-        raise ValueError(
-            f"{path}:{number}: holds the byte 0x{wrong.object[wrong.start]:02x}, must be UTF-8 (Latin-1 or another "
-            "encoding: save it as UTF-8)"
-        ) from error
+        raise _not_utf8(path, number, wrong) from error
 
 
 def _decode_error(line: bytes) -> UnicodeDecodeError | None:
@@ -102,6 +105,13 @@ def _decode_error(line: bytes) -> UnicodeDecodeError | None:
     except UnicodeDecodeError as error:
         return error
     return None
+
+
+def _not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(
+        f"{path}:{number}: holds the byte 0x{error.object[error.start]:02x}, must be UTF-8 (Latin-1 or another "
+        "encoding: save it as UTF-8)"
+    )
 
 
 @contextmanager
@@ -120,10 +130,12 @@ def json_errors(path: Path, line: int, whole: bool = False) -> Iterator[None]:
 
 def _whole_lines(path: Path, on_torn: Callable[[], object]) -> Iterator[str]:
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 on_torn()
                 return
+            if wrong := _decode_error(line):
+                raise _not_utf8(path, number, wrong)
             yield line.decode()
 
 

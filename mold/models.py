@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from mold.extras import missing_extra
 
@@ -62,6 +64,8 @@ def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
     """
     source, kwargs = _source(name, revision)
     try:
+        if adapter := _adapter_config(source, kwargs):
+            return load_config(adapter["base_model_name_or_path"], revision=adapter.get("revision"))
         return AutoConfig.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot load the configuration of {name!r}: {str(error).splitlines()[0]}") from error
@@ -142,6 +146,14 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {list(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _adapter_config(source: str | Path, kwargs: dict) -> dict | None:
+    """What peft says of an adapter's folder; None of any other model."""
+    if "gguf_file" in kwargs:
+        return None
+    path = find_adapter_config_file(str(source), **kwargs)
+    return None if path is None else json.loads(Path(path).read_text())
 
 
 def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:

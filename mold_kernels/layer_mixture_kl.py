@@ -116,16 +116,24 @@ def layer_mixture_kl(
 
 
 def _check(name: str, attention: torch.Tensor, num_steps: torch.Tensor, num_keys: torch.Tensor) -> None:
-    if attention.ndim != 4 or attention.dtype not in (torch.float32, torch.float64):
+    if attention.ndim != 4 or attention.dtype not in (torch.float32, torch.float64) or not len(attention):
         raise ValueError(
             f"{name}: is {attention.dtype} {list(attention.shape)}, must be float32 or float64 "
-            "[layers, batch, steps, key words]"
+            "[layers, batch, steps, key words] of at least one layer"
         )
-    for count_name, count in (("num_steps", num_steps), ("num_keys", num_keys)):
+    for count_name, count, most in (
+        ("num_steps", num_steps, attention.shape[2]),
+        ("num_keys", num_keys, attention.shape[3]),
+    ):
         if count.shape != (attention.shape[1],) or count.is_floating_point():
             raise ValueError(
                 f"{count_name}: is {count.dtype} {list(count.shape)}, must be integers [{attention.shape[1]}]"
             )
+        # Not on a device, where reading would wait for it, and not in a graph, which it would break.
+        if count.device.type == "cpu" and not torch.compiler.is_compiling():
+            for example, value in enumerate(count.tolist()):
+                if not 0 <= value <= most:
+                    raise ValueError(f"{count_name}: is {value} in example {example}, must be within [0, {most}]")
 
 
 def _check_tau(tau: float) -> None:

@@ -96,7 +96,7 @@ class SpanPlan:
             pieces = next(iter(self._pieces.values()), None) or self.pieces(max(self.length, 1))
             with _outside_inference_mode():
                 # Inside torch.compile nothing is read: there are as many columns as there can be.
-                most = self.length if torch.compiler.is_compiling() else int(pieces.before[:, -1].max())
+                most = self.length if torch.compiler.is_compiling() else max(pieces.before[:, -1].tolist(), default=0)
                 count = -(-most // multiple) * multiple
                 padding = 0, max(0, count - self.length)
                 tokens = torch.nn.functional.pad(pieces.columns[:, :count], padding, value=self.length)

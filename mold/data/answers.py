@@ -8,8 +8,8 @@ math-verify would say something else, the plain reading wins:
 - the base of a numeral counts (52_8 is not 52: math-verify drops the index);
 - a list of numbers has all of its members as often as the right one has them (math-verify compares sets: 13, 13, 14
   would be 13, 14), in any order; a point or tuple in brackets has an order, which math-verify keeps;
-- of prose only a formula in it is given to math-verify, which takes the letters of words for a product ("listen" would be
-  "silent").
+- of prose only a formula in it is given to math-verify, which takes the letters of words for a product ("listen" would
+  be "silent").
 """
 # ruff: noqa: RUF001 - the look-alike signs below are the ones that texts hold
 
@@ -55,7 +55,8 @@ _NEXT_PROBLEM = re.compile(
           (?:q|question|problem|exercise|puzzle|task|instruction|human|user|student|prompt|input) [*_]* {_BLANK}? :
         | (?:q|question|problem|exercise|puzzle|task|example) {_BLANK}? \#? \d+ [*_]* {_BLANK}? (?:[:.)]|$)
         | q\. {_BLANK}+ (?=\S) | (?<=\[) (?:q|question|problem) \]
-        ) | <\|(?:im_start|user|start_header_id)\b | \[INST\] | <start_of_turn> | \#\#\#{_BLANK}(?:instruction|question) )
+        ) | <\|(?:im_start|user|start_header_id)\b | \[INST\] | <start_of_turn>
+        | \#\#\#{_BLANK}(?:instruction|question) )
     | (?<=[.!?$\d*]) {_BLANK}+ (?:Question|Problem|Q) (?:{_BLANK}?\d+)? : (?=\s)
     """,
     re.VERBOSE | re.MULTILINE,
@@ -106,9 +107,9 @@ def extract_answer(
 
     A completion that goes on with another problem is read up to there (see `first_problem`). The answer is what stands
     behind the template's answer marker or "Answer:", the last of them, or behind "####"; without one, the last
-    \boxed{...}; then the sentence behind the last "the answer is"; then, whatever the kind of answer asks for: the number
-    that the last sentence with one states, the sentence that names a choice, or says yes or no, a formula. A text has to
-    be announced.
+    \boxed{...}; then the sentence behind the last "the answer is"; then, whatever the kind of answer asks for: the
+    number that the last sentence with one states, the sentence that names a choice, or says yes or no, a formula. A
+    text has to be announced.
 
     Args:
         completion: generated text, from the rationale on.
@@ -155,8 +156,8 @@ def split_completion(completion: str, template: str = DEFAULT_TEMPLATE) -> str:
 def first_problem(completion: str, template: str = DEFAULT_TEMPLATE) -> str:
     """A completion up to where it goes on with another problem.
 
-    Another problem is opened by the template's own opening, "Q:", "Problem:" and the like, or another turn of a chat; the
-    first line "#### answer" ends a solution.
+    Another problem is opened by the template's own opening, "Q:", "Problem:" and the like, or another turn of a chat;
+    the first line "#### answer" ends a solution.
     """
     content = len(completion) - len(completion.lstrip())
     ends = [found.start() for found in _NEXT_PROBLEM.finditer(completion) if found.start() > content][:1]
@@ -214,7 +215,7 @@ def _label(text: str, template: str) -> _Announcement | None:
 
 
 def _announced(text: str, kind: AnswerKind) -> tuple[str | None, str | None]:
-    """What the last "the answer is" says that states an answer of the kind; else what the last one says and the rest."""
+    """What the last "the answer is" says that states such an answer; else what the last one says, and the rest."""
     last = rest = None
     for phrase in list(_PHRASE.finditer(text))[: -_TRIES - 1 : -1]:
         answer = _behind(text, phrase.end(), whole_line=False)
@@ -331,7 +332,8 @@ _FOLLOWS_A = r"(?=\s+(?:or|and|nor|because|since|is|was|seems|rather|instead|ove
 _MENTION = re.compile(
     rf"""
       [(\[]\s?(?P<bracket>[A-Ja-j])\s?[)\]]
-    | (?i:\b(?:option|choice|letter|alternative|answer)\s+)["'(\[]?(?P<named>[A-J](?![\w'’-])|[b-j](?![\w'’-])|a(?=\s*(?:[).,;:]|$)))
+    | (?i:\b(?:option|choice|letter|alternative|answer)\s+)["'(\[]?
+      (?P<named>[A-J](?![\w'’-])|[b-j](?![\w'’-])|a(?=\s*(?:[).,;:]|$)))
     | (?<![\w'’.-])(?P<marked>[A-J])(?=["']|\s*(?:$|[).:,;/&!?\]\n]))
     | (?<![\w'’.-])(?P<bare>[B-HJ]|A{_FOLLOWS_A})(?![\w'’.-])
     | \A\W*(?P<lower>[a-j])(?=\s*(?:\W*\Z|[).:](?:\s|\Z)))

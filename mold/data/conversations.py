@@ -12,7 +12,8 @@ from mold.data.quantities import boxed, boxes
 
 # "Answer: 9", "**Answer:** 9", "the answer is 9", "#### 9"; a heading alone on its line.
 _ANSWER_MARKER = re.compile(
-    r"####(?!#)|<answer>|(?<![A-Za-z])answer[*_`]*(?:\s+is\b:?|\s*:)[*_`]*|^[#*_ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[*_ \t]*$",
+    r"####(?!#)|<answer>|(?<![A-Za-z])answer[*_`]*(?:\s+is\b:?|\s*:)[*_`]*"
+    r"|^[#*_ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[*_ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _THOUGHT_MARKS = re.compile(r"</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
@@ -51,12 +52,12 @@ def example_from_row(row: Example | Mapping[str, Any], place: str) -> Example:
 def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A conversation's row as question, rationale, answer and history; any other row as it is.
 
-    Conversations are {"messages": [...]} that end with the assistant (or "conversations", as ShareGPT has them, with from
-    and value), and {"prompt", "completion"}, each a text or a list of messages. The last user message is the question,
-    what stands before it is the history. The assistant's message is the rationale up to its answer: "Answer: ...", "the
-    answer is ..." or "#### ..." at its end, or the last \\boxed{...}, which stays in its sentence; or its
-    reasoning_content, thinking or <think> ... </think>, and of the rest the answer, or all of it where it is one line. A
-    row's own "answer" wins.
+    Conversations are {"messages": [...]} that end with the assistant (or "conversations", as ShareGPT has them, with
+    from and value), and {"prompt", "completion"}, each a text or a list of messages. The last user message is the
+    question, what stands before it is the history. The assistant's message is the rationale up to its answer: "Answer:
+    ...", "the answer is ..." or "#### ..." at its end, or the last \\boxed{...}, which stays in its sentence; or its
+    reasoning_content, thinking or <think> ... </think>, and of the rest the answer, or all of it where it is one line.
+    A row's own "answer" wins.
 
     What other sets call prompt and completion is read as such: instruction (with input) and output, problem and
     solution, query and response, in lower or upper case; a system prompt and a history of pairs stand before them.
@@ -198,7 +199,8 @@ def _turns(messages, name: str, place: str, role: str = "assistant") -> list[tup
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
             raise ValueError(
-                f"{place}: {name} holds {message!r}, must hold messages with the texts role and content (or from and value)"
+                f"{place}: {name} holds {message!r}, must hold messages with the texts role and content "
+                "(or from and value)"
             )
         role = _ROLES.get(message["role"].casefold(), message["role"])
         if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function", "observation"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -211,6 +211,22 @@ def _remove_padding(batch: dict[str, torch.Tensor]) -> None:
 def has_signal(item: Mapping) -> bool:
     """Whether a collator's item has something to learn attention from."""
     return item.get("signal") is not None or item.get("teacher") is not None
+
+
+def with_question_keys(item: Mapping) -> dict:
+    """A collator's item with the key words of the question alone, in text and signal; they stand before all others."""
+    example = item["example"]
+    count = sum(start < example.row_spans[0][1] for start, _ in example.key_spans) if example.row_spans else 0
+    changed = dict(item, example=_first_keys(example, count))
+    if item.get("signal") is not None:
+        changed["signal"] = item["signal"][:, :, :count].contiguous() if count else None
+    if item.get("teacher") is not None:
+        changed["teacher"] = _first_keys(item["teacher"], count) if count else None
+    return changed
+
+
+def _first_keys(example: EncodedExample, count: int) -> EncodedExample:
+    return replace(example, key_spans=example.key_spans[:count], key_word_texts=example.key_word_texts[:count])
 
 
 def _pad_spans(spans: Sequence[Sequence[Span]], shifts: Sequence[int]) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """Formulas compared by math-verify, in a process of its own that a hostile formula cannot hold.
 
-math-verify reads and compares LaTeX, powers, lists, sets, intervals, equations and matrices. sympy below it may compute for
-ever or fill the memory ("10^{10^{9}}"), so a formula is first checked for its size and then judged by another process,
-whose time and memory the system limits. That process is started for the first formula and kept: it runs this file, which
-imports nothing of mold, so nothing of the parent (threads, torch, locks) is in it. It ends when its input does, that is
-with the parent at the latest.
+math-verify reads and compares LaTeX, powers, lists, sets, intervals, equations and matrices. sympy below it may
+compute for ever or fill the memory ("10^{10^{9}}"), so a formula is first checked for its size and then judged by
+another process, whose time and memory the system limits. That process is started for the first formula and kept: it
+runs this file, which imports nothing of mold, so nothing of the parent (threads, torch, locks) is in it. It ends when
+its input does, that is with the parent at the latest.
 """
 # ruff: noqa: RUF001 - the look-alike signs below are the ones that texts hold
 

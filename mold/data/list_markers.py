@@ -18,7 +18,7 @@ _LETTER = r"[^\W\d_]"
 # The name of what is counted, its number, and what closes it.
 _LABEL = rf"""
     [*_]*+ (?:
-        \#? (?P<kind>[a-z](?=\d)|q\.?{BLANK}?(?=\d))? [(\[（]? (?P<count>{_COUNT}) (?:\.\d{{1,2}})* [*_]*+
+        \#? (?P<kind>[a-z](?=\d)|q\.?{BLANK}?(?=\d))? [(\[（]? (?P<count>{_COUNT}) (?:\.\d{{1,2}}){{0,4}} [*_]*+
         (?: \\?[.)\]）．、]{{1,2}} [*_]*+ (?={BLANK}+\S)
           | (?<=\d) (?: [.)）．、] [*_]*+ (?={_LETTER}) | : (?={BLANK}+{_LETTER}) )
         )

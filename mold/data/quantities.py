@@ -1,8 +1,8 @@
 r"""The number that a text states: "$1,200.50", "minus five", "\frac{3}{4}", "not 5 but 6", "3 + 4 = 7 apples".
 
-A plain reading, exact and without a library: of digits and their separators, signs, fractions, powers of numbers, words of
-number and size, and of which number of a sentence is meant. What it does not read alone (calculations, roots, unknowns,
-points, intervals) it names a formula, for `mold.data.formulas`. Every function takes time linear in the text.
+A plain reading, exact and without a library: of digits and their separators, signs, fractions, powers of numbers,
+words of number and size, and of which number of a sentence is meant. What it does not read alone (calculations, roots,
+unknowns, points, intervals) it names a formula, for `mold.data.formulas`. Every function takes time linear in the text.
 """
 # ruff: noqa: RUF001 - the look-alike signs below are the ones that texts hold
 
@@ -68,8 +68,8 @@ _SIGNS = {
 _SIGN_COMMAND = re.compile(r"\\([A-Za-z]+)(?![A-Za-z])\s?")
 _SUPERSCRIPT = re.compile(r"(?<=[\d)])([⁺⁻]?[⁰¹²³⁴-⁹]+)")
 _UNIT_POWER = re.compile(
-    r"(?<=\d)(\s?(?:[kcm]m|ft|in|yd|mi|units?|inch(?:es)?|f(?:ee|oo)t|yards?|miles?|[a-z]*met(?:er|re)s?|m(?=[²³])|(?<=\s)m))"
-    r"\s?(?:[²³]|\^\{?[23]\}?)(?!\w)"
+    r"(?<=\d)(\s?(?:[kcm]m|ft|in|yd|mi|units?|inch(?:es)?|f(?:ee|oo)t|yards?|miles?|[a-z]*met(?:er|re)s?"
+    r"|m(?=[²³])|(?<=\s)m))\s?(?:[²³]|\^\{?[23]\}?)(?!\w)"
 )
 _MARKS = re.compile(r"(?<![\w)*])(?:\*{1,3}|`+|__?)(?=\S)|(?<=\S)(?:\*{1,3}|`+|__?)(?![\w(*{])")
 _DASHES = str.maketrans({"−": "-", "﹣": "-", "－": "-", "‐": "-", "‑": "-"})
@@ -205,36 +205,11 @@ _SIZE = re.compile(
     r"[\s-]?((?i:hundred|thousand|million|billion|trillion|dozen|lakh|lac|crore|mil|mln)|mn|bn)s?(?!\w)|([kKMB])(?!\w)"
 )
 
-_WORD_VALUES = {
-    word: value
-    for value, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-        ]
-    )
-} | {
-    word: 10 * place
-    for place, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)
-}
+_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORD_VALUES = {word: value for value, word in enumerate(_ONES.split())}
+_WORD_VALUES |= {word: 10 * place for place, word in enumerate(_TENS.split(), 2)}
 _PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 NUMBER_WORDS = re.compile(rf"\b(?:{'|'.join([*_WORD_VALUES, *_PARTS])}|hundred|thousand|million|dozen)", re.IGNORECASE)
 _NEXT_WORD = re.compile(rf"(?:\s*-\s*|\s+)?(?P<and>and\s+)?(?P<article>an?\s+)?(?P<word>[A-Za-z]+)(?![{_LETTER}\d_])")
@@ -515,9 +490,10 @@ _MATH_MARKS = re.compile(r"\\[()\[\]]|\$\$|(?<!\\)\$|\n")
 def stated(text: str) -> Statement | None:
     r"""What a text states: one number, several undecided ones, or a formula; None where it has neither.
 
-    Of an equation the last side that is a number counts ("3 + 4 = 7 apples", "72 = 48 + 24"), of a sentence the number that
-    it starts with, else the last one that is free: not denied ("not 5 but 6"), compared with ("more than 5"), in brackets,
-    or an aside ("in 2 months", "of the 10"). Two free numbers joined by "or", "and", "to" or a comma leave it open.
+    Of an equation the last side that is a number counts ("3 + 4 = 7 apples", "72 = 48 + 24"), of a sentence the number
+    that it starts with, else the last one that is free: not denied ("not 5 but 6"), compared with ("more than 5"), in
+    brackets, or an aside ("in 2 months", "of the 10"). Two free numbers joined by "or", "and", "to" or a comma leave
+    it open.
 
     Args:
         text: an answer, in one or a few lines; of a \boxed{...} in it only that counts.

@@ -170,7 +170,7 @@ def find_keywords(text: str, keywords: Sequence[str], start: int = 0, end: int |
     Source: the paper's keywords for commonsense questions; how they are matched is ours.
     """
     if isinstance(keywords, str):
-        raise TypeError(f"keywords must be a sequence of strings, was the string {keywords!r}")
+        raise TypeError(f"keywords: is the string {keywords!r}, must be a sequence of strings")
     phrases = set()
     for keyword in keywords:
         if not isinstance(keyword, str):

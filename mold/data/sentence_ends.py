@@ -30,7 +30,8 @@ CLOSING = rf"""(?:
   | <sup>[^<\n]{{1,8}}</sup> | </[a-z]\w{{0,9}}> | <br{BLANK}?/?>
 )*+"""
 SENTENCE_END = re.compile(
-    rf"(?P<mark>(?:[.!?…{_SPACELESS}]|．(?!\d))+)(?P<closing>{CLOSING})", re.VERBOSE | re.IGNORECASE
+    rf"(?<![.!?…{_SPACELESS}．])(?P<mark>(?:[.!?…{_SPACELESS}]|．(?!\d))++)(?P<closing>{CLOSING})",
+    re.VERBOSE | re.IGNORECASE,
 )
 # What closes a line of its own needs no space either.
 _ENDS_LINE = ("\\]", "$$", ">")
@@ -43,10 +44,9 @@ _LABEL_AFTER = re.compile(r"[\s(\[*_$]*(?:[A-Z]|[IVXL]{2,5})\b(?!')")
 _UNIT_BEFORE = re.compile(rf"(?:[\d{VULGAR}]\$?[\s-]?|\b(?:sq|cu)\.\s)(?:in|m|g|l|h|s|am|pm)$", re.IGNORECASE)
 _NO_SENTENCE_START = tuple("=+×÷,;:")
 
-_NEVER_LAST = words(
-    "mr mrs ms mx messrs dr prof st rev capt sgt lt cpl pvt cmdr supt msgr mme mlle sra srta vs e.g i.e eg ie cf viz"
-)
+_NEVER_LAST = words("mr mrs ms mx messrs dr prof st rev capt msgr mme mlle sra srta vs e.g i.e eg ie cf viz")
 _BEFORE_NAME = words(
+    "Sgt sgt Lt lt Cpl cpl Pvt Cmdr Supt "
     "Gen Col Maj Adm Brig Comdr Ens Pfc Sen Rep Gov Pres Hon Amb Atty Det Insp Fr Br Sr Assoc Asst Mt Ft Pt Bros Univ"
 )
 _BEFORE_CAPITAL_PART = words("Ltd Inc Corp Co Jr Sr")
@@ -108,7 +108,7 @@ def _abbreviates(before: str, following: str, after: str) -> bool:
         # "31st." is no saint, and "Main St. He" no Mr. He.
         street = name in ("St", "Dr") and previous[:1].isupper() and following in _OPENERS
         return not match["digit"] and not street
-    if name in _BEFORE_NAME and name_follows and not previous[-1:].isnumeric():
+    if name in _BEFORE_NAME and (name_follows or (word.islower() and small_follows)) and not previous[-1:].isnumeric():
         # "John Smith Sr. Tom": a suffix; "el Sr. Luna": a title.
         return name != "Sr" or not previous[:1].isupper()
     if name in _BEFORE_NUMBER | _REFERENCES | _DATES and _NUMBER_AFTER.match(after):

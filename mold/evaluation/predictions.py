@@ -41,8 +41,8 @@ def generate_predictions(
 
     Returns:
         A dictionary an example, in their order: id, question, answer (the right one), prediction (None where no answer
-        was found), completion, correct, judged (false where it cannot be within the limits of `mold.data.formulas`; wrong
-        then), truncated.
+        was found), completion, correct, judged (false where it cannot be within the limits of `mold.data.formulas`;
+        wrong then), truncated.
     """
     prompts = [encode_prompt(example, tokenizer, template, task=task) for example in examples]
     completions = generate_all(
@@ -105,7 +105,7 @@ def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def score(predictions: Sequence[dict]) -> dict:
-    """right, total, accuracy, its 95 % interval (low, high), and how many gave no answer, were not judged or truncated."""
+    """right, total, accuracy, its 95 % interval (low, high), and how many: no answer, not judged, truncated."""
     right, total = sum(row["correct"] for row in predictions), len(predictions)
     low, high = wilson_interval(right, total)
     return {

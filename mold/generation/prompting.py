@@ -79,8 +79,10 @@ def use_chat(tokenizer: PreTrainedTokenizerBase, chat: str) -> bool:
     """Whether prompts are chats: "auto" where the tokenizer has a chat template, "on", "off".
 
     Raises:
-        ValueError: it is "on" and the tokenizer has none.
+        ValueError: it is "on" and the tokenizer has none, or it is something else.
     """
+    if chat not in ("auto", "on", "off"):
+        raise ValueError(f"chat: is {chat!r}, must be 'auto', 'on' or 'off'")
     if chat == "on" and not tokenizer.chat_template:
         raise ValueError("chat: is 'on', but the teacher's tokenizer has no chat template; must be 'off' or 'auto'")
     return chat == "on" or (chat == "auto" and bool(tokenizer.chat_template))

@@ -12,11 +12,16 @@ from transformers import PretrainedConfig
 
 from mold.data.examples import ANSWER, PROMPT, RATIONALE
 from mold.method.attention_interface import LayerAttention, stack_attention
-from mold.method.router import FixedLayer, LayerRouter, check_layer
+from mold.method.router import FixedLayer, LayerRouter, check_layer, kept_layers
 from mold_kernels import layer_mixture_kl, teacher_layer_weights
 
 TERMS = ("rationale", "answer", "attention")
 """What a loss is made of."""
+
+ROW_KEYS = ("all", "visible")
+# In place of attention to key words that a step cannot see: no mass is left of it in float32, and it is finite, so that
+# a row that sees none is uniform for teacher and student alike.
+_HIDDEN = -1.0e4
 
 
 class AttentionLoss(NamedTuple):
@@ -40,6 +45,14 @@ class MoldLoss(nn.Module):
         tau: temperature of the teacher's layer weights (the paper's tau_1).
         row_norm: "softmax" (the paper) or "l1".
         teacher_layer: the only teacher layer to learn from; None: the mixture.
+        tau_row: temperature of the softmax over a step's row; 1 is the paper's.
+        row_keys: "all" (the paper), or "visible": the softmax is over those key words alone that the step can see.
+            Behind its last token attention is zero, which a softmax gives mass all the same.
+        teacher_layers_left_out: layers that are no part of the teacher's mixture.
+        student_layers_left_out: layers that are no part of the student's; the router is of the others.
+
+    Raises:
+        ValueError: an option does not fit; tau_row and row_keys are those of a softmax.
     """
 
     def __init__(
@@ -48,8 +61,19 @@ class MoldLoss(nn.Module):
         tau: float = 0.1,
         row_norm: str = "softmax",
         teacher_layer: int | None = None,
+        *,
+        tau_row: float = 1.0,
+        row_keys: str = "all",
+        teacher_layers_left_out: Sequence[int] = (),
+        student_layers_left_out: Sequence[int] = (),
     ):
         super().__init__()
+        check_rows(row_norm, tau_row, row_keys)
+        self.tau_row, self.row_keys = tau_row, row_keys
+        self.teacher_layers_left_out = tuple(teacher_layers_left_out)
+        self.num_layers = router.num_layers + len(set(student_layers_left_out))
+        """Of the student, those that are left out too."""
+        self._student_layers = kept_layers("student_layers_left_out", student_layers_left_out, self.num_layers)
         self.router = router
         self.tau = tau
         self.row_norm = row_norm
@@ -65,24 +89,32 @@ class MoldLoss(nn.Module):
         *,
         teacher_layer: int | None = None,
         student_layer: int | None = None,
+        student_layers_left_out: Sequence[int] = (),
+        **options,
     ) -> MoldLoss:
         """The loss for a student of this configuration: with a fresh router, or of one layer where that is given."""
-        if student_layer is None:
-            return cls(LayerRouter.for_config(config, tau_2), tau_1, row_norm, teacher_layer)
-        router = FixedLayer(config.get_text_config().num_hidden_layers, student_layer)
-        return cls(router, tau_1, row_norm, teacher_layer)
+        layers = config.get_text_config().num_hidden_layers
+        left_out = [layer % layers for layer in student_layers_left_out if -layers <= layer < layers]
+        if student_layer is not None:
+            router = FixedLayer(layers, student_layer)
+        else:
+            kept = kept_layers("student_layers_left_out", student_layers_left_out, layers)
+            router = LayerRouter.for_config(config, tau_2, len(kept))
+        return cls(router, tau_1, row_norm, teacher_layer, student_layers_left_out=left_out, **options)
 
     def teacher_weights(
         self, teacher_attention: torch.Tensor, num_steps: torch.Tensor, num_keys: torch.Tensor
     ) -> torch.Tensor:
         """How much each teacher layer counts, [B, L1]; the arguments are those of `forward`."""
+        kept = self._teacher_layers(teacher_attention.shape[1])
+        found = teacher_layer_weights(teacher_attention[:, kept].transpose(0, 1), num_steps, num_keys, self.tau)
+        return _spread(found, kept, teacher_attention.shape[1])
+
+    def _teacher_layers(self, layers: int) -> list[int]:
         if self.teacher_layer is None:
-            return teacher_layer_weights(teacher_attention.transpose(0, 1), num_steps, num_keys, self.tau)
-        batch, layers = teacher_attention.shape[:2]
+            return kept_layers("teacher_layers_left_out", self.teacher_layers_left_out, layers)
         check_layer("mol_teacher_layer", self.teacher_layer, layers)
-        weights = teacher_attention.new_zeros(batch, layers)
-        weights[:, self.teacher_layer] = 1
-        return weights
+        return [self.teacher_layer % layers]
 
     def forward(
         self,
@@ -90,6 +122,7 @@ class MoldLoss(nn.Module):
         teacher_attention: torch.Tensor,
         num_steps: torch.Tensor,
         num_keys: torch.Tensor,
+        visible: torch.Tensor | None = None,
     ) -> AttentionLoss:
         """The loss of each example; 0 with zero gradient for one without key words.
 
@@ -98,10 +131,11 @@ class MoldLoss(nn.Module):
             teacher_attention: float32 [B, L1, S, M].
             num_steps: int [B].
             num_keys: int [B].
+            visible: bool [B, S, M], of `visible_keys`; needed where row_keys is "visible".
 
         Raises:
-            ValueError: nothing was captured, the shapes do not fit, or the captured attention has no gradient
-                although gradients are on (reentrant activation checkpointing cuts it).
+            ValueError: visible is missing, nothing was captured, the shapes do not fit, or the captured attention has
+                no gradient although gradients are on (reentrant activation checkpointing cuts it).
         """
         student_attention = stack_attention(attentions)
         if any(layer.value_features is None for layer in attentions):
@@ -111,19 +145,36 @@ class MoldLoss(nn.Module):
                 "attentions: carry no gradient. Reentrant activation checkpointing cuts it: use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}; or every parameter of the model is frozen'
             )
-        weights = self.router([layer.value_features for layer in attentions])
-        if self.teacher_layer is not None:
+        features = [layer.value_features for layer in attentions]
+        if len(self._student_layers) < self.num_layers == len(features):
+            weights = self.router([features[layer] for layer in self._student_layers])
+            weights = _spread(weights, self._student_layers, self.num_layers)
+        else:
+            weights = self.router(features)
+        kept = self._teacher_layers(teacher_attention.shape[1])
+        if len(kept) < teacher_attention.shape[1]:
             # A mixture of one layer is that layer.
-            check_layer("mol_teacher_layer", self.teacher_layer, teacher_attention.shape[1])
-            teacher_attention = teacher_attention[:, self.teacher_layer, None]
+            teacher_attention = teacher_attention[:, kept]
         with torch.autocast(student_attention.device.type, enabled=False):
+            teacher, student = teacher_attention.transpose(0, 1).to(student_attention.dtype), student_attention
+            if self.row_keys == "visible":
+                if visible is None:
+                    raise ValueError('visible: is None, must be of visible_keys where row_keys is "visible"')
+                # The layers' weights are told from all of the attention, so the teacher is mixed before.
+                mixing = teacher_layer_weights(teacher, num_steps, num_keys, self.tau)
+                teacher = torch.einsum("bl,lbsm->bsm", mixing, teacher)[None]
+            if self.tau_row != 1:
+                teacher, student = teacher / self.tau_row, student / self.tau_row
+            if self.row_keys == "visible":
+                teacher, student = (mixed.masked_fill(~visible, _HIDDEN) for mixed in (teacher, student))
             loss = layer_mixture_kl(
-                teacher_attention.transpose(0, 1).to(student_attention.dtype),
-                student_attention,
+                teacher,
+                student,
                 weights.to(student_attention.dtype),
                 num_steps,
                 num_keys,
-                tau=self.tau,
+                # Attention over tau_row changes tau_row times as much from key word to key word.
+                tau=self.tau / self.tau_row,
                 row_norm=self.row_norm,
             )
         return AttentionLoss(loss, weights)
@@ -134,6 +185,33 @@ def denominators(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     predicted = batch["regions"][:, 1:]
     signals = batch["num_keys"] > 0
     return torch.stack([(predicted == RATIONALE).sum(), (predicted == ANSWER).sum(), signals.sum()])
+
+
+def check_rows(row_norm: str, tau_row: float, row_keys: str) -> None:
+    """Raise a ValueError unless these say how a step's row becomes a distribution."""
+    if not tau_row > 0:
+        raise ValueError(f"tau_row: is {tau_row}, must be greater than 0")
+    if row_keys not in ROW_KEYS:
+        raise ValueError(f"row_keys: is {row_keys!r}, must be one of {', '.join(ROW_KEYS)}")
+    if row_norm == "l1" and (tau_row, row_keys) != (1, "all"):
+        name, value, needed = ("tau_row", tau_row, 1) if tau_row != 1 else ("row_keys", row_keys, "all")
+        raise ValueError(f"{name}: is {value!r}, must be {needed!r} with row_norm='l1', which has no softmax")
+
+
+def visible_keys(row_spans: torch.Tensor, key_spans: torch.Tensor) -> torch.Tensor:
+    """Which key words each step can see: bool [B, S, M], those that begin before its last token's end.
+
+    Args:
+        row_spans: int [B, S, 2], half-open token ranges of the steps.
+        key_spans: int [B, M, 2], of the key words.
+    """
+    return key_spans[:, None, :, 0] < row_spans[:, :, None, 1]
+
+
+def _spread(weights: torch.Tensor, layers: Sequence[int], num_layers: int) -> torch.Tensor:
+    """Weights [B, len(layers)] at their places in [B, num_layers], 0 elsewhere."""
+    places = torch.tensor(layers, device=weights.device)
+    return weights.new_zeros(len(weights), num_layers).index_copy(1, places, weights)
 
 
 def predicting_positions(regions: torch.Tensor) -> torch.Tensor:

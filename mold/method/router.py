@@ -38,12 +38,12 @@ class LayerRouter(nn.Module):
         nn.init.zeros_(self.projection.bias)
 
     @classmethod
-    def for_config(cls, config: PretrainedConfig, tau: float = 0.5) -> LayerRouter:
-        """The router that fits a model's configuration."""
+    def for_config(cls, config: PretrainedConfig, tau: float = 0.5, num_layers: int | None = None) -> LayerRouter:
+        """The router that fits a model's configuration, over so many of its layers; None: over all."""
         config = config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(config.num_hidden_layers, heads * head_dim, tau)
+        return cls(config.num_hidden_layers if num_layers is None else num_layers, heads * head_dim, tau)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Layer weights [B, L] from one features tensor [B, value_dim] a layer.
@@ -82,6 +82,20 @@ class FixedLayer(nn.Module):
         weights = features[0].new_zeros(len(features[0]), self.num_layers)
         weights[:, self.layer] = 1
         return weights
+
+
+def kept_layers(name: str, left_out: Sequence[int], num_layers: int) -> list[int]:
+    """The layers of a model that has so many, without those (from 0 on, or from -1 down).
+
+    Raises:
+        ValueError: one of them does not exist, or none would be left; names the option.
+    """
+    for layer in left_out:
+        check_layer(name, layer, num_layers)
+    gone = {layer % num_layers for layer in left_out}
+    if len(gone) == num_layers:
+        raise ValueError(f"{name}: is {', '.join(map(str, left_out))}, must leave one of {num_layers} layers")
+    return [layer for layer in range(num_layers) if layer not in gone]
 
 
 def check_layer(name: str, layer: int, num_layers: int) -> None:

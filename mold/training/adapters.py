@@ -5,7 +5,6 @@ from __future__ import annotations
 from transformers import PreTrainedModel, TrainingArguments
 
 from mold.extras import missing_extra
-from mold.training.config import StudentOptions
 
 
 def add_adapter(model: PreTrainedModel, peft_config, args: TrainingArguments) -> PreTrainedModel:
@@ -30,30 +29,6 @@ def add_adapter(model: PreTrainedModel, peft_config, args: TrainingArguments) ->
         # Checkpointing is switched on by Trainer, with its own options.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, peft_config)
-
-
-def lora_config(options: StudentOptions):
-    """peft's LoraConfig of the options, None without `use_peft`.
-
-    Raises:
-        ImportError: peft is not installed.
-        ValueError: load_in_4bit without use_peft.
-    """
-    if not options.use_peft:
-        if options.load_in_4bit:
-            raise ValueError("load_in_4bit: is True, must be False without use_peft: 4-bit weights cannot be trained")
-        return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise missing_extra("use_peft", "peft", "peft") from error
-    return LoraConfig(
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=options.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:

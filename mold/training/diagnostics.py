@@ -9,7 +9,7 @@ import torch
 
 from mold.data.encoding import has_signal
 from mold.method.attention_interface import stack_attention
-from mold.method.loss import TERMS, denominators
+from mold.method.loss import TERMS, denominators, visible_keys
 
 
 class Diagnostics:
@@ -55,7 +55,8 @@ class Diagnostics:
             counts = inputs["num_steps"], inputs["num_keys"]
             teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
             teacher_weights = self.mold_loss.teacher_weights(teacher, *counts)
-            kl, student_weights = self.mold_loss(outputs.attentions, teacher, *counts)
+            visible = visible_keys(inputs["row_spans"], inputs["key_spans"])
+            kl, student_weights = self.mold_loss(outputs.attentions, teacher, *counts, visible)
             maps.append(
                 {
                     "id": item["example"].id,

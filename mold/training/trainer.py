@@ -22,16 +22,17 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from mold.data.conversations import example_from_row
-from mold.data.encoding import Collator, encode_example, has_signal
+from mold.data.encoding import Collator, encode_example, has_signal, with_question_keys
 from mold.data.examples import Example
 from mold.files import append_jsonl, write_atomically
 from mold.method.attention_interface import check_attention_dropout, use_mold_attention
-from mold.method.loss import TERMS, MoldLoss, denominators
+from mold.method.loss import TERMS, MoldLoss, denominators, visible_keys
 from mold.method.online_teacher import OnlineTeacher
 from mold.method.signals import SignalCache
 from mold.models import load_model
 from mold.processes import check_processes
 from mold.training.adapters import add_adapter, check_adapter, without_adapter
+from mold.training.attention_weight import AttentionWeight
 from mold.training.config import MoldConfig
 from mold.training.diagnostics import Diagnostics
 from mold.training.heads import make_head
@@ -45,7 +46,7 @@ COMPLETE_FILE = "mold_complete.json"
 METRICS_FILE = "metrics.jsonl"
 
 
-class MoldTrainer(RouterTraining, Diagnostics, Trainer):
+class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
     """Trains a student on rationales, answers and its teacher's stepwise attention.
 
     Args:
@@ -106,14 +107,14 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
                 args.row_reduction,
                 args.max_length,
             )
-        if signals is None and teacher_model is None and args.beta > 0:
+        if signals is None and teacher_model is None and args.trains_attention:
             raise ValueError(
                 f"signals: is None, must be the teacher's signals (or give teacher_model) while beta={args.beta} "
                 "(beta=0 trains without)"
             )
         if args.padding_free or signals is not None or teacher_model is not None:
             use_mold_attention(without_adapter(model))
-        if args.beta > 0:
+        if args.trains_attention:
             check_attention_dropout(model.config)
         if signals is not None:
             signals.require(row_reduction=args.row_reduction)
@@ -123,10 +124,21 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
         layers = {}
         if args.method == "single_layer":
             layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
-        self.mold_loss = MoldLoss.for_config(model.config, args.tau_1, args.tau_2, args.row_norm, **layers)
+        self.mold_loss = MoldLoss.for_config(
+            model.config,
+            args.tau_1,
+            args.tau_2,
+            args.row_norm,
+            tau_row=args.tau_row,
+            row_keys=args.row_keys,
+            teacher_layers_left_out=args.mol_teacher_layers_left_out or (),
+            student_layers_left_out=args.mol_student_layers_left_out or (),
+            **layers,
+        )
         pad_token_id = processing_class.pad_token_id
         self._tokenizer, self._options = processing_class, args
-        names = ("method", "alpha", "beta", "tau_1", "tau_2", "row_norm", "row_reduction", "template")
+        names = ("method", "alpha", "beta", "tau_1", "tau_2", "tau_row", "row_norm", "row_reduction", "row_keys")
+        names += ("key_scope", "mol_teacher_layers_left_out", "mol_student_layers_left_out", "template")
         self.method_options = {name: getattr(args, name) for name in names}
         super().__init__(
             model=model,
@@ -191,11 +203,13 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
                 item["signal"] = self.signals.signal(example, encoded[0])
             elif taught:
                 item["teacher"] = self.teacher.encode(example, encoded[0])
+            if options.key_scope == "question":
+                item = with_question_keys(item)
             if len(encoded) > 1:
                 item["predict"] = encoded[1]
             items.append(item)
         without = len(items) - sum(map(has_signal, items))
-        if taught and without == len(items) and options.beta > 0:
+        if taught and without == len(items) and options.trains_attention:
             raise ValueError(
                 f"{name}: none of its {len(items)} examples has key words, so there is no attention to learn"
             )
@@ -231,7 +245,8 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
         """The weighted sum of the three terms, normalised over the accumulation window."""
         sums, weights, outputs = self._term_sums(model, inputs)
         counts = denominators(inputs)
-        loss = self._weigh(sums, counts if num_items_in_batch is None else num_items_in_batch)
+        counted = counts if num_items_in_batch is None else num_items_in_batch
+        loss = self._weigh(sums, counted, self.scheduled_beta(self.state.global_step))
         if not torch.isfinite(loss):
             terms = ", ".join(f"{t} {v:.4g}" for t, v in zip(TERMS, (sums / counts.clamp(min=1)).tolist(), strict=True))
             raise FloatingPointError(
@@ -251,6 +266,10 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def term_counts(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What each term of a batch is divided by: int64 [3] as TERMS."""
+        return denominators(inputs)
+
     def _term_sums(self, model, inputs):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
         with_attention = "teacher_attention" in inputs and self._wants_attention()
@@ -261,7 +280,11 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
             return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
         self.mold_loss.train(model.training)
         attention = self.mold_loss(
-            outputs.attentions, inputs["teacher_attention"], inputs["num_steps"], inputs["num_keys"]
+            outputs.attentions,
+            inputs["teacher_attention"],
+            inputs["num_steps"],
+            inputs["num_keys"],
+            visible_keys(inputs["row_spans"], inputs["key_spans"]),
         )
         return torch.cat([cross_entropy, attention.loss.sum()[None]]), attention.layer_weights, outputs
 
@@ -282,14 +305,14 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
 
     def _wants_attention(self):
         # With beta = 0 it is measured in evaluation and costs nothing in training.
-        return self.args.beta > 0 or not self.model.training
+        return self.args.trains_attention or not self.model.training
 
-    def _weigh(self, sums, counts):
-        alpha, beta = self.args.alpha, self.args.beta
+    def _weigh(self, sums, counts, beta, cross_entropy=1.0):
+        alpha = self.args.alpha
         if self.args.method in ("rationales", "answers"):
             return sums[:2].sum() / counts[:2].sum().clamp(min=1)
         terms = sums / counts.clamp(min=1)
-        return (1 - alpha) * terms[0] + alpha * terms[1] + beta * terms[2]
+        return cross_entropy * ((1 - alpha) * terms[0] + alpha * terms[1]) + beta * terms[2]
 
     # Checkpoints
 
@@ -301,6 +324,7 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
             raise ValueError(
                 f"resume_from_checkpoint: {resume_from_checkpoint} was cut short ({COMPLETE_FILE} is missing)"
             )
+        self.settle_beta(resume_from_checkpoint or None, COMPLETE_FILE)
         keep = self.args.keep_freed_memory and self.args.device.type == "cpu"
         with freed_memory_kept() if keep else nullcontext():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -316,7 +340,8 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
             marker = folder / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE
-            write_atomically(marker, json.dumps({"step": self.state.global_step}).encode())
+            note = {"step": self.state.global_step, "beta": self.beta}
+            write_atomically(marker, json.dumps(note).encode())
             best = self.state.best_model_checkpoint
             rotate_checkpoints(
                 output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
@@ -331,7 +356,8 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
         if window and window["examples"]:
             logs.update(self._term_metrics(window["sums"], window["counts"], "loss"))
             signals = window["counts"][2].item()
-            if self.args.beta > 0:
+            if self.args.trains_attention:
+                logs["beta"] = self.scheduled_beta(max(self.state.global_step - 1, 0))
                 logs["signal_share"] = signals / window["examples"].item()
             if signals:
                 logs["router_entropy"] = window["entropy"].item() / signals
@@ -346,7 +372,7 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
         return {f"{prefix}_{t}": v for t, v, n in zip(TERMS, values, counts.tolist(), strict=True) if n}
 
     def _reset_window(self):
-        device, layers = self.args.device, self.mold_loss.router.num_layers
+        device, layers = self.args.device, self.mold_loss.num_layers
         self._window = {
             "sums": torch.zeros(3, device=device),
             "counts": torch.zeros(3, device=device, dtype=torch.int64),
@@ -381,7 +407,7 @@ class MoldTrainer(RouterTraining, Diagnostics, Trainer):
             counts += denominators(inputs)
         sums, counts = self.accelerator.reduce(sums), self.accelerator.reduce(counts)
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts).item()}
+        metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts, self.beta).item()}
         metrics |= self._term_metrics(sums, counts, f"{metric_key_prefix}_loss")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

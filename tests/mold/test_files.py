@@ -63,7 +63,7 @@ def test_a_last_line_of_a_file_that_nobody_was_killed_at_needs_no_end(tmp_path):
     [
         (b'{"a": 1}\n{"a": \n{"a": 1}\n', r"rows\.jsonl:2: is no JSON"),
         (b'{"a": 1}\n\n"a"\n', r"rows\.jsonl:3: is a str, must be an object"),
-        (b'{"a": "\xff"}\n', r"rows\.jsonl:1: is no JSON"),
+        (b'{"a": "\xff"}\n', r"rows\.jsonl:1: holds the byte 0xff, must be UTF-8"),
         (None, r"rationales: .*rows\.jsonl does not exist"),
     ],
 )

@@ -4,7 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mold.models import SMOLLM2, load_model, load_tokenizer, spread_layers, take_layers, weights_fingerprint
+from mold.models import (
+    SMOLLM2,
+    load_config,
+    load_model,
+    load_tokenizer,
+    spread_layers,
+    take_layers,
+    weights_fingerprint,
+)
 from tests.tiny_models import FAMILIES, make_model
 from tests.tiny_runs import make_teacher
 from tests.tiny_tokenizers import make_tokenizer
@@ -93,6 +101,18 @@ def test_a_gguf_model_can_be_trained_and_saved(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     for (name, parameter), (_, saved) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(parameter, saved), name
+
+
+def test_the_configuration_of_an_adapter_is_that_of_its_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    make_model("llama", layers=2).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    assert load_config(str(tmp_path / "adapter")).num_hidden_layers == 2
+    (tmp_path / "adapter/adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="model: cannot load the configuration of"):
+        load_config(str(tmp_path / "adapter"))
 
 
 def test_every_parameter_counts_in_the_fingerprint():

@@ -8,7 +8,7 @@ from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.data.problems import generate_problems
 from mold.evaluation.analysis import key_word_mass
 from mold.report import plots
-from tests.mold.commands.test_cli import refusal
+from tests.mold.command_line import refusal
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
 

@@ -98,5 +98,14 @@ def test_no_interval(right, total):
 def test_score():
     rows = [{"correct": i < 2, "prediction": None if i == 3 else "1", "truncated": i > 2} for i in range(5)]
     low, high = wilson_interval(2, 5)
-    expected = {"right": 2, "total": 5, "accuracy": 0.4, "low": low, "high": high, "no_answer": 1, "truncated": 2}
+    expected = {
+        "right": 2,
+        "total": 5,
+        "accuracy": 0.4,
+        "low": low,
+        "high": high,
+        "no_answer": 1,
+        "not_judged": 0,
+        "truncated": 2,
+    }
     assert score(rows) == expected

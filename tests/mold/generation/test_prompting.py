@@ -92,3 +92,5 @@ def test_whether_to_chat(chat_tokenizer):
     assert [use_chat(chat_tokenizer, chat) for chat in ("auto", "off")] == [False, False]
     with pytest.raises(ValueError, match="chat: is 'on', but the teacher's tokenizer has no chat template"):
         use_chat(chat_tokenizer, "on")
+    with pytest.raises(ValueError, match="chat: is 'yes', must be 'auto', 'on' or 'off'"):
+        use_chat(chat_tokenizer, "yes")

@@ -7,8 +7,6 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from mold.training.adapters import lora_config
-from mold.training.config import StudentOptions
 from mold.training.heads import ChunkedHead
 from tests.tiny_runs import BARE, EXAMPLES, STUDENT_TOKENIZER, make_student, make_trainer, metrics, weights
 
@@ -45,11 +43,6 @@ def test_quantized_weights_on_a_cpu_are_refused(tmp_path, signals):
     student, init = make_quantized(tmp_path)
     with pytest.raises(ValueError, match="model: is quantized and on a CPU, must be on a GPU to be trained"):
         train(tmp_path, signals, student, peft_config=LORA, model_init_kwargs=init)
-
-
-def test_4_bits_without_an_adapter_are_refused():
-    with pytest.raises(ValueError, match="load_in_4bit: is True, must be False without use_peft"):
-        lora_config(StudentOptions(load_in_4bit=True))
 
 
 def test_qlora_with_every_saver_equals_qlora(tmp_path, signals, monkeypatch):

@@ -1,33 +1,38 @@
-"""What `mold plan` prints: a step's memory and time, the largest T, and what each saver buys."""
+"""mold plan: a step's memory and time, the largest T, and what each saver buys."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
+from rich import get_console
 from rich.table import Table
 from rich.text import Text
-from transformers import PretrainedConfig
 
-from mold.commands.train import Options
-from mold.models import config_of_layers, load_config, spread_layers
+from mold.commands.inputs import student_config
+from mold.commands.options import Options
+from mold.commands.parsing import parse
 from mold.plan import GIB, GPUS, SAVERS, Machine, Plan, Setup, largest_length, plan_step, this_machine
 
 
-def describe_plan(options: Options, gpu: str | None, memory: float | None, lora_rank: int) -> Iterator[Text | Table]:
+def main(arguments: Sequence[str]) -> None:
+    """Plan, and show the tables."""
+    for shown in describe_plan(parse("plan", arguments)):
+        get_console().print(shown)
+
+
+def describe_plan(options: Options) -> Iterator[Text | Table]:
     """The tables of a planned run.
 
     Args:
-        options: of `mold train`.
-        gpu: a name of `mold.plan.GPUS`; None: this machine's CPU.
-        memory: GiB there are; None: what the machine has.
-        lora_rank: of an adapter; 0: none.
+        options: of the training, gpu (a name of `mold.plan.GPUS`) and memory.
 
     Raises:
         ValueError: no such GPU, no model is named, or an option cannot be planned.
     """
+    gpu, memory, lora_rank = options.planning.gpu, options.planning.memory, 0
     if gpu is not None and gpu not in GPUS:
-        raise ValueError(f"--gpu: is {gpu!r}, must be one of {', '.join(GPUS)}")
+        raise ValueError(f"gpu: is {gpu!r}, must be one of {', '.join(GPUS)}")
     machine = this_machine() if gpu is None else GPUS[gpu]
     available = machine.memory if memory is None else memory * GIB
     config, setup = student_config(options), setup_of(options, lora_rank)
@@ -83,28 +88,6 @@ def setup_of(options: Options, lora_rank: int = 0) -> Setup:
         optim=str(getattr(training.optim, "value", training.optim)),
         lora_rank=lora_rank,
     )
-
-
-def student_config(options: Options, load: Callable[..., PretrainedConfig] = load_config) -> PretrainedConfig:
-    """The student's configuration, with the layers it keeps; no weights are loaded.
-
-    Args:
-        options: of `mold train`.
-        load: makes a configuration from a model's name and revision.
-
-    Raises:
-        ValueError: no model is named, its configuration is not there, or it has not these layers.
-    """
-    student = options.student
-    name = student.model_name_or_path or options.teacher.teacher_model_name_or_path
-    if name is None:
-        raise ValueError("model_name_or_path: is not given, must name the student (or the teacher it is made from)")
-    revision = student.model_revision if student.model_name_or_path else options.teacher.teacher_model_revision
-    config = load(name, revision=revision)
-    layers = student.student_layers
-    if layers is None and student.student_num_layers is not None:
-        layers = spread_layers(config.num_hidden_layers, student.student_num_layers)
-    return config if layers is None else config_of_layers(config, layers)
 
 
 def _parts(planned: Plan, machine: Machine) -> Table:

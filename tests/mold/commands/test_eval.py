@@ -1,83 +1,16 @@
-"""mold generate, mold keywords and mold eval on data sets, with tiny random models: nonsense that must be counted."""
+"""mold eval, with tiny random models."""
 
 import json
 
 import pytest
 
-from mold.commands import stages
+from mold.commands.eval import parse_set
 from mold.data.examples import render
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
 from mold.evaluation.predictions import wilson_interval
-from tests.mold.commands.test_cli import refusal
-from tests.mold.conftest import write_rows
-
-FAST = ["--disable_tqdm", "true", "--max_new_tokens", "6", "--generate_batch_size", "4"]
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def test_a_teacher_that_writes_nonsense_gives_counts(mold, models, problems, tmp_path):
-    folder = tmp_path / "run"
-    options = ["--dataset", problems, "--teacher_model_name_or_path", models / "teacher", "--output_dir", folder, *FAST]
-    status, out, _ = mold("generate", *options, "--num_shots", "1")
-    assert status in (0, None)
-    counts = json.loads((folder / "generate.json").read_text())
-    assert counts["never right"] == 14
-    assert sum(count for name, count in counts.items() if name.startswith("plain")) == 14
-    assert sum(count for name, count in counts.items() if name.startswith("hint")) == 14
-    assert "never right" in out
-    rows = rows_of(folder / "rationales.jsonl")
-    assert [row["id"] for row in rows] == [f"problem-6-{n}" for n in range(14)]
-    with pytest.raises(ValueError, match=r"holds no usable example \(14 rows, 0 kept, 14 with a wrong rationale"):
-        read_examples(folder / "rationales.jsonl")
-    # The same again finds everything done; other settings are refused.
-    journal = (folder / "journal.jsonl").read_bytes()
-    assert mold("generate", *options, "--num_shots", "1")[0] in (0, None)
-    assert (folder / "journal.jsonl").read_bytes() == journal
-    assert "was written with prompt=" in refusal(mold("generate", *options))
-    assert "num_tries: is 2 at temperature 0.0" in refusal(mold("generate", *options, "--num_tries", "2"))
-    assert "chat: is 'on', but" in refusal(mold("generate", *options, "--chat", "on"))
-    assert "prompt: is 'maths', must be one of" in refusal(mold("generate", *options, "--prompt", "maths"))
-
-
-def test_rationales_from_elsewhere_are_checked_without_a_teacher(mold, tmp_path):
-    problems = generate_problems(4, seed=6)
-    write_rows(tmp_path / "questions.jsonl", [{**vars(p), "rationale": None} for p in problems])
-    given = [{"id": p.id, "rationale": p.rationale} for p in problems[:2]]
-    given += [{"id": problems[2].id, "rationale": "It is 0.5."}, {"question": "Who?", "rationale": "Nobody."}]
-    write_rows(tmp_path / "given.jsonl", given)
-    options = ["--dataset", tmp_path / "questions.jsonl", "--output_dir", tmp_path / "run"]
-    status, _, _ = mold("generate", *options, "--rationales", tmp_path / "given.jsonl")
-    assert status in (0, None)
-    assert json.loads((tmp_path / "run/generate.json").read_text()) == {
-        "given: right": 2,
-        "given: with a wrong answer": 1,
-        "given: of no question": 1,
-        "right": 2,
-        "never right": 2,
-    }
-    examples, _ = read_examples(tmp_path / "run/rationales.jsonl")
-    assert [(e.id, e.rationale, e.answer) for e in examples] == [(p.id, p.rationale, p.answer) for p in problems[:2]]
-    assert "teacher_model_name_or_path: is not given, must name the teacher" in refusal(mold("generate", *options))
-
-
-def test_key_words_of_a_teacher(mold, models, tmp_path):
-    rows = [
-        {"question": f"Where does {name} stand?", "rationale": "By the door.", "answer": "A", "keywords": ["door"]}
-        for name in ("Ada", "Ben", "Cora")
-    ]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    folder = tmp_path / "run"
-    options = ["--dataset", tmp_path / "rows.jsonl", "--output_dir", folder, "--num_shots", "1", *FAST]
-    assert "must name the attention's teacher" in refusal(mold("keywords", *options))
-    status, out, _ = mold("keywords", *options, "--teacher_model_name_or_path", models / "teacher")
-    assert status in (0, None)
-    assert "examples that keep their own key words" in out
-    assert json.loads((folder / "keywords.json").read_text())["examples that keep their own key words"] == 3
-    assert [e.keywords for e in read_examples(folder / "rationales.jsonl")[0]] == [("door",)] * 3
+from tests.mold.command_line import FAST, refusal
+from tests.mold.conftest import rows_of, write_rows
 
 
 def test_models_side_by_side_on_several_sets(mold, models, problems, tmp_path):
@@ -149,4 +82,4 @@ def test_a_set_of_a_folders_split(mold, models, tmp_path):
     ],
 )
 def test_names_paths_and_splits_of_sets(text, expected):
-    assert stages.parse_set(text) == expected
+    assert parse_set(text) == expected

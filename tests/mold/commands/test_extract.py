@@ -1,0 +1,53 @@
+"""mold extract, with tiny random models."""
+
+import re
+
+import pytest
+
+from mold.data.problems import generate_problems
+from tests.mold.command_line import extract_options, refusal
+from tests.mold.conftest import write_rows
+from tests.tiny_models import make_model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "nowhere.jsonl"}, "dataset: nowhere.jsonl does not exist"),
+        ({"dataset_format": "csv"}, "dataset_format: is 'csv', must be"),
+        ({"num_train": 99}, "num_train: is 99, but only 13 examples are left"),
+        ({"max_length": 20}, "more than max_length=20, which would cut a step"),
+        ({"teacher_model_name_or_path": "no/such"}, "model: cannot load the tokenizer of 'no/such'"),
+        ({"teacher_model_name_or_path": "teacher.gguf"}, "model: teacher.gguf does not exist"),
+        ({"teacher_dtype": "float99"}, "teacher_dtype: is 'float99', must be one of float32"),
+        ({"config": "missing.yaml"}, "--config: missing.yaml does not exist"),
+    ],
+)
+def test_wrong_options(mold, models, problems, tmp_path, options, message):
+    assert message in refusal(mold("extract", *extract_options(models, problems, tmp_path / "run", **options)))
+
+
+def test_wrong_data(mold, models, problems, tmp_path):
+    def extract(rows):
+        write_rows(problems, rows)
+        return refusal(mold("extract", *extract_options(models, problems, tmp_path / "run")))
+
+    good = [vars(example) for example in generate_problems(8)]
+    assert "holds no usable example" in extract([])
+    assert re.search(
+        r"problems\.jsonl:3: rationale is None, must be a text", extract([*good[:2], good[2] | {"rationale": None}])
+    )
+    assert re.search(r"problems\.jsonl:9: has the id 'problem-0-0'", extract([*good, good[0]]))
+    problems.write_text('{"question": \n')
+    assert re.search(
+        r"problems\.jsonl:1: is no JSON", refusal(mold("extract", *extract_options(models, problems, tmp_path)))
+    )
+
+
+def test_a_slow_tokenizer(mold, models, problems, tmp_path):
+    from transformers import ByT5Tokenizer
+
+    make_model("llama", vocab=300, attention="eager").save_pretrained(tmp_path / "slow")
+    ByT5Tokenizer().save_pretrained(tmp_path / "slow")
+    options = extract_options(models, problems, tmp_path / "run", teacher_model_name_or_path=tmp_path / "slow")
+    assert "is a slow tokenizer" in refusal(mold("extract", *options))

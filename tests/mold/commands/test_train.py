@@ -1,0 +1,161 @@
+"""mold train, with tiny random models."""
+
+import json
+
+import pytest
+
+from mold.data.problems import generate_problems
+from tests.mold.command_line import eval_options, extract_options, flags, options_of, refusal
+from tests.mold.conftest import rows_of, write_rows
+
+
+def held_out_of(folder, problems):
+    """A file of the rows that a training held out."""
+    asked = {row["id"] for row in rows_of(folder / "predictions_after.jsonl")}
+    path = problems.with_name("held.jsonl")
+    write_rows(path, [row for row in rows_of(problems) if row["id"] in asked])
+    return path
+
+
+def test_the_whole_path(mold, models, problems, tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "run"
+    options = options_of(models, problems, folder)
+    status, out, _ = mold("extract", *extract_options(models, problems, folder))
+    assert status == 0
+    assert "14 teacher signals" in out
+    status, out, _ = mold("train", *options)
+    assert status == 0
+    assert "attention KL" in out
+    assert "report.html" in out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["metric"] for row in summary["rows"]] == [
+        "attention KL",
+        "rationale loss",
+        "answer loss",
+        "loss",
+        "accuracy",
+    ]
+    assert (summary["num_train"], summary["num_eval"]) == (10, 4)
+    for name in ("report.html", "model.safetensors", "mold_router.safetensors", "metrics.jsonl"):
+        assert (folder / name).stat().st_size > 0
+    rows = [json.loads(line) for line in (folder / "predictions_after.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert {"id", "question", "answer", "prediction", "completion", "correct", "judged", "truncated"} == rows[0].keys()
+
+    # The trained student again, by eval on what was held out: the same numbers as after training.
+    held_out = {row["id"] for row in rows}
+    write_rows(
+        tmp_path / "held.jsonl",
+        [json.loads(x) for x in problems.read_text().splitlines() if json.loads(x)["id"] in held_out],
+    )
+    trained = eval_options(models, tmp_path / "held.jsonl", folder, model_name_or_path=folder)
+    status, out, _ = mold("eval", *trained)
+    assert status == 0
+    result = json.loads((folder / "eval.json").read_text())
+    after = {row["metric"]: row["after"] for row in summary["rows"]}
+    assert result["eval_loss_attention"] == pytest.approx(after["attention KL"], rel=1e-5)
+    assert result["eval_loss_rationale"] == pytest.approx(after["rationale loss"], rel=1e-5)
+
+    looked = {"dataset": problems, "teacher_model_name_or_path": models / "teacher", "output_dir": folder}
+    status, out, _ = mold("inspect", *flags(looked), "--example", "2")
+    assert status == 0
+    for text in ("Question:", "steps", "key words", "layers that count most, of 4"):
+        assert text in out
+
+    # A run folder belongs to its options.
+    assert "holds a run with the default beta, this one has beta=3.0" in refusal(mold("train", *options, "--beta", "3"))
+    # The same command again ends at once, with the same result.
+    status, out, _ = mold("train", *options)
+    assert status == 0
+    again = json.loads((folder / "summary.json").read_text())
+    assert again["rows"] == summary["rows"]
+    # The run folder's config.yaml says all of it.
+    status, out, _ = mold("train", "--config", folder / "config.yaml")
+    assert status == 0
+    assert json.loads((folder / "summary.json").read_text())["rows"] == summary["rows"]
+
+
+def test_a_student_of_the_teachers_layers(mold, models, problems, tmp_path):
+    options = options_of(models, problems, tmp_path / "run", max_steps=1)
+    place = options.index("--model_name_or_path")
+    options[place : place + 2] = ["--student_num_layers", "2"]
+    assert mold("extract", *extract_options(models, problems, tmp_path / "run"))[0] == 0
+    assert mold("train", *options)[0] == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+
+
+def test_an_adapter_is_trained_and_evaluated(mold, models, problems, tmp_path):
+    savers = {"use_peft": True, "cross_entropy": "chunked", "padding_free": True, "teacher_online": True}
+    status, out, _ = mold("train", *options_of(models, problems, tmp_path / "run", lora_r=4, **savers))
+    assert status == 0
+    assert "attention KL" in out
+    assert (tmp_path / "run/adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run/signals").exists()
+    taught = {"teacher_model_name_or_path": models / "teacher", "teacher_online": True}
+    held_out = held_out_of(tmp_path / "run", problems)
+    evaluated = eval_options(models, held_out, tmp_path / "eval", model_name_or_path=tmp_path / "run")
+    status, _, _ = mold("eval", *evaluated, *flags(taught))
+    assert status == 0
+    after = {r["metric"]: r["after"] for r in json.loads((tmp_path / "run/summary.json").read_text())["rows"]}
+    found = json.loads((tmp_path / "eval/eval.json").read_text())
+    assert found["eval_loss_attention"] == pytest.approx(after["attention KL"], rel=1e-4)
+    assert found["eval_loss_rationale"] == pytest.approx(after["rationale loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["single_layer", "step_by_step", "rationales", "answers"])
+def test_a_baseline_by_one_option(mold, models, problems, tmp_path, method):
+    status, out, _ = mold("train", *options_of(models, problems, tmp_path, method=method, teacher_online=True))
+    assert status == 0
+    assert ("attention KL" in out) == (method != "answers")
+
+
+def test_models_that_cannot_be_used(mold, models, problems, tmp_path):
+    run = tmp_path / "run"
+    teacher = extract_options(models, problems, run, teacher_model_name_or_path=models / "bloom")
+    assert "BloomForCausalLM: its attention cannot be replaced" in refusal(mold("extract", *teacher))
+    assert mold("extract", *extract_options(models, problems, run))[0] == 0
+    for name, message in (
+        ("bloom", "its attention cannot be replaced"),
+        ("dropout", r"attn_pdrop: is 0.1, must be 0"),
+    ):
+        student = options_of(models, problems, run, model_name_or_path=models / name)
+        assert message in refusal(mold("train", *student))
+        (run / "config.yaml").unlink(missing_ok=True)
+
+
+def test_signals_that_do_not_fit(mold, models, problems, tmp_path):
+    run = tmp_path / "run"
+    assert "holds no manifest" in refusal(mold("train", *options_of(models, problems, run)))
+    assert mold("extract", *extract_options(models, problems, run))[0] == 0
+    for option, message in (
+        ({"teacher_model_name_or_path": models / "student"}, "was extracted with teacher="),
+        ({"row_reduction": "mean"}, "was extracted with row_reduction='sum', must be 'mean'"),
+        ({"template": "{question} {rationale} {answer}"}, "was extracted with template="),
+        ({"split_seed": 1, "dataset": "generated", "num_train": 9}, "has no teacher signal"),
+        (
+            {"gradient_checkpointing": "true", "gradient_checkpointing_kwargs": '{"use_reentrant": true}'},
+            "use_reentrant",
+        ),
+    ):
+        assert message in refusal(mold("train", *options_of(models, problems, run, **option)))
+
+
+def test_a_loss_that_is_not_finite(mold, models, problems, tmp_path):
+    assert mold("extract", *extract_options(models, problems, tmp_path / "run"))[0] == 0
+    options = options_of(models, problems, tmp_path / "run", learning_rate=1e30, max_grad_norm=0)
+    assert "the loss is nan at step" in refusal(mold("train", *options))
+
+
+def test_examples_without_key_words_are_counted(mold, models, problems, tmp_path, caplog):
+    rows = [vars(example) for example in generate_problems(14, seed=6)]
+    rows[0] = {"question": "Who came first?", "rationale": "The hen came first.", "answer": "the hen"}
+    write_rows(problems, rows)
+    options = options_of(models, problems, tmp_path / "run", max_steps=1, split_seed=3)
+    assert mold("extract", *extract_options(models, problems, tmp_path / "run"))[0] == 0
+    status, out, _ = mold("train", *options)
+    assert status == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["num_without_signal"] == 1
+    assert "(1 without key words)" in " ".join(out.split())
