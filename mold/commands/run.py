@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -196,8 +197,11 @@ class _Stages:
             return folder
         self.say(f"{name}: {folder.name}" + (f" ({changed[0]} is not as it was written)" if changed else ""))
         options = make_options(command, {**values, "output_dir": str(folder)}, source=f"recipe: {name}")
-        for file in changed or ():  # or what it holds would be gone on with
-            (folder / file).unlink(missing_ok=True)
+        for place in {Path(file).parts[0] for file in changed or ()}:  # or what it holds would be gone on with
+            if (folder / place).is_dir():  # whose files know of each other
+                shutil.rmtree(folder / place)
+            else:
+                (folder / place).unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
         start = time.perf_counter()
         function(options)
