@@ -14,11 +14,16 @@ from pathlib import Path
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is either there, whole and on disk, or not there at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.unlink(missing_ok=True)  # of a killed run, or a link that must not be followed
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
@@ -29,6 +34,12 @@ def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
 def digest(*values) -> str:
     """A hash of values that JSON can hold, or that have a text."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_jsonl(path: Path, row: dict) -> None:

@@ -7,7 +7,6 @@ alone. A killed stage is started again in its folder and goes on where it stoppe
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -27,7 +26,7 @@ from mold.commands.parsing import Parser, make_options
 from mold.commands.recipe import Recipe, load_recipe
 from mold.commands.recipe_data import collect, row_of, teacher_examples
 from mold.evaluation.comparison import Run, read_run, summarise
-from mold.files import digest, write_atomically, write_jsonl
+from mold.files import digest, file_digest, write_atomically, write_jsonl
 from mold.report import plots
 from mold.report.page import write_report
 from mold.report.results import markdown, table
@@ -104,16 +103,16 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
     for stage, function in (("generate", generate.generate), ("keywords", keywords.keywords)):
         if (more := getattr(recipe, stage)) is not None:
             values = recipe.values(stage, more) | {"dataset": str(train_file)}
-            folder = stages.run(stage, stage, values, [_file_digest(train_file)], function, ("dataset",))
+            folder = stages.run(stage, stage, values, [file_digest(train_file)], function, ("dataset",))
             train_file = folder / generate.RATIONALES
-    content = _file_digest(train_file)
+    content = file_digest(train_file)
     taught = {}
     if recipe.teacher is not None:
         learned = data / "teacher" / "train.jsonl"  # in a folder of its own: a test set may be called teacher
         learned.parent.mkdir(exist_ok=True)
         write_jsonl(learned, [row_of(example) for example in teacher_examples(recipe, tests)])
         values = recipe.values("train", recipe.teacher) | {"dataset": str(learned)}
-        folder = stages.run("teacher", "train", values, [_file_digest(learned)], _train, ("dataset",))
+        folder = stages.run("teacher", "train", values, [file_digest(learned)], _train, ("dataset",))
         taught = {"teacher_model_name_or_path": str(folder)}
     runs: list[Run] = []
     # Seed by seed, so that a whole table stands after the first one.
@@ -227,7 +226,7 @@ def _changed(folder: Path) -> list[str] | None:
 def _files(folder: Path) -> dict[str, str]:
     """Hashes of a stage's files by name. Checkpoints may go when the training is done."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != DONE)
-    return {str(path): _file_digest(folder / path) for path in files if not path.parts[0].startswith("checkpoint-")}
+    return {str(path): file_digest(folder / path) for path in files if not path.parts[0].startswith("checkpoint-")}
 
 
 def _extract(options: Options) -> None:
@@ -244,8 +243,3 @@ def _train(options: Options) -> None:
 
 def _short(*values) -> str:
     return digest(*values)[:10]
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
@@ -46,14 +44,14 @@ class AttentionWeight:
         fall = (steps - done) / decay if decay else 1.0
         return self.beta * min(1.0, rise, fall)
 
-    def settle_beta(self, checkpoint: str | None, file: str) -> None:
-        """Choose beta, or take the one that the checkpoint was trained with from its file."""
+    def settle_beta(self, note: dict | None, checkpoint: str | None) -> None:
+        """Choose beta, or take the one that the checkpoint was trained with from its note."""
         if self.args.beta != "auto":
             return
-        if checkpoint is None:
+        if note is None:
             self.beta  # noqa: B018 - measured here, on the model as it is before the first step
             return
-        beta = json.loads((Path(checkpoint) / file).read_text()).get("beta")
+        beta = note.get("beta")
         if beta is None:
             raise ValueError(f"beta: is 'auto', must be the number that {checkpoint} was trained with")
         self._choose_beta(beta)

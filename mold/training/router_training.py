@@ -61,11 +61,16 @@ class RouterTraining:
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / ROUTER_FILE
+        self._load_router(Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_router(Path(self.state.best_model_checkpoint))
+
+    def _load_router(self, checkpoint: Path):
+        path = checkpoint / ROUTER_FILE
         if not path.is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: {resume_from_checkpoint} has no {ROUTER_FILE}, the student's router"
-            )
+            raise ValueError(f"resume_from_checkpoint: {checkpoint} has no {ROUTER_FILE}, the student's router")
         self.mold_loss.router.load_state_dict(load_file(path))
 
     def save_model(self, output_dir=None, _internal_call=False):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,18 +13,20 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from mold.data.conversations import example_from_row
 from mold.data.encoding import Collator, encode_example, has_signal, with_question_keys
 from mold.data.examples import Example
-from mold.files import append_jsonl, write_atomically
+from mold.files import append_jsonl
 from mold.method.attention_interface import check_attention_dropout, use_mold_attention
 from mold.method.loss import TERMS, MoldLoss, denominators, visible_keys
 from mold.method.online_teacher import OnlineTeacher
@@ -33,6 +35,7 @@ from mold.models import load_model
 from mold.processes import check_processes
 from mold.training.adapters import add_adapter, check_adapter, without_adapter
 from mold.training.attention_weight import AttentionWeight
+from mold.training.checkpoints import STATE_FILE, check_can_go_on, last_complete_checkpoint, read_seal, seal
 from mold.training.config import MoldConfig
 from mold.training.diagnostics import Diagnostics
 from mold.training.heads import make_head
@@ -41,8 +44,6 @@ from mold.training.router_training import RouterTraining
 
 logger = logging.get_logger(__name__)
 
-COMPLETE_FILE = "mold_complete.json"
-"""Written last into a checkpoint; one without it was cut short and is never resumed from."""
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -165,6 +166,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         self.model_accepts_loss_kwargs = True
         self.mol_router_learning_rate = args.mol_router_learning_rate
         self._reset_window()
+        self.add_callback(_BestCheckpoint(self))
 
     def _refuse_unsupported_parallelism(self):
         for name in ("fsdp", "deepspeed"):
@@ -317,17 +319,52 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
     # Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train; ``resume_from_checkpoint=True`` goes on from the last whole checkpoint, or starts anew without one."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / COMPLETE_FILE).is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: {resume_from_checkpoint} was cut short ({COMPLETE_FILE} is missing)"
-            )
-        self.settle_beta(resume_from_checkpoint or None, COMPLETE_FILE)
+        """Train; ``resume_from_checkpoint=True`` goes on from the last whole checkpoint, or starts anew without one.
+
+        A training that has ended is only loaded: its weights stay as they are, and training_loss, the mean over the
+        steps of this call, is NaN.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.load_best_model_at_end)
+        note = None
+        if checkpoint is not None:
+            try:
+                note = read_seal(checkpoint)
+            except ValueError as error:
+                raise ValueError(f"resume_from_checkpoint: {error}") from error
+            if self._has_ended(state := TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))):
+                self.settle_beta(note, checkpoint)
+                return self._take_up(checkpoint, state)
+            check_can_go_on(checkpoint)
+        self.settle_beta(note, checkpoint)
         keep = self.args.keep_freed_memory and self.args.device.type == "cpu"
         with freed_memory_kept() if keep else nullcontext():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _has_ended(self, state: TrainerState) -> bool:
+        """Whether a training with this state has made all its steps, or was stopped early."""
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        stopped = state.stateful_callbacks.get("EarlyStoppingCallback", [])
+        counts = [one["attributes"]["early_stopping_patience_counter"] for one in _listed(stopped)]
+        early = [cb for cb in self.callback_handler.callbacks if isinstance(cb, EarlyStoppingCallback)]
+        found = zip(early, counts, strict=False)  # a callback may have been added or left out since
+        return state.global_step >= steps or any(n >= callback.early_stopping_patience for callback, n in found)
+
+    def _take_up(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """Load what a training that has ended left behind."""
+        logger.info(f"{checkpoint}: the training has ended at step {state.global_step}")
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        self._find_best_checkpoint()
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, math.nan, {})
+
+    def _find_best_checkpoint(self) -> None:
+        """The state has its path as it was when it was written: the folder may lie elsewhere by now."""
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
 
     def _save_checkpoint(self, model, trial):
         # Old checkpoints may go only when the new one is known to be whole.
@@ -339,9 +376,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
-            marker = folder / f"checkpoint-{self.state.global_step}" / COMPLETE_FILE
-            note = {"step": self.state.global_step, "beta": self.beta}
-            write_atomically(marker, json.dumps(note).encode())
+            seal(folder / f"checkpoint-{self.state.global_step}", step=self.state.global_step, beta=self.beta)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(
                 output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False
@@ -414,10 +449,15 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         return metrics
 
 
-def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The checkpoint with the highest step in a run folder that was written whole, None without one."""
-    markers = Path(folder).glob(f"checkpoint-*/{COMPLETE_FILE}")
-    checkpoints = [marker.parent for marker in markers if marker.parent.name.removeprefix("checkpoint-").isdigit()]
-    if not checkpoints:
-        return None
-    return str(max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+class _BestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint of a training that goes on."""
+
+    def __init__(self, trainer: MoldTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._find_best_checkpoint()
+
+
+def _listed(found: dict | list) -> list:
+    return found if isinstance(found, list) else [found]

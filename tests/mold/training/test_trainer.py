@@ -1,15 +1,33 @@
 import dataclasses
+import logging
 import math
+import shutil
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from mold import MoldConfig, MoldTrainer
-from mold.training.trainer import last_complete_checkpoint
+from mold.training.checkpoints import last_complete_checkpoint
 from tests.tiny_runs import BARE, EXAMPLES, STUDENT_TOKENIZER, make_student, make_trainer, metrics, weights
+
+
+@contextmanager
+def warnings_of(name):
+    """The messages that a logger warns with; transformers' loggers do not propagate to pytest's caplog."""
+    said = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    handler = Keeping(logging.WARNING)
+    logging.getLogger(name).addHandler(handler)
+    yield said
+    logging.getLogger(name).removeHandler(handler)
 
 
 def test_every_parameter_of_student_and_router_moves(tmp_path, signals):
@@ -132,16 +150,148 @@ def test_resumed_training_is_bit_equal(tmp_path, signals, cut_at):
         assert torch.equal(last[1][name], value)
 
 
-def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path, signals):
-    trainer = make_trainer(tmp_path, signals, save_strategy="steps", save_steps=2)
+@pytest.mark.parametrize("length", [{"max_steps": 10}, {"max_steps": -1, "num_train_epochs": 1.5}])
+def test_what_has_ended_stays_as_it_is(tmp_path, signals, length):
+    """Its last step is none of an epoch's end: transformers' own Trainer makes a further one at every start."""
+    options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant", **length}
+    options |= {"per_device_train_batch_size": 2}
+    ended = make_trainer(tmp_path, signals, **options)
+    ended.train()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for _ in range(2):
+        again = make_trainer(tmp_path, signals, make_student(seed=99), **options)
+        result = again.train(resume_from_checkpoint=True)
+        assert result.global_step == ended.state.global_step == again.state.global_step
+        for name, value in weights(ended).items():
+            assert torch.equal(weights(again)[name], value), name
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    assert again.evaluate() == ended.evaluate()
+    # More steps than it had: it goes on.
+    further = make_trainer(tmp_path, signals, make_student(seed=99), **options | {"max_steps": 12})
+    assert further.train(resume_from_checkpoint=True).global_step == 12
+
+
+def test_a_training_that_was_stopped_early_has_ended(tmp_path, signals):
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
+    trainers = []
+    for _ in range(2):
+        trainers.append(make_trainer(tmp_path, signals, **options))
+        trainers[-1].add_callback(EarlyStoppingCallback(2))
+        trainers[-1].train(resume_from_checkpoint=True)
+    stopped, again = trainers
+    assert stopped.state.global_step == again.state.global_step < 8
+    for name, value in weights(stopped).items():
+        assert torch.equal(weights(again)[name], value), name
+
+
+def test_the_best_student_comes_with_its_router(tmp_path, signals):
+    """Also where the run folder was moved since, and a copy is left where it was."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
+    trainer = make_trainer(tmp_path / "run", signals, **options)
     trainer.train()
+    best = trainer.state.best_global_step
+    assert best < 4
+    router = load_file(tmp_path / f"run/checkpoint-{best}/mold_router.safetensors")
+    last = load_file(tmp_path / "run/checkpoint-4/mold_router.safetensors")
+    for name, value in trainer.mold_loss.router.state_dict().items():
+        assert torch.equal(value, router[name]), name
+        assert not torch.equal(value, last[name]), name
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / f"run/checkpoint-{best}").mkdir(parents=True)
+    moved = make_trainer(tmp_path / "moved", signals, make_student(seed=99), **options)
+    moved.train(resume_from_checkpoint=True)
+    for name, value in weights(trainer).items():
+        assert torch.equal(weights(moved)[name], value), name
+    # Without the best one nobody knows the end: it is trained again from before it.
+    (tmp_path / f"moved/checkpoint-{best}/model.safetensors").write_bytes(b"")
+    mended = make_trainer(tmp_path / "moved", signals, make_student(seed=99), **options)
+    if best == 1:
+        mended = make_trainer(tmp_path / "moved", signals, **options)
+    mended.train(resume_from_checkpoint=True)
+    for name, value in weights(trainer).items():
+        assert torch.equal(weights(mended)[name], value), name
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "cut": cut,
+    "flipped": flip,
+    "emptied": lambda path: path.write_bytes(b""),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+}
+FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json"]
+FILES += ["mold_router.safetensors", "mold_complete.json", "training_args.bin", "tokenizer.json"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, signals):
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = make_trainer(folder, signals, save_strategy="steps", save_steps=2)
+    trainer.train()
+    return folder, weights(trainer)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, signals, trained, file):
+    folder, expected = trained
+    for name, damage in DAMAGES.items():
+        shutil.copytree(folder, tmp_path / name)
+        damage(tmp_path / name / "checkpoint-4" / file)
+        with warnings_of("mold.training.checkpoints") as said:
+            assert last_complete_checkpoint(tmp_path / name).endswith("checkpoint-2"), name
+        assert len(said) == 1
+        assert said[0].count("\n") == 0
+        assert f"{name}/checkpoint-4 " in said[0]
+        assert said[0].endswith("checkpoint-4 is passed over")
+    if file not in ("optimizer.pt", "mold_router.safetensors"):
+        return
+    trainer = make_trainer(tmp_path / "cut", signals, make_student(seed=99), save_strategy="steps", save_steps=2)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: \S*checkpoint-4 is damaged \(\S+ is "):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-4"))
+    trainer.train(resume_from_checkpoint=True)
+    for name, value in expected.items():
+        assert torch.equal(weights(trainer)[name], value), name
+    assert last_complete_checkpoint(tmp_path / "cut").endswith("checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    "note", ["[]", "null", "{}", '{"files": 1}', '{"files": {"model.safetensors": 1}}', "[" * 10**5]
+)
+def test_a_note_of_another_form_is_damage(tmp_path, trained, note):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-4/mold_complete.json").write_text(note)
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-2")
+
+
+def test_a_training_cannot_go_on_without_its_optimizer(tmp_path, signals):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    trainer = make_trainer(tmp_path, signals, **options)
+    trainer.train()
+    again = make_trainer(tmp_path, signals, make_student(seed=99), **options)
+    again.train(resume_from_checkpoint=True)  # it has ended
+    for name, value in weights(trainer).items():
+        assert torch.equal(weights(again)[name], value), name
+    with pytest.raises(ValueError, match=r"checkpoint-4 holds no optimizer\.pt \(save_only_model\)"):
+        make_trainer(tmp_path, signals, **options | {"max_steps": 6}).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused(tmp_path, signals, trained):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-4/mold_complete.json").unlink()
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-2")
     with pytest.raises(ValueError, match="checkpoint-4 was cut short"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    (tmp_path / "checkpoint-2/mold_router.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"has no mold_router\.safetensors"):
-        trainer.train(resume_from_checkpoint=True)
+        make_trainer(tmp_path, signals).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_old_checkpoints_go(tmp_path, signals):
