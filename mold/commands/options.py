@@ -99,6 +99,9 @@ class StudentOptions(_Group):
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: weights in 4 bits (bitsandbytes, GPU)."})
     num_maps: int = field(default=4, metadata={"help": "Held-out examples with maps in the report.", "at_least": 0})
+    predict_before: bool = field(
+        default=True, metadata={"help": "The untrained student answers the held-out questions too."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -278,7 +281,8 @@ TAKES = {
         *("extract_batch_size", *_TEXT, *PLACE),
     ),
     "plan": (
-        *(*names(PlanOptions), *_MODEL, "teacher_online", *names(StudentOptions, "num_maps"), "max_length"),
+        *(*names(PlanOptions), *_MODEL, "teacher_online", *names(StudentOptions, "num_maps", "predict_before")),
+        "max_length",
         *("method", "beta", "mol_two_tasks", "padding_free", "cross_entropy", "per_device_train_batch_size"),
         *("gradient_accumulation_steps", "bf16", "optim", *_CHECKPOINTING),
     ),

@@ -18,7 +18,7 @@ from mold.models import load_config
 # A recipe that is based on another adds to these of its, and replaces everything else.
 _MERGED = ("options", "train", "shapes")
 _SOURCE_TEXTS = ("dataset", "format", "rationales", "rationale_form", "train_split", "test_split")
-_SOURCE_KEYS = (*_SOURCE_TEXTS, "train", "test", "teacher")
+_SOURCE_KEYS = (*_SOURCE_TEXTS, "train", "test", "teacher", "max_value")
 # What mold run sets itself, or takes from the sources.
 _NOT_OPTIONS = (
     *("dataset", "dataset_format", "dataset_split", "rationales", "rationale_form", "max_value"),
@@ -51,8 +51,9 @@ TRAINING = ("extract", "train", "eval")
 class Recipe:
     """What to run.
 
-    data: by name, where it comes from (dataset, format, rationales, rationale_form, train_split, test_split) and how
-        many examples to take (train, test: a number or "all"); a question of a test set is never trained on.
+    data: by name, where it comes from (dataset, format, rationales, rationale_form, train_split, test_split; max_value
+        of generated problems) and how many examples to take (train, test: a number or "all"); a question of a test set
+        is never trained on.
     options: of every stage that takes them. generate, keywords, teacher: more options of these stages, which are left
         out where None. teacher trains the attention's teacher, on as many examples of each source as its key teacher
         says. train: more options of training, and of the extraction and evaluation around it.
@@ -221,6 +222,12 @@ def _check_source(name: str, settings) -> None:
         raise ValueError(
             f"recipe: data.{name} has the unknown key {unknown[0]!r}, must be of {', '.join(_SOURCE_KEYS)}"
         )
+    generated = settings.get("dataset") == "generated"
+    for key in ("format", "rationales", "train_split", "test_split") if generated else ("max_value",):
+        if key in settings:
+            raise ValueError(
+                f"recipe: data.{name}.{key} is given, must not be with dataset={settings.get('dataset')!r}"
+            )
     for key in _SOURCE_TEXTS:
         value = settings.get(key)
         if not isinstance(value, str) and (value is not None or key == "dataset"):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from mold.commands.recipe import Recipe
 from mold.data.examples import Example, question_key, without_questions_of
+from mold.data.problems import generate_problems
 from mold.data.readers import ReadReport, read_examples
 
 
@@ -52,7 +53,7 @@ def teacher_examples(recipe: Recipe, tests: Mapping[str, list[Example]]) -> list
     found = []
     for name, source in recipe.data.items():
         if source.get("teacher"):
-            pool = without_questions_of(read_source(recipe, name, "train", True)[0], asked)
+            pool = without_questions_of(read_source(recipe, name, "teacher", True)[0], asked)
             taken = pool[: number_of(name, "teacher", source["teacher"], len(pool))]
             found += [Example(**vars(example) | {"id": f"{name}-{example.id}"}) for example in taken]
     if not found:
@@ -61,18 +62,29 @@ def teacher_examples(recipe: Recipe, tests: Mapping[str, list[Example]]) -> list
 
 
 def read_source(recipe: Recipe, name: str, part: str, require_rationale: bool) -> tuple[list[Example], ReadReport]:
-    """The examples of a source's train or test part, shuffled by a fixed seed."""
+    """The examples of a source's train, teacher or test part, shuffled by a fixed seed."""
     source = recipe.data[name]
+    if source["dataset"] == "generated":
+        return _generate(name, part, source)
     examples, report = read_examples(
         recipe.place(source["dataset"]),
         source.get("format", "auto"),
-        split=source.get(f"{part}_split"),
+        split=source.get("test_split" if part == "test" else "train_split"),
         rationales=source.get("rationales") and recipe.place(source["rationales"]),
         rationale_form=source.get("rationale_form", "text"),
         require_rationale=require_rationale,
     )
     random.Random(0).shuffle(examples)
     return examples, report
+
+
+def _generate(name: str, part: str, source: Mapping) -> tuple[list[Example], ReadReport]:
+    """Twice as many problems as are wanted, as some may be asked by a test set; its own are of another seed."""
+    if type(wanted := source[part]) is not int or wanted < 1:
+        raise ValueError(f"recipe: data.{name}.{part} is {wanted!r}, must be a number of generated problems")
+    form, most = source.get("rationale_form", "text"), source.get("max_value")
+    examples = generate_problems(2 * wanted, int(part == "test"), max_value=most, rationale_form=form)
+    return examples, ReadReport(rows=len(examples), kept=len(examples))
 
 
 def number_of(name: str, part: str, wanted: int | str, there: int) -> int:

@@ -120,8 +120,10 @@ def _said(chosen: dict, key: str) -> str:
 
 
 def measure(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:
-    """Losses and accuracy of the examples; their predictions and log-likelihoods are written."""
+    """Losses and accuracy of the examples, None where it is not asked for; predictions and log-likelihoods are written."""
     metrics = trainer.evaluate()
+    if when == "before" and not options.student.predict_before:
+        return {"metrics": metrics, "accuracy": None}
     predictions = predict(options, trainer.model, trainer.processing_class, examples)
     if PartialState().is_main_process:
         write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
@@ -225,7 +227,7 @@ def show_summary(summary: dict) -> None:
         return
     table = Table("held-out", "before", "after", title=f"{summary['model']}, taught by {summary['teacher']}")
     for row in summary["rows"]:
-        table.add_row(row["metric"], *(f"{row[when]:.4g}" for when in ("before", "after")))
+        table.add_row(row["metric"], *("" if row[w] is None else f"{row[w]:.4g}" for w in ("before", "after")))
     get_console().print(table)
     get_console().print(
         f"{summary['num_train']} training examples ({summary['num_without_signal']} without key words), "
