@@ -120,7 +120,7 @@ def _said(chosen: dict, key: str) -> str:
 
 
 def measure(options: Options, trainer: MoldTrainer, examples: list[Example], when: str) -> dict:
-    """Losses and accuracy of the examples, None where it is not asked for; predictions and log-likelihoods are written."""
+    """Losses and accuracy (None: not asked for) of the examples; their predictions and log-likelihoods are written."""
     metrics = trainer.evaluate()
     if when == "before" and not options.student.predict_before:
         return {"metrics": metrics, "accuracy": None}

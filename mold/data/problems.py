@@ -66,8 +66,9 @@ def generate_problems(
     Args:
         count: of problems.
         seed: of the numbers and names.
-        max_value: the largest number that a problem or its rationale may state: easier arithmetic. The texts, their
-            mix, their steps and their distractors stay what they are. None: no limit.
+        max_value: the largest number that a problem or its rationale in text may state: easier arithmetic. The texts,
+            their mix, their steps and their distractors stay what they are. In equations the product of
+            `60 * 5 / 100` is a step of its own and may be larger. None: no limit.
         rationale_form: "text", or "equations": the calculations of the text alone, an operation a step.
 
     Raises:

@@ -93,6 +93,11 @@ def test_names_of_sources_that_would_be_files_or_options(tiny, name):
         ("memory_gib=much", "recipe: memory_gib is 'much', must be a number"),
         ("baseline=3", "recipe: baseline is 3, must be a text"),
         ("train={lora_rank: 3}", "recipe: train has the unknown option 'lora_rank'"),
+        ("data.own.max_value=100", "data.own.max_value is given, must not be with dataset='{data_dir}/train.jsonl'"),
+        (
+            "data.own={dataset: generated, format: gsm8k}",
+            "data.own.format is given, must not be with dataset='generated'",
+        ),
         ("train={eval_sets: [a]}", "recipe: train.eval_sets: is given, must not be"),
         ("options={gpu: l4}", "recipe: options has the unknown option 'gpu'; it is one of mold plan"),
         ("options={output_dir: a}", "recipe: options.output_dir: is given, must not be: mold run sets it"),

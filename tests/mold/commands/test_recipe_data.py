@@ -1,5 +1,6 @@
 """Which examples of a recipe are trained on, and which are asked."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -37,3 +38,26 @@ def test_a_teacher_learns_no_test_question(tiny):
     assert not {question_key(example.question) for example in learned} & asked
     with pytest.raises(ValueError, match="must have a source with teacher"):
         teacher_examples(load(tiny), tests)
+
+
+def test_a_source_may_be_generated(tiny):
+    source = {
+        "dataset": "generated",
+        "rationale_form": "equations",
+        "max_value": 100,
+        "train": 20,
+        "test": 30,
+        "teacher": 5,
+    }
+    recipe = replace(load(tiny), data={"made": source})
+    train, tests, _ = collect(recipe)
+    assert (len(train), len(tests["made"]), len(teacher_examples(recipe, tests))) == (20, 30, 5)
+    asked = {question_key(example.question) for example in tests["made"]}
+    assert len(asked) == 30
+    assert not {question_key(example.question) for example in train} & asked
+    numbers = [int(n) for e in [*train, *tests["made"]] for n in re.findall(r"\d+", e.question)]
+    assert max(numbers) <= 100
+    assert all("=" in line for example in train for line in example.rationale.split("\n"))
+    assert collect(recipe)[:2] == (train, tests)
+    with pytest.raises(ValueError, match=r"data\.made\.test is 'all', must be a number of generated problems"):
+        collect(replace(recipe, data={"made": source | {"test": "all"}}))

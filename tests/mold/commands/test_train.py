@@ -159,3 +159,14 @@ def test_examples_without_key_words_are_counted(mold, models, problems, tmp_path
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["num_without_signal"] == 1
     assert "(1 without key words)" in " ".join(out.split())
+
+
+def test_the_untrained_student_need_not_answer(mold, models, problems, tmp_path):
+    folder = tmp_path / "run"
+    assert mold("extract", *extract_options(models, problems, folder))[0] == 0
+    status, _, _ = mold("train", *options_of(models, problems, folder, predict_before=False, max_steps=1))
+    assert status == 0
+    assert not (folder / "predictions_before.jsonl").exists()
+    *losses, accuracy = json.loads((folder / "summary.json").read_text())["rows"]
+    assert accuracy["before"] is None
+    assert None not in [accuracy["after"], *(row["before"] for row in losses)]
