@@ -78,12 +78,15 @@ def read_source(recipe: Recipe, name: str, part: str, require_rationale: bool) -
     return examples, report
 
 
+_PART_SEEDS = {"train": 0, "test": 1, "teacher": 2}
+
+
 def _generate(name: str, part: str, source: Mapping) -> tuple[list[Example], ReadReport]:
-    """Twice as many problems as are wanted, as some may be asked by a test set; its own are of another seed."""
+    """Twice as many problems as are wanted, as some may be asked by a test set; each part has a seed."""
     if type(wanted := source[part]) is not int or wanted < 1:
         raise ValueError(f"recipe: data.{name}.{part} is {wanted!r}, must be a number of generated problems")
     form, most = source.get("rationale_form", "text"), source.get("max_value")
-    examples = generate_problems(2 * wanted, int(part == "test"), max_value=most, rationale_form=form)
+    examples = generate_problems(2 * wanted, _PART_SEEDS[part], max_value=most, rationale_form=form)
     return examples, ReadReport(rows=len(examples), kept=len(examples))
 
 
