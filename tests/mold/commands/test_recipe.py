@@ -18,7 +18,7 @@ PACKAGED = [
 
 
 def test_recipes_that_there_are_not(mold, tmp_path):
-    assert "recipe: is 'big', must be one of llama3" in refusal(mold("run", "big"))
+    assert "recipe: is 'big', must be one of demo, llama3" in refusal(mold("run", "big"))
     (tmp_path / "mine.yaml").write_text("base: big\n")
     assert "recipe: is 'big', must be one of" in refusal(mold("run", tmp_path / "mine.yaml"))
     (tmp_path / "mine.yaml").write_text("[")
@@ -102,7 +102,7 @@ def test_names_of_sources_that_would_be_files_or_options(tiny, name):
         ("options={gpu: l4}", "recipe: options has the unknown option 'gpu'; it is one of mold plan"),
         ("options={output_dir: a}", "recipe: options.output_dir: is given, must not be: mold run sets it"),
         ("train={seed: 3}", "recipe: train.seed: is given, must not be"),
-        ("generate={beta: 3}", "recipe: generate has the unknown option 'beta'; it is one of mold demo, train, eval"),
+        ("generate={beta: 3}", "recipe: generate has the unknown option 'beta'; it is one of mold train, eval"),
         ("keywords={temperature: 1}", "recipe: keywords has the unknown option 'temperature'"),
         ("seeds=[", "--set: seeds is no YAML"),
         ("seeds=" + "[" * 100_000, "--set: seeds is nested too deep"),
