@@ -92,6 +92,17 @@ def json_object(place: str, row: object) -> dict:
     return row
 
 
+def read_json(path: Path):
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is no JSON that can be read; names file and line.
+    """
+    text = "".join(text_lines(path))
+    with json_errors(path, 1, whole=True):
+        return json.loads(text)
+
+
 def text_lines(path: Path, newline: str | None = None) -> Iterator[str]:
     """The lines of a text in UTF-8, or in what its byte-order mark says."""
     with open(path, "rb") as file:

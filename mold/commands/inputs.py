@@ -15,7 +15,14 @@ from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
 from mold.extras import missing_extra
 from mold.method.signals import SignalCache
-from mold.models import config_of_layers, load_config, load_model, spread_layers, take_layers
+from mold.models import (
+    config_of_layers,
+    load_config,
+    load_model,
+    spread_layers,
+    take_layers,
+    weights_fingerprint,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -189,12 +196,20 @@ def labels(names: Sequence[str]) -> list[str]:
 
 
 def load_signals(options: Options) -> SignalCache:
-    """The cache that `mold extract` made, if it is of the teacher and settings of these options."""
+    """The cache that `mold extract` made, if it is of the teacher and settings of these options.
+
+    A teacher that is called otherwise than by `mold extract` is loaded: its weights say whether it is the same.
+    """
     signals = SignalCache(options.signals_folder)
-    expected = {"template": options.training.template, "row_reduction": options.training.row_reduction}
-    if options.teacher.teacher_model_name_or_path is not None:
-        expected["teacher"] = options.teacher.teacher_model_name_or_path
-    signals.require(**expected)
+    signals.require(template=options.training.template, row_reduction=options.training.row_reduction)
+    name, revision = options.teacher.teacher_model_name_or_path, options.teacher.teacher_model_revision
+    if name is not None and name != signals.settings.teacher:
+        dtype = signals.settings.dtype.removeprefix("torch.")
+        if weights_fingerprint(load_model(name, revision=revision, dtype=dtype)[0]) != signals.settings.weights:
+            raise ValueError(
+                f"teacher_model_name_or_path: is {name!r}, must be {signals.settings.teacher!r}, whose signals "
+                f"{options.signals_folder} holds, or another place of the same weights"
+            )
     return signals
 
 
