@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from mold.data.examples import DEFAULT_TEMPLATE, check_template
 from mold.method.loss import check_rows
+from mold.training.training_options import REFUSED, check_followed
 
 METHODS = {
     "mixture": "stepwise attention of a mixture of layers (MoLSAKI)",
@@ -213,13 +214,9 @@ class MoldConfig(TrainingArguments):
                 raise ValueError(f"{name}: is {value}, must be at least {least}")
         if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
             raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
-        if self.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel: is True, must be False: untested with the attention here; liger-kernel's loss alone "
-                'is cross_entropy="liger"'
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: is True, must be False")
+        check_followed(self, REFUSED)
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError("fp16: is True, must be False on a CPU, which trains in float32 or with bf16")
         check_template(self.template)
         self.model_init_kwargs = _json_object("model_init_kwargs", self.model_init_kwargs)
         for name in self._VALID_DICT_FIELDS:
