@@ -16,6 +16,7 @@ from mold.data.readers import read_examples
 from mold.extras import missing_extra
 from mold.method.signals import SignalCache
 from mold.models import (
+    check_model_init_kwargs,
     config_of_layers,
     load_config,
     load_model,
@@ -26,6 +27,7 @@ from mold.models import (
 
 logger = logging.get_logger(__name__)
 
+_OURS = {"dtype": "model_dtype", "revision": "model_revision", "quantization_config": "load_in_4bit"}
 GENERATED, MOST_HELD_OUT = 240, 200
 
 
@@ -112,6 +114,15 @@ def student_config(options: Options, load: Callable[..., PretrainedConfig] = loa
                 "to make one from the teacher's layers)"
             )
     config = load(name, revision=revision)
+    given = options.training.model_init_kwargs or {}
+    if given and student.model_name_or_path is None:
+        raise ValueError(
+            "model_init_kwargs: is given, must not be for a student that is made from the teacher's layers"
+        )
+    for taken, ours in _OURS.items():
+        if taken in given:
+            raise ValueError(f"model_init_kwargs: has {taken!r}, must not: {ours} says it")
+    check_model_init_kwargs(config, given)
     layers = _layers(student, config)
     return config if layers is None else config_of_layers(config, layers)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mold.data.examples import DEFAULT_TEMPLATE, check_template
 from mold.method.loss import check_rows
@@ -224,6 +226,15 @@ class MoldConfig(TrainingArguments):
         # On by default, and a warning a data loader where there is nothing to copy to.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
+        if missing := set(self.report_to) & _REPORTERS - set(get_available_reporting_integrations()):
+            raise ValueError(
+                f"report_to: is {', '.join(self.report_to)}, must be without {', '.join(sorted(missing))}, which is "
+                "not installed here"
+            )
+        if set(self.report_to) - INTEGRATION_TO_CALLBACK.keys():
+            raise ValueError(
+                f"report_to: is {', '.join(self.report_to)}, must be of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
         self._refuse_reentrant_checkpointing()
 
     def _take_preset(self):
@@ -257,6 +268,8 @@ _LEAST = {
     "pad_to_multiple_of": 1,
     "max_length": 2,
 }
+# transformers cannot say whether these two are there.
+_REPORTERS = INTEGRATION_TO_CALLBACK.keys() - {"flyte", "kubeflow"}
 # A path is taken for these too.
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
