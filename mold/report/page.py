@@ -89,7 +89,7 @@ def write_comparison(folder: Path, summary: Mapping[str, Any], trainings: Sequen
         {
             "title": title,
             "figure": figures.get(name),
-            "remarks": [*remarks, *([tables[name][0]] if name in tables else [])],
+            "remarks": [*remarks, *([tables[name][0].replace("**", "")] if name in tables else [])],
             "rows": tables[name][1] if name in tables else None,
         }
         for name, title, *remarks in (

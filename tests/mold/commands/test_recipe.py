@@ -1,6 +1,7 @@
 """What a recipe's file may hold."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,13 +9,8 @@ import yaml
 from mold.commands.recipe import Recipe, load_recipe
 from tests.mold.command_line import load, refusal
 
-PACKAGED = [
-    "small",
-    "small-ablation",
-    "llama3-8b-gpt2-large",
-    "llama3-8b-gpt2-large-commonsense",
-    "qwen2.5-32b-tinyllama",
-]
+PACKAGED = sorted(path.stem for path in (Path(__file__).parents[3] / "mold" / "recipes").glob("*.yaml"))
+PAPERS = ["llama3-8b-gpt2-large", "llama3-8b-gpt2-large-commonsense", "qwen2.5-32b-tinyllama"]
 
 
 def test_recipes_that_there_are_not(mold, tmp_path):
@@ -35,7 +31,7 @@ def test_a_recipe_based_on_another(tmp_path):
 
 
 def test_the_papers_hyperparameters():
-    for name in PACKAGED[2:]:
+    for name in PAPERS:
         recipe = load_recipe(name)
         train = {**recipe.train, **recipe.variants["mixture"]}
         expected = {"alpha": 0.5, "beta": 1.0, "tau_1": 0.1, "tau_2": 0.5, "per_device_train_batch_size": 16}
