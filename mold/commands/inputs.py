@@ -217,10 +217,7 @@ def load_signals(options: Options) -> SignalCache:
     if name is not None and name != signals.settings.teacher:
         dtype = signals.settings.dtype.removeprefix("torch.")
         if weights_fingerprint(load_model(name, revision=revision, dtype=dtype)[0]) != signals.settings.weights:
-            raise ValueError(
-                f"teacher_model_name_or_path: is {name!r}, must be {signals.settings.teacher!r}, whose signals "
-                f"{options.signals_folder} holds, or another place of the same weights"
-            )
+            signals.require(teacher=name)
     return signals
 
 
