@@ -18,14 +18,24 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # of a killed run, or a link that must not be followed
     try:
-        with open(temporary, "xb") as file:
+        with _named(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file
+    except OSError:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of writing name the file: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -85,14 +95,10 @@ def file_digest(path: Path) -> str:
 def append_jsonl(path: Path, row: dict) -> None:
     """Append a JSON object to a file, on disk when this returns, in place of a torn last line."""
     cut_torn_line(path)
-    try:
-        with open(path, "ab") as file:
-            file.write(_line(row))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    with _named(path), open(path, "ab") as file:
+        file.write(_line(row))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def cut_torn_line(path: Path) -> None:
