@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich import get_console
 from rich.table import Table
@@ -45,7 +46,8 @@ def describe_plan(options: Options) -> Iterator[Text | Table]:
         f"that fits is {longest:,}"
     )
     table = Table("with", "peak GiB", "saves GiB", "s a step", title=f"What saves memory at T = {setup.length:,}")
-    savings, every = {}, {}
+    savings: dict[str, float] = {}
+    every: dict[str, Any] = {}
     for name, change in SAVERS.items():
         if dataclasses.replace(setup, **change) == setup:
             continue

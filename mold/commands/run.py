@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import get_console
 from rich.table import Table
@@ -141,7 +142,7 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
 def _write_results(root: Path, summary: dict, say: Callable[[str], None]) -> None:
     write_atomically(root / "results.json", json.dumps(summary, indent=1).encode())
     write_atomically(root / "results.md", markdown(summary).encode())
-    figures = {"results": (plots.variant_accuracies, summary["variants"])}
+    figures: dict[str, tuple[Callable, Any]] = {"results": (plots.variant_accuracies, summary["variants"])}
     if summary["comparisons"]:
         figures["differences"] = plots.variant_differences, summary["comparisons"]
     if any(entry["size"] is not None for entry in summary["variants"].values()):
@@ -162,7 +163,8 @@ _SIGNAL_OPTIONS = (
 
 class _Stages:
     def __init__(self, root: Path, say: Callable[[str], None]):
-        self.root, self.say, self.told = root, say, set()
+        self.root, self.say = root, say
+        self.told: set[Path] = set()
 
     def run(
         self,

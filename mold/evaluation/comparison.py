@@ -46,7 +46,7 @@ def read_run(student: Path, evaluated: Path, variant: str, size: int | None, see
     """A training's results from the folder of its student and that of the student's evaluation."""
     sets = json.loads((evaluated / "comparison.json").read_text())
     rows = json.loads((student / "summary.json").read_text())["rows"]
-    outcomes = {}
+    outcomes: dict[tuple[str, str], dict[str, float]] = {}
     for entry in sets:
         stem = f"{entry['model']}--{entry['set']}.jsonl"
         outcomes |= _outcomes(entry["set"], evaluated / "predictions" / stem, evaluated / "likelihoods" / stem)
