@@ -260,7 +260,6 @@ _TRAIN = (
     *(*names(StudentOptions), *names(GenerationOptions), *names(MoldConfig)),
 )
 TAKES = {
-    "demo": tuple(dict.fromkeys((*_TRAIN, *_EXTRACT))),
     "generate": (
         *(*_ROWS, "num_train", *_MODEL, *names(PromptOptions), "generate_batch_size", "max_new_tokens", "template"),
         *("seed", *PLACE),
@@ -294,7 +293,7 @@ TAKES = {
 """The options of each command, by name. `mold run` has its own, and gives each stage those that it takes."""
 
 NEEDS = {
-    **dict.fromkeys(("demo", "generate", "keywords", "extract", "train", "analyse"), ("dataset", "output_dir")),
+    **dict.fromkeys(("generate", "keywords", "extract", "train", "analyse"), ("dataset", "output_dir")),
     "eval": ("output_dir",),
     "inspect": ("dataset",),
     "plan": (),

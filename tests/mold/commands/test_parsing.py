@@ -55,7 +55,7 @@ def test_a_command_takes_its_own_options(command):
     ("command", "option", "message"),
     [
         ("train", ["--learning_rte", "1"], "--learning_rte: is no option of mold train; did you mean learning_rate?"),
-        ("extract", ["--learning_rte", "1"], "did you mean learning_rate, of mold demo, train?"),
+        ("extract", ["--learning_rte", "1"], "did you mean learning_rate, of mold train?"),
         ("train", ["--tau_1", "much"], "tau_1: is 'much', must be float"),
         ("train", ["--beta"], "beta: expected one argument"),
         ("train", ["--student-layers", "0", "x"], "student_layers: is 'x', must be int"),
