@@ -1,8 +1,10 @@
-"""Files that are never found half-written, and JSON lines of which a killed run may have left a part."""
+"""Files that are never found half-written, JSON lines of which a killed run may have left a part, and folders that one
+process works in."""
 
 from __future__ import annotations
 
 import codecs
+import fcntl
 import hashlib
 import json
 import os
@@ -21,9 +23,47 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file
         temporary.unlink(missing_ok=True)
         raise
+
+
+LOCK = ".lock"
+"""Empty, in a folder that a process has held."""
+_held: set[Path] = set()
+
+
+@contextmanager
+def sole_use(folder: Path, name: str) -> Iterator[None]:
+    """Hold a folder, made if missing, against other processes; one that is killed holds nothing.
+
+    Args:
+        folder: which a process that holds it may hold again.
+        name: of the argument that names the folder, for messages.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (place := folder.resolve()) in _held:
+        yield
+        return
+    lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{name}: {folder} is in use by another process; wait for its end, or choose another"
+            ) from error
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.remove(place)
+    finally:
+        os.close(lock)
 
 
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
@@ -45,10 +85,14 @@ def file_digest(path: Path) -> str:
 def append_jsonl(path: Path, row: dict) -> None:
     """Append a JSON object to a file, on disk when this returns, in place of a torn last line."""
     cut_torn_line(path)
-    with open(path, "ab") as file:
-        file.write(_line(row))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "ab") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def cut_torn_line(path: Path) -> None:
@@ -90,6 +134,17 @@ def json_object(place: str, row: object) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"{place}: is a {type(row).__name__}, must be an object")
     return row
+
+
+def read_json(path: Path):
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is no JSON that can be read; names file and line.
+    """
+    text = "".join(text_lines(path))
+    with json_errors(path, 1, whole=True):
+        return json.loads(text)
 
 
 def text_lines(path: Path, newline: str | None = None) -> Iterator[str]:

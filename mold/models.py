@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,15 @@ from transformers.utils import find_adapter_config_file
 from mold.extras import missing_extra
 
 SMOLLM2 = "smollm2-135m-instruct"
+# What from_pretrained takes beside a configuration's own fields.
+_LOADING = frozenset(
+    (
+        *("dtype", "quantization_config", "attn_implementation", "experts_implementation", "trust_remote_code"),
+        *("cache_dir", "token", "local_files_only", "force_download", "proxies", "subfolder", "variant", "revision"),
+        *("code_revision", "use_safetensors", "weights_only", "ignore_mismatched_sizes", "key_mapping", "device_map"),
+        *("max_memory", "offload_folder", "offload_buffers", "low_cpu_mem_usage", "use_kernels", "kernel_config"),
+    )
+)
 _LAYER = re.compile(r"^(?P<before>.*?\.(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
 
 
@@ -78,9 +87,22 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # Of some families transformers makes an empty one where there is none.
+        raise ValueError(f"model: cannot load the tokenizer of {name!r}: there is none")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_model_init_kwargs(config: PretrainedConfig, kwargs: Mapping[str, object] | None) -> None:
+    """Raise a ValueError unless from_pretrained takes the keyword arguments for a model of this configuration."""
+    for name in kwargs or ():
+        if name not in _LOADING and not hasattr(config, name):
+            raise ValueError(
+                f"model_init_kwargs: has {name!r}, must have fields of {type(config).__name__} or keyword arguments of "
+                "from_pretrained"
+            )
 
 
 def take_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

@@ -16,10 +16,19 @@ from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
 from mold.extras import missing_extra
 from mold.method.signals import SignalCache
-from mold.models import config_of_layers, load_config, load_model, spread_layers, take_layers
+from mold.models import (
+    check_model_init_kwargs,
+    config_of_layers,
+    load_config,
+    load_model,
+    spread_layers,
+    take_layers,
+    weights_fingerprint,
+)
 
 logger = logging.get_logger(__name__)
 
+_OURS = {"dtype": "model_dtype", "revision": "model_revision", "quantization_config": "load_in_4bit"}
 GENERATED, MOST_HELD_OUT = 240, 200
 
 
@@ -106,6 +115,15 @@ def student_config(options: Options, load: Callable[..., PretrainedConfig] = loa
                 "to make one from the teacher's layers)"
             )
     config = load(name, revision=revision)
+    given: Any = options.training.model_init_kwargs or {}
+    if given and student.model_name_or_path is None:
+        raise ValueError(
+            "model_init_kwargs: is given, must not be for a student that is made from the teacher's layers"
+        )
+    for taken, ours in _OURS.items():
+        if taken in given:
+            raise ValueError(f"model_init_kwargs: has {taken!r}, must not: {ours} says it")
+    check_model_init_kwargs(config, given)
     layers = _layers(student, config)
     return config if layers is None else config_of_layers(config, layers)
 
@@ -191,12 +209,17 @@ def labels(names: Sequence[str]) -> list[str]:
 
 
 def load_signals(options: Options) -> SignalCache:
-    """The cache that `mold extract` made, if it is of the teacher and settings of these options."""
+    """The cache that `mold extract` made, if it is of the teacher and settings of these options.
+
+    A teacher that is called otherwise than by `mold extract` is loaded: its weights say whether it is the same.
+    """
     signals = SignalCache(options.signals_folder)
-    expected = {"template": options.training.template, "row_reduction": options.training.row_reduction}
-    if options.teacher.teacher_model_name_or_path is not None:
-        expected["teacher"] = options.teacher.teacher_model_name_or_path
-    signals.require(**expected)
+    signals.require(template=options.training.template, row_reduction=options.training.row_reduction)
+    name, revision = options.teacher.teacher_model_name_or_path, options.teacher.teacher_model_revision
+    if name is not None and name != signals.settings.teacher:
+        dtype = signals.settings.dtype.removeprefix("torch.")
+        if weights_fingerprint(load_model(name, revision=revision, dtype=dtype)[0]) != signals.settings.weights:
+            signals.require(teacher=name)
     return signals
 
 

@@ -26,7 +26,7 @@ from mold.commands.parsing import Parser, make_options
 from mold.commands.recipe import Recipe, load_recipe
 from mold.commands.recipe_data import collect, row_of, teacher_examples
 from mold.evaluation.comparison import Run, read_run, summarise
-from mold.files import digest, file_digest, write_atomically, write_jsonl
+from mold.files import LOCK, digest, file_digest, read_json, write_atomically, write_jsonl
 from mold.report import plots
 from mold.report.page import write_comparison, write_report
 from mold.report.results import findings, markdown, table
@@ -231,7 +231,7 @@ def _changed(folder: Path) -> list[str] | None:
     if not done.is_file():
         return None
     try:
-        noted = dict(json.loads(done.read_text())["files"])
+        noted = dict(read_json(done)["files"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{done}: is not as mold run wrote it ({reason}); delete it to run the stage again") from error
@@ -241,7 +241,7 @@ def _changed(folder: Path) -> list[str] | None:
 
 def _files(folder: Path) -> dict[str, str]:
     """Hashes of a stage's files by name. Checkpoints may go when the training is done."""
-    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != DONE)
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name not in (DONE, LOCK))
     return {str(path): file_digest(folder / path) for path in files if not path.parts[0].startswith("checkpoint-")}
 
 

@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,15 +23,18 @@ from rich.table import Table
 import mold
 from mold.commands.inputs import load_split, load_teacher, lora_config, make_student, student_config, teaching
 from mold.commands.options import Options
-from mold.commands.parsing import parse
-from mold.data.encoding import has_signal
+from mold.commands.parsing import parse, read_yaml
+from mold.data.encoding import check_tokenizer, has_signal
 from mold.data.examples import Example
 from mold.evaluation.likelihoods import log_likelihoods
 from mold.evaluation.predictions import accuracy, generate_predictions
-from mold.files import write_atomically, write_jsonl
+from mold.files import json_object, read_json, sole_use, write_atomically, write_jsonl
 from mold.generation.batches import Journal
+from mold.models import load_tokenizer
 from mold.report.page import write_report
 from mold.training.trainer import MoldTrainer
+
+CONFIG = "config.yaml"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,11 +55,22 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
     Returns:
         The summary, as written to summary.json.
     """
-    folder, seconds = options.folder, dict(seconds or {})
     # What can be wrong without a model is found before one is loaded.
-    train_examples, held_out = load_split(options.data)
-    peft_config = lora_config(options.student)
+    examples = load_split(options.data)
+    lora_config(options.student)
     student_config(options)
+    if options.student.model_name_or_path is not None:
+        check_tokenizer(load_tokenizer(options.student.model_name_or_path, revision=options.student.model_revision))
+    main_process = PartialState().is_main_process
+    with sole_use(options.folder, "output_dir") if main_process else nullcontext():
+        _check_folder(options)
+        return _train(options, *examples, teacher, dict(seconds or {}))
+
+
+def _train(
+    options: Options, train_examples: list[Example], held_out: list[Example], teacher, seconds: dict[str, float]
+) -> dict:
+    folder = options.folder
     if options.teacher.teacher_online:
         teacher = teacher or load_teacher(options)
     taught_by = teaching(options, teacher, needed=options.training.trains_attention)
@@ -66,14 +81,15 @@ def train(options: Options, teacher=None, seconds: dict | None = None) -> dict:
         train_examples,
         held_out,
         processing_class=tokenizer,
-        peft_config=peft_config,
+        peft_config=lora_config(options.student),
         **taught_by,
     )
-    _claim_folder(options)
+    if not (folder / CONFIG).is_file():
+        write_once(folder / CONFIG, yaml.safe_dump(options.chosen, allow_unicode=True).encode())
     start = time.perf_counter()
     before_file = folder / "before.json"
     if before_file.is_file():
-        before = json.loads(before_file.read_text())
+        before = json_object(str(before_file), read_json(before_file))
     else:
         before = measure(options, trainer, held_out, "before")
         before["maps"] = _maps(options, trainer)
@@ -99,20 +115,18 @@ def write_once(path: Path, data: bytes) -> None:
         write_atomically(path, data)
 
 
-def _claim_folder(options: Options) -> None:
-    """Write the chosen options to config.yaml, or refuse a folder that holds a run of other ones."""
-    path, mine = options.folder / "config.yaml", options.chosen
-    if path.is_file():
-        theirs = yaml.safe_load(path.read_text())
-        for key in sorted(mine.keys() | theirs.keys()):
-            if mine.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"output_dir: {options.folder} holds a run with {_said(theirs, key)}, this one has "
-                    f"{_said(mine, key)}; choose another folder, or delete that one"
-                )
+def _check_folder(options: Options) -> None:
+    """Refuse a folder that holds a run of other options; it may lie elsewhere than when the run began."""
+    path, mine = options.folder / CONFIG, options.chosen
+    if not path.is_file():
         return
-    options.folder.mkdir(parents=True, exist_ok=True)
-    write_once(path, yaml.safe_dump(mine, allow_unicode=True).encode())
+    theirs = read_yaml(path, "output_dir")
+    for key in sorted((mine.keys() | theirs.keys()) - {"output_dir"}):
+        if mine.get(key) != theirs.get(key):
+            raise ValueError(
+                f"output_dir: {options.folder} holds a run with {_said(theirs, key)}, this one has "
+                f"{_said(mine, key)}; choose another folder, or delete that one"
+            )
 
 
 def _said(chosen: dict, key: str) -> str:

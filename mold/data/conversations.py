@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,10 +45,35 @@ def example_from_row(row: Example | Mapping[str, Any], place: str) -> Example:
     if isinstance(row, Example):
         return row
     fields = {"id": place, **question_row(row, place)}
+    if unknown := sorted(fields.keys() - Example.__dataclass_fields__.keys()):
+        raise ValueError(f"{place}: has the keys {', '.join(map(str, row))}, must not have {unknown[0]!r}")
     try:
-        return Example(**fields)
-    except TypeError as error:
-        raise ValueError(f"{place}: has the keys {', '.join(sorted(row))} ({error})") from error
+        return checked_example(fields)
+    except ValueError as error:
+        raise ValueError(f"{place}: has the keys {', '.join(map(str, row))} ({error})") from error
+
+
+def checked_example(row: Mapping[str, Any], require_rationale: bool = True) -> Example:
+    """An example from its fields; blanks around a text are none of it, and an answer may be a number.
+
+    Raises:
+        ValueError: a field is missing, empty or malformed; names it.
+    """
+    values = {}
+    for key in ("question", "rationale", "answer"):
+        value = row.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and key == "answer" and math.isfinite(value):
+            value = str(int(value) if value == int(value) else value)
+        if value is None and key == "rationale" and not require_rationale:
+            value = ""
+        if not isinstance(value, str) or (not value.strip() and (key != "rationale" or require_rationale)):
+            raise ValueError(f"{key} is {reprlib.repr(value)}, must be a text that is not empty")
+        values[key] = value.strip()
+    keywords = row.get("keywords")
+    if keywords is not None and (not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords)):
+        raise ValueError(f"keywords is {keywords!r}, must be a list of texts")
+    keywords = None if keywords is None else tuple(keywords)
+    return Example(str(row["id"]), **values, keywords=keywords, history=row.get("history", ()))
 
 
 def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:

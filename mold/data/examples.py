@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mold.data.segmentation import Span
+from mold.data.segmentation import SEGMENTATION_VERSION, Span
 
 DEFAULT_TEMPLATE = "Question: {question}\nReasoning: {rationale}\nAnswer: {answer}"
 _PLACEHOLDERS = ("{question}", "{rationale}", "{answer}")
@@ -32,7 +32,7 @@ class Example:
     history: (role, text) of the messages before the question, where the example is a conversation.
 
     Raises:
-        ValueError: a text is none of Unicode (it holds one half of a surrogate pair), or the id is "__metadata__".
+        ValueError: a text is none of Unicode (it holds one half of a surrogate pair).
     """
 
     id: str
@@ -43,8 +43,6 @@ class Example:
     history: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
-        if self.id == "__metadata__":
-            raise ValueError("id: is '__metadata__', a name that safetensors keeps for itself; must be another")
         texts = [(name, getattr(self, name)) for name in ("id", "question", "rationale", "answer")]
         texts += [("keywords", word) for word in self.keywords or ()]
         texts += [("history", text) for turn in self.history for text in turn]
@@ -121,11 +119,9 @@ def render(example: Example, template: str = DEFAULT_TEMPLATE, task: str = "join
 
 
 def text_hash(example: Example, template: str) -> str:
-    """A hash of everything that decides an example's text and its steps and key words."""
-    parts: list[object] = [example.question, example.rationale, example.answer, example.keywords, template]
-    if example.history:
-        parts.append(example.history)
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    """A hash of everything that decides an example's text and its steps and key words, whatever its id is."""
+    parts: list[object] = [example.question, example.rationale, example.answer, example.keywords, example.history]
+    return hashlib.sha256(json.dumps([*parts, template, SEGMENTATION_VERSION]).encode()).hexdigest()
 
 
 def split_examples(examples: Sequence[Example], num_eval: int, seed: int) -> tuple[list[Example], list[Example]]:

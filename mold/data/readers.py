@@ -10,17 +10,16 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from mold.data.conversations import COLUMNS, question_row
+from mold.data.conversations import COLUMNS, checked_example, question_row
 from mold.data.equations import EquationError, equation_rationale, find_equations
 from mold.data.examples import Example, question_key
 from mold.extras import missing_extra
@@ -139,7 +138,7 @@ def read_examples(
                 report.left_out["with a wrong rationale"] += 1
                 continue
             try:
-                example = _example(variant, require_rationale)
+                example = checked_example(variant, require_rationale)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}; the row has {', '.join(map(str, row))}") from error
             if example.id in places:
@@ -315,24 +314,6 @@ def _read_rationales(path: Path) -> dict[str, list[dict]]:
         kept = {key: row[key] for key in ("rationale", "correct", "keywords") if row.get(key) is not None}
         found.setdefault(question_key(str(row["question"])), []).append(kept)
     return found
-
-
-def _example(row: Mapping, require_rationale: bool) -> Example:
-    values = {}
-    for key in ("question", "rationale", "answer"):
-        value = row.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and key == "answer" and math.isfinite(value):
-            value = str(int(value) if value == int(value) else value)
-        if value is None and key == "rationale" and not require_rationale:
-            value = ""
-        if not isinstance(value, str) or (not value.strip() and (key != "rationale" or require_rationale)):
-            raise ValueError(f"{key} is {reprlib.repr(value)}, must be a text that is not empty")
-        values[key] = value.strip()
-    keywords = row.get("keywords")
-    if keywords is not None and (not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords)):
-        raise ValueError(f"keywords is {keywords!r}, must be a list of texts")
-    keywords = None if keywords is None else tuple(keywords)
-    return Example(str(row["id"]), **values, keywords=keywords, history=row.get("history", ()))
 
 
 # --- formats: a row as published -> question, answer and whatever else of an example it has ---

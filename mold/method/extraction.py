@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +39,7 @@ def extract_signals(
     Args:
         model: the teacher; its attention is switched to "mold".
         tokenizer: the teacher's, a fast one.
-        examples: with distinct ids.
+        examples: of which those with one text share a signal.
         folder: of the cache; made if missing.
         settings: what the cache is made with, `SignalSettings.of(model, ...)`.
         batch_size: examples a forward.
@@ -52,37 +51,30 @@ def extract_signals(
         The verified cache.
 
     Raises:
-        ValueError: the folder holds a cache of other settings or another text of an example; the examples, the
-            tokenizer or the model cannot be used (see `encode_example`, `use_mold_attention`); the processes do not
-            know of each other; or the teacher's attention is not finite.
+        ValueError: the folder holds a cache of other settings (what the teacher is called is none), or of other tokens
+            of an example; the examples, the tokenizer or the model cannot be used (see `encode_example`,
+            `use_mold_attention`); the processes do not know of each other; or the teacher's attention is not finite.
     """
     folder = Path(folder)
     check_tokenizer(tokenizer)
-    repeated = [name for name, count in Counter(example.id for example in examples).items() if count > 1]
-    if repeated:
-        raise ValueError(f"example {repeated[0]}: stands twice in the data set, ids must be distinct")
     use_mold_attention(model).eval()
     state = check_processes()
     mine = "" if state.is_main_process else f"-{state.process_index}"
     folder.mkdir(parents=True, exist_ok=True)
     manifests = read_manifests(folder)
     if manifests:
-        SignalCache(folder).require(**dataclasses.asdict(settings))
-    manifest = manifests.get(f"manifest{mine}.json") or {
-        "format": FORMAT_VERSION,
-        "settings": dataclasses.asdict(settings),
-        "shards": {},
-        "examples": {},
-    }
+        SignalCache(folder).require_same(settings)
+    manifest = manifests.get(f"manifest{mine}.json") or {"shards": {}, "examples": {}}
+    shards, done_here = manifest["shards"], manifest["examples"]
+    noted = dataclasses.asdict(manifest.get("settings", settings))
     extracted = {key: value for found in manifests.values() for key, value in found["examples"].items()}
-    remaining = []
+    remaining: dict[str, EncodedExample] = {}
     for example in examples:
-        known = extracted.get(example.id)
-        if known is not None and known["text"] != text_hash(example, settings.template):
-            raise ValueError(f"example {example.id}: its text is not the one that {folder} was extracted from")
+        content = text_hash(example, settings.template)
+        known = extracted.get(content)
         encoded = encode_example(example, tokenizer, settings.template, append_eos=False, max_length=max_length)
         if known is None:
-            remaining.append((example, encoded))
+            remaining.setdefault(content, encoded)
         elif known["tokens"] != _tokens_hash(encoded):
             raise ValueError(
                 f"example {example.id}: its tokens are not those that {folder} was extracted from: the teacher's "
@@ -91,33 +83,31 @@ def extract_signals(
     # Nobody writes before everybody has seen the same examples remain.
     state.wait_for_everyone()
     done = len(examples) - len(remaining)
-    remaining = remaining[state.process_index :: state.num_processes]
+    my_own = list(remaining.items())[state.process_index :: state.num_processes]
     collate = Collator(pad_token_id=tokenizer.eos_token_id)
-    with tqdm(total=done + len(remaining), desc="Teacher signals", disable=not progress or bool(mine)) as bar:
+    with tqdm(total=done + len(my_own), desc="Teacher signals", disable=not progress or bool(mine)) as bar:
         bar.update(done)
-        for start in range(0, len(remaining), shard_size):
-            shard = remaining[start : start + shard_size]
+        for start in range(0, len(my_own), shard_size):
+            shard = my_own[start : start + shard_size]
             tensors: dict[str, torch.Tensor] = {}
             # Examples of like length share a batch: less padding.
             by_length = sorted(shard, key=lambda pair: len(pair[1].input_ids))
             for first in range(0, len(by_length), batch_size):
-                batch = [pair[1] for pair in by_length[first : first + batch_size]]
+                batch = dict(by_length[first : first + batch_size])
                 tensors |= _signals(model, collate, batch, settings.row_reduction)
                 bar.update(len(batch))
-            name = f"shard{mine}-{len(manifest['shards']):05d}.safetensors"
+            name = f"shard{mine}-{len(shards):05d}.safetensors"
             data = save(tensors)
             write_atomically(folder / name, data)
-            manifest["shards"][name] = hashlib.sha256(data).hexdigest()
-            for example, encoded in shard:
-                manifest["examples"][example.id] = {
-                    "text": text_hash(example, settings.template),
+            shards[name] = hashlib.sha256(data).hexdigest()
+            for content, encoded in shard:
+                done_here[content] = {
                     "tokens": _tokens_hash(encoded),
                     "steps": len(encoded.row_spans),
                     "key_words": len(encoded.key_spans),
                 }
-            write_atomically(
-                folder / f"manifest{mine}.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode()
-            )
+            found = {"format": FORMAT_VERSION, "settings": noted, "shards": shards, "examples": done_here}
+            write_atomically(folder / f"manifest{mine}.json", json.dumps(found, indent=1).encode())
     state.wait_for_everyone()
     return SignalCache(folder)
 
@@ -128,20 +118,20 @@ def _tokens_hash(encoded: EncodedExample) -> str:
 
 
 def _signals(
-    model: PreTrainedModel, collate: Collator, encoded: Sequence[EncodedExample], row_reduction: str
+    model: PreTrainedModel, collate: Collator, encoded: Mapping[str, EncodedExample], row_reduction: str
 ) -> dict[str, torch.Tensor]:
-    """The signal of each example that has key words, by id."""
-    encoded = [example for example in encoded if example.key_spans]
+    """The signal of each example that has key words, by the hash of its content."""
+    encoded = {content: example for content, example in encoded.items() if example.key_spans}
     if not encoded:
         return {}
-    batch = collate([{"example": example} for example in encoded])
+    batch = collate([{"example": example} for example in encoded.values()])
     attention = observe_attention(model, batch, row_reduction).float().cpu()
-    if not attention.isfinite().all():
-        wrong = [e.id for i, e in enumerate(encoded) if not attention[:, i].isfinite().all()]
-        raise ValueError(
-            f"example {wrong[0]}: the teacher's attention is not finite; is its dtype {model.dtype} wide enough?"
-        )
-    return {
-        example.id: attention[:, index, : len(example.row_spans), : len(example.key_spans)].contiguous()
-        for index, example in enumerate(encoded)
-    }
+    signals = {}
+    for index, (content, example) in enumerate(encoded.items()):
+        signal = attention[:, index, : len(example.row_spans), : len(example.key_spans)].contiguous()
+        if not attention[:, index].isfinite().all():
+            raise ValueError(
+                f"example {example.id}: the teacher's attention is not finite; is its dtype {model.dtype} wide enough?"
+            )
+        signals[content] = signal
+    return signals

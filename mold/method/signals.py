@@ -12,27 +12,38 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
+import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from transformers import PreTrainedModel
 
 from mold.data.encoding import EncodedExample
 from mold.data.examples import Example, text_hash
 from mold.data.segmentation import SEGMENTATION_VERSION
+from mold.files import json_object, read_json
 from mold.models import weights_fingerprint
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_SHARD = re.compile(r"shard(-\d+)?-\d+\.safetensors")
+_ENTRY = {"tokens": str, "steps": int, "key_words": int}
 
 
 @dataclasses.dataclass(frozen=True)
 class SignalSettings:
-    """Everything beside an example's text that decides its signal. Two caches with equal settings are the same."""
+    """Everything beside an example's text that decides its signal.
+
+    teacher, revision: what the teacher was called; which one it is, its weights' fingerprint says.
+
+    Raises:
+        ValueError: a value is of another type, or `segmentation` is not this version's.
+    """
 
     teacher: str
     revision: str | None
@@ -41,6 +52,18 @@ class SignalSettings:
     template: str
     row_reduction: str
     segmentation: int = SEGMENTATION_VERSION
+
+    def __post_init__(self):
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            expected = int if option.name == "segmentation" else str
+            if type(value) is not expected and not (option.name == "revision" and value is None):
+                raise ValueError(f"{option.name}: is {reprlib.repr(value)}, must be of type {expected.__name__}")
+        if self.segmentation != SEGMENTATION_VERSION:
+            raise ValueError(
+                f"segmentation: is version {self.segmentation}, must be {SEGMENTATION_VERSION}: steps and key words "
+                "are found in another way by now"
+            )
 
     @classmethod
     def of(
@@ -58,7 +81,8 @@ class SignalCache:
         folder: written by `extract_signals`.
 
     Raises:
-        ValueError: no cache there, or one of another format, or a shard that is missing or altered; names the file.
+        ValueError: no cache there, or one of another format or version of segmentation, or a manifest or shard that is
+            missing or altered; names the file.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -68,22 +92,37 @@ class SignalCache:
             raise ValueError(f"signals: {self.folder} holds no {MANIFEST}; run `mold extract` first")
         self._examples: dict[str, dict[str, Any]] = {}
         self._signals: dict[str, torch.Tensor] = {}
-        shards: dict[str, str] = {}
+        self._shards: dict[str, str] = {}
+        self.settings = next(iter(manifests.values()))["settings"]
         for name, manifest in manifests.items():
-            self.settings = SignalSettings(**manifest["settings"])
-            if manifest["settings"] != next(iter(manifests.values()))["settings"]:
-                raise ValueError(f"signals: {self.folder / name} has other settings than the manifests beside it")
+            if different := _different(manifest["settings"], self.settings):
+                raise ValueError(
+                    f"signals: {self.folder / name} has {different}={getattr(manifest['settings'], different)!r}, "
+                    f"another manifest beside it {getattr(self.settings, different)!r}"
+                )
             self._examples |= manifest["examples"]
-            shards |= manifest["shards"]
-        self._shards = shards
-        for name, digest in shards.items():
+            self._shards |= manifest["shards"]
+        for name, digest in self._shards.items():
             path = self.folder / name
             if not path.is_file():
                 raise ValueError(f"signals: {path} is missing; delete the folder and extract again")
             data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise ValueError(f"signals: {path} was altered since it was written; delete the folder, extract again")
-            self._signals.update(load(data))
+            try:
+                if hashlib.sha256(data).hexdigest() != digest:
+                    raise ValueError("its hash is another")
+                self._signals.update(load(data))
+            except (ValueError, SafetensorError) as error:
+                raise ValueError(
+                    f"signals: {path} was altered since it was written ({error}); delete the folder, extract again"
+                ) from error
+        for content, entry in self._examples.items():
+            shape = entry["steps"], entry["key_words"]
+            found = self._signals.get(content)
+            if (shape[1] > 0) != (found is not None) or (found is not None and tuple(found.shape[1:]) != shape):
+                raise ValueError(
+                    f"signals: {self.folder}: a manifest lists {content} with {shape[0]} steps and {shape[1]} key "
+                    "words, which is not what the shards hold; delete the folder and extract again"
+                )
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -102,20 +141,33 @@ class SignalCache:
                     "change the option or extract into another folder"
                 )
 
+    def require_same(self, settings: SignalSettings) -> None:
+        """Raise a ValueError that names the first setting that is another; what the teacher is called is none."""
+        if different := _different(self.settings, settings):
+            self.require(**{different: getattr(settings, different)})
+
     def signal(self, example: Example, encoded: EncodedExample) -> torch.Tensor | None:
         """The teacher's stepwise attention of an example, float32 [L1, S, M]; None if it has no key words.
 
         Raises:
-            ValueError: the cache has no signal of this example, or one of another text, or one whose steps and key
-                words are not the student's; names the example.
+            ValueError: the cache has no signal of an example with this text, or one whose steps and key words are not
+                the student's; names the example.
         """
-        entry = self._examples.get(example.id)
+        content = text_hash(example, self.settings.template)
+        entry = self._examples.get(content)
         if entry is None:
-            raise ValueError(f"example {example.id}: has no teacher signal in {self.folder}; run `mold extract` on it")
-        if entry["text"] != text_hash(example, self.settings.template):
-            raise ValueError(f"example {example.id}: its text is not the one that {self.folder} was extracted from")
+            raise ValueError(
+                f"example {example.id}: has no teacher signal in {self.folder}, none of whose {len(self)} texts is "
+                "this example's; run `mold extract` on it"
+            )
         check_agreement(example, encoded, entry["steps"], entry["key_words"])
-        return self._signals[example.id] if entry["key_words"] else None
+        return self._signals.get(content)
+
+
+def _different(one: SignalSettings, other: SignalSettings) -> str | None:
+    """The first setting that decides a signal and is not the same."""
+    names = [option.name for option in dataclasses.fields(one) if option.name not in ("teacher", "revision")]
+    return next((name for name in names if getattr(one, name) != getattr(other, name)), None)
 
 
 def check_agreement(example: Example, encoded: EncodedExample, steps: int, key_words: int) -> None:
@@ -128,14 +180,36 @@ def check_agreement(example: Example, encoded: EncodedExample, steps: int, key_w
 
 
 def read_manifests(folder: Path) -> dict[str, dict]:
-    """The manifests of all processes that ever wrote into the folder, by file name."""
+    """The manifests of all processes that ever wrote into the folder, by file name, their settings as SignalSettings.
+
+    Raises:
+        ValueError: one is not as `extract_signals` of this version writes it; names the file.
+    """
     manifests = {}
     for path in sorted(folder.glob("manifest*.json")):
         try:
-            manifest = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"signals: {path} is no JSON ({error}); delete the folder and extract again") from error
-        if manifest.get("format") != FORMAT_VERSION:
-            raise ValueError(f"signals: {path} has format {manifest.get('format')}, must be {FORMAT_VERSION}")
-        manifests[path.name] = manifest
+            manifests[path.name] = _checked_manifest(json_object("it", read_json(path)))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"signals: {path}: {error}; delete the folder and extract again") from error
     return manifests
+
+
+def _checked_manifest(manifest: dict) -> dict:
+    if (found := manifest.get("format")) != FORMAT_VERSION:
+        raise ValueError(f"format is {reprlib.repr(found)}, must be {FORMAT_VERSION}")
+    for name in ("settings", "shards", "examples"):
+        if not isinstance(manifest.get(name), dict):
+            raise ValueError(f"{name} is {reprlib.repr(manifest.get(name))}, must be an object")
+    try:
+        settings = SignalSettings(**manifest["settings"])
+    except TypeError as error:
+        raise ValueError(f"settings has the keys {', '.join(map(repr, manifest['settings']))} ({error})") from error
+    for name, digest in manifest["shards"].items():
+        if not _SHARD.fullmatch(name) or not isinstance(digest, str):
+            raise ValueError(f"shards holds {reprlib.repr(name)}: {reprlib.repr(digest)}, must hold a hash a shard")
+    for content, entry in manifest["examples"].items():
+        if not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != _ENTRY:
+            raise ValueError(
+                f"examples holds {reprlib.repr(content)}: {reprlib.repr(entry)}, must hold {', '.join(_ENTRY)} each"
+            )
+    return manifest | {"settings": settings}

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mold.data.examples import DEFAULT_TEMPLATE, check_template
 from mold.method.loss import check_rows
+from mold.training.training_options import REFUSED, check_followed
 
 METHODS = {
     "mixture": "stepwise attention of a mixture of layers (MoLSAKI)",
@@ -213,13 +216,9 @@ class MoldConfig(TrainingArguments):
                 raise ValueError(f"{name}: is {value}, must be at least {least}")
         if self.padding_free and (self.padding_side, self.pad_to_multiple_of) != ("right", 1):
             raise ValueError("padding_free: is True, must be False with padding_side or pad_to_multiple_of")
-        if self.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel: is True, must be False: untested with the attention here; liger-kernel's loss alone "
-                'is cross_entropy="liger"'
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: is True, must be False")
+        check_followed(self, REFUSED)
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError("fp16: is True, must be False on a CPU, which trains in float32 or with bf16")
         check_template(self.template)
         self.model_init_kwargs = _json_object("model_init_kwargs", self.model_init_kwargs)
         for name in self._VALID_DICT_FIELDS:
@@ -227,6 +226,15 @@ class MoldConfig(TrainingArguments):
         # On by default, and a warning a data loader where there is nothing to copy to.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         super().__post_init__()
+        if missing := set(self.report_to) & _REPORTERS - set(get_available_reporting_integrations()):
+            raise ValueError(
+                f"report_to: is {', '.join(self.report_to)}, must be without {', '.join(sorted(missing))}, which is "
+                "not installed here"
+            )
+        if set(self.report_to) - INTEGRATION_TO_CALLBACK.keys():
+            raise ValueError(
+                f"report_to: is {', '.join(self.report_to)}, must be of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
         self._refuse_reentrant_checkpointing()
 
     def _take_preset(self):
@@ -260,6 +268,8 @@ _LEAST = {
     "pad_to_multiple_of": 1,
     "max_length": 2,
 }
+# transformers cannot say whether these two are there.
+_REPORTERS = INTEGRATION_TO_CALLBACK.keys() - {"flyte", "kubeflow"}
 # A path is taken for these too.
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 

@@ -15,6 +15,7 @@ from mold.method.loss import MoldLoss
 from mold.method.signals import SignalCache
 from mold.training.adapters import without_adapter
 from mold.training.router_training import RouterTraining
+from mold.training.training_options import SFT_REFUSED, check_followed
 
 IGNORED_LABEL = -100
 _INDEX = "mold_index"
@@ -41,8 +42,8 @@ class StepwiseAttentionMixin(RouterTraining):
 
     Raises:
         ValueError: a row does not fit (see `example_from_row`, `encode_example`, `SignalCache.signal`), none
-            has a signal, packing is on, the loss is wanted on prompts, a collator is given, or the model has attention
-            dropout or an attention that cannot be replaced.
+            has a signal, an option cannot be followed (see `mold.training.training_options`), a collator is given, or
+            the model has attention dropout or an attention that cannot be replaced.
 
     Source: MoLSAKI (EMNLP 2025), equation 7, with one weight for rationale and answer.
     """
@@ -62,6 +63,11 @@ class StepwiseAttentionMixin(RouterTraining):
             raise ValueError(f"beta: is {beta}, must be greater than 0 (without attention loss use SFTTrainer itself)")
         if kwargs.get("data_collator") is not None:
             raise ValueError("data_collator: is given, must be None: spans and signals need the one made here")
+        options = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if options is not None:
+            check_followed(options, SFT_REFUSED)
+            if options.fp16 and options.device.type == "cpu":
+                raise ValueError("fp16: is True, must be False on a CPU")
         self.signals, self.beta, self.mol_router_learning_rate = signals, beta, mol_router_learning_rate
         self._items: list[dict] = []
         super().__init__(*args, data_collator=self._collate, **kwargs)
@@ -80,16 +86,8 @@ class StepwiseAttentionMixin(RouterTraining):
         """In place of SFTTrainer's: rows encoded with their steps, key words and signals."""
         from datasets import Dataset
 
-        for option, unwanted in (
-            ("packing", packing),
-            ("padding_free", args.padding_free),
-            ("completion_only_loss", args.completion_only_loss is False),
-            ("formatting_func", formatting_func),
-        ):
-            if unwanted:
-                raise ValueError(
-                    f"{option}: is {getattr(args, option, unwanted)}, which the stepwise attention loss cannot follow"
-                )
+        if formatting_func:
+            raise ValueError(f"formatting_func: is given, must be None: {SFT_REFUSED['dataset_text_field']}")
         if not isinstance(dataset, Dataset):
             raise ValueError(f"{dataset_name}: is {type(dataset).__name__}, must be a datasets.Dataset")
         if _INDEX in dataset.column_names:

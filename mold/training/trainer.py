@@ -27,12 +27,12 @@ from transformers.utils import logging
 from mold.data.conversations import example_from_row
 from mold.data.encoding import Collator, encode_example, has_signal, with_question_keys
 from mold.data.examples import Example
-from mold.files import append_jsonl
+from mold.files import append_jsonl, sole_use
 from mold.method.attention_interface import check_attention_dropout, use_mold_attention
 from mold.method.loss import TERMS, MoldLoss, denominators, visible_keys
 from mold.method.online_teacher import OnlineTeacher
 from mold.method.signals import SignalCache
-from mold.models import load_model
+from mold.models import check_model_init_kwargs, load_config, load_model
 from mold.processes import check_processes
 from mold.training.adapters import add_adapter, check_adapter, without_adapter
 from mold.training.attention_weight import AttentionWeight
@@ -91,6 +91,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             init: Any = args.model_init_kwargs or {}
+            check_model_init_kwargs(load_config(model), init)
             model = AutoModelForCausalLM.from_pretrained(model, **init)
         if processing_class is None:
             raise ValueError("processing_class: is None, must be the student's tokenizer")
@@ -326,8 +327,17 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
 
         A training that has ended is only loaded: its weights stay as they are, and training_loss, the mean over the
         steps of this call, is NaN.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or another process trains in args.output_dir.
         """
-        checkpoint = resume_from_checkpoint or None
+        if not self.args.should_save:
+            return self._train(resume_from_checkpoint, **kwargs)
+        with sole_use(Path(self.args.output_dir), "output_dir"):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, wanted: str | bool | None, **kwargs):
+        checkpoint = wanted or None
         if checkpoint is True:
             checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.load_best_model_at_end)
         note = None

@@ -1,8 +1,11 @@
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
-from mold.files import append_jsonl, cut_torn_line, json_lines, write_atomically, write_jsonl
+from mold.files import append_jsonl, cut_torn_line, json_lines, sole_use, write_atomically, write_jsonl
 
 ROWS = [{"id": "a", "text": "½ 五 \n\u2028"}, {"id": "b", "text": None}]
 
@@ -74,3 +77,39 @@ def test_what_is_no_row_is_named(tmp_path, data, message):
     for on_torn in (None, list):
         with pytest.raises(ValueError, match=message):
             rows_of(path, name="rationales", on_torn=on_torn)
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mold.files.os.fsync", full)
+    for write in (lambda path: write_atomically(path, b"new"), lambda path: append_jsonl(path, {})):
+        with pytest.raises(OSError, match=r"No space left on device: .*rows\.jsonl"):
+            write(tmp_path / "rows.jsonl")
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(b"kept")
+    (tmp_path / "file.tmp").symlink_to(other)
+    write_atomically(tmp_path / "file", b"new")
+    assert (other.read_bytes(), (tmp_path / "file").read_bytes()) == (b"kept", b"new")
+
+
+def test_a_folder_is_held_against_other_processes_until_they_die(tmp_path):
+    code = "import sys, time; from pathlib import Path; from mold.files import sole_use\n"
+    code += "with sole_use(Path(sys.argv[1]), 'output_dir'): print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            with (
+                pytest.raises(ValueError, match=r"output_dir: .* is in use by another"),
+                sole_use(tmp_path, "output_dir"),
+            ):
+                pass
+        finally:
+            holder.kill()
+    for _ in range(2):
+        with sole_use(tmp_path, "output_dir"), sole_use(tmp_path / ".", "output_dir"):
+            pass

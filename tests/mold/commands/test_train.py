@@ -1,6 +1,7 @@
 """mold train, with tiny random models."""
 
 import json
+import shutil
 
 import pytest
 
@@ -140,6 +141,53 @@ def test_signals_that_do_not_fit(mold, models, problems, tmp_path):
         ),
     ):
         assert message in refusal(mold("train", *options_of(models, problems, run, **option)))
+
+
+def test_other_places_of_the_same_things(mold, models, problems, tmp_path, monkeypatch):
+    """The data under another name, the teacher behind a link, and the run folder moved in the middle of a training."""
+    run = tmp_path / "run"
+    assert mold("extract", *extract_options(models, problems, run))[0] == 0
+    renamed, link = tmp_path / "renamed.jsonl", tmp_path / "link"
+    write_rows(renamed, [{k: v for k, v in row.items() if k != "id"} for row in rows_of(problems)])
+    link.symlink_to(models / "teacher")
+    there = {"dataset": renamed, "teacher_model_name_or_path": f"{link}/", "load_best_model_at_end": "true"}
+    there |= {"eval_strategy": "steps", "eval_steps": 1}
+    assert mold("train", *options_of(models, problems, run, **there))[0] == 0
+    whole = (run / "model.safetensors").read_bytes()
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoint-3")
+    run.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert mold("train", *options_of(models, problems, "moved", **there))[0] == 0
+    assert (tmp_path / "moved/model.safetensors").read_bytes() == whole
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"model_dtype": "torch.bfloat16"}, "model_dtype: is 'torch.bfloat16', must be one of float32"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: is 0, must be at least 1"),
+        ({"model_init_kwargs": "attn_pdrop=0.0"}, "model_init_kwargs: is 'attn_pdrop=0.0', must be a JSON object"),
+        ({"model_init_kwargs": '{"nonsense": 1}'}, "model_init_kwargs: has 'nonsense', must have fields of Llama"),
+        ({"model_init_kwargs": '{"dtype": "bfloat16"}'}, "model_init_kwargs: has 'dtype', must not: model_dtype"),
+        ({"report_to": "nonsense"}, "report_to: is nonsense, must be of azure_ml"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: is 0.1, must be 0.0"),
+        ({"fp16": "true", "use_cpu": "true"}, "fp16: is True, must be False on a CPU"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(mold, models, problems, tmp_path, monkeypatch, option, message):
+    monkeypatch.setattr("mold.models.AutoModelForCausalLM", None)
+    assert message in refusal(mold("train", *options_of(models, problems, tmp_path / "run", **option)))
+
+
+def test_a_folder_without_tokenizer(mold, models, problems, tmp_path, monkeypatch):
+    bare = tmp_path / "bare"
+    for name in ("student", "teacher"):  # of some families transformers makes an empty tokenizer
+        shutil.copytree(models / name, bare, ignore=shutil.ignore_patterns("token*", "special*"), dirs_exist_ok=True)
+        monkeypatch.setattr("mold.models.AutoModelForCausalLM", None)
+        options = options_of(models, problems, tmp_path / "run", model_name_or_path=bare)
+        assert "model: cannot load the tokenizer of" in refusal(mold("train", *options))
 
 
 def test_a_loss_that_is_not_finite(mold, models, problems, tmp_path):

@@ -440,7 +440,6 @@ GOOD = '{"question": "a", "rationale": "b", "answer": "c"}'
         ("a.jsonl", f"{GOOD}\n" + "9" * 5000, r"a\.jsonl:2: cannot be read as JSON \(Exceeds the limit"),
         ("a.jsonl", f'{GOOD[:-2]}\\ud83d"}}', r"a\.jsonl:1: answer: holds '\\ud83d' at character 1, one half"),
         ("a.jsonl", f'{GOOD[:-1]}, "keywords": ["\\udc00"]}}', r"a\.jsonl:1: keywords: holds '\\udc00'"),
-        ("a.jsonl", f'{GOOD[:-1]}, "id": "__metadata__"}}', r"a\.jsonl:1: id: is '__metadata__'"),
         (
             "a.jsonl",
             '{"question": "a", "answer": "b"}',

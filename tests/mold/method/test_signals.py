@@ -7,6 +7,7 @@ import torch
 from mold.data.encoding import encode_example
 from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.data.problems import generate_problems
+from mold.data.segmentation import SEGMENTATION_VERSION
 from mold.method import extraction
 from mold.method.extraction import extract_signals
 from mold.method.signals import SignalCache, SignalSettings
@@ -109,13 +110,52 @@ def test_a_cache_of_other_settings_is_refused(tmp_path):
 
 def test_another_text_is_refused(tmp_path):
     cache = extract(tmp_path)
-    changed = dataclasses.replace(EXAMPLES[3], question=EXAMPLES[3].question + " Really?")
-    with pytest.raises(ValueError, match=f"example {changed.id}: its text is not the one"):
-        cache.signal(changed, encode(changed))
-    with pytest.raises(ValueError, match=f"example {changed.id}: its text is not the one"):
-        extract(tmp_path, [*EXAMPLES[:3], changed])
-    with pytest.raises(ValueError, match="example bare: has no teacher signal"):
-        cache.signal(BARE, encode(BARE))
+    for change in (
+        {"question": EXAMPLES[3].question + " Really?"},
+        {"rationale": EXAMPLES[3].rationale + " Yes."},
+        {"answer": "-1"},
+        {"keywords": ("apples",)},
+        {"history": (("system", "Think."),)},
+    ):
+        changed = dataclasses.replace(EXAMPLES[3], **change)
+        with pytest.raises(ValueError, match=f"example {changed.id}: has no teacher signal"):
+            cache.signal(changed, encode(EXAMPLES[3]))
+
+
+def test_signals_are_found_by_content(tmp_path):
+    """Other names need no other forward, and any name will do."""
+    cache = extract(tmp_path)
+    names = ["__metadata__", "x" * 10000, "\ud800".encode("utf-8", "replace").decode(), "../up", "", "same", "same"]
+    renamed = [dataclasses.replace(e, id=name) for e, name in zip(EXAMPLES, names, strict=False)]
+    teacher, forwards = make_teacher(), []
+    teacher.model.register_forward_pre_hook(lambda *args: forwards.append(1))
+    again = extract(tmp_path, renamed[::-1], teacher=teacher)
+    assert not forwards
+    for example, other in zip(EXAMPLES, renamed, strict=False):
+        assert torch.equal(cache.signal(example, encode(example)), again.signal(other, encode(other)))
+    assert len(extract(tmp_path / "named", renamed)) == len(renamed)
+    repeated = extract(tmp_path / "repeated", [EXAMPLES[0], dataclasses.replace(EXAMPLES[0], id="again")])
+    assert len(repeated) == 1
+
+
+def test_a_teacher_is_known_by_its_weights(tmp_path):
+    extract(tmp_path)
+    teacher = make_teacher()
+    settings = SignalSettings.of(teacher, "models/../tiny/", DEFAULT_TEMPLATE, "sum", "main")
+    assert extract_signals(teacher, TOKENIZER, EXAMPLES, tmp_path, settings, progress=False).settings.teacher == "tiny"
+
+
+@pytest.mark.parametrize("version", [0, SEGMENTATION_VERSION - 1, SEGMENTATION_VERSION + 1, True, "2", None, 2.0])
+def test_another_segmentation_is_refused_by_every_way_in(tmp_path, version):
+    cache = extract(tmp_path, EXAMPLES[:2])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["settings"]["segmentation"] = version
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for way_in in (lambda: SignalCache(tmp_path), lambda: extract(tmp_path)):
+        with pytest.raises(ValueError, match=r"manifest\.json: segmentation: is .*, must be"):
+            way_in()
+    with pytest.raises(ValueError, match=r"segmentation: is .*, must be"):
+        dataclasses.replace(cache.settings, segmentation=version)
 
 
 def test_another_tokenization_is_refused(tmp_path):
@@ -149,12 +189,77 @@ def test_damaged_files_are_refused(tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing"):
         SignalCache(tmp_path)
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="format 99"):
+
+
+def change(*path, value=None):
+    """A manifest's text with a value in place of one of its, or without it."""
+
+    def changed(manifest):
+        *way, last = path
+        place = manifest
+        for key in way:
+            place = place[next(iter(place)) if key is any else key]
+        last = next(iter(place)) if last is any else last
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+        return json.dumps(manifest)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda manifest: "{",
+        lambda manifest: json.dumps(manifest)[:-30],
+        lambda manifest: "",
+        lambda manifest: "null",
+        lambda manifest: json.dumps([manifest]),
+        lambda manifest: "[" * 100_000,
+        lambda manifest: '{"format": ' + "9" * 10_000 + "}",
+        change("format"),
+        change("format", value=99),
+        change("format", value=[]),
+        change("settings"),
+        change("settings", value=[]),
+        change("settings", "weights"),
+        change("settings", "weights", value=5),
+        change("settings", "template", value=["{question}"]),
+        change("settings", "more", value="a"),
+        change("shards", value="shard-00000.safetensors"),
+        change("shards", any, value=7),
+        change("shards", "../shard-00000.safetensors", value="0" * 64),
+        change("examples", value=[]),
+        change("examples", any, value=[]),
+        change("examples", any, "tokens"),
+        change("examples", any, "steps", value="2"),
+        change("examples", any, "steps", value=-1),
+        change("examples", any, "key_words", value=99),
+        change("examples", "0" * 64, value={"tokens": "", "steps": 1, "key_words": 1}),
+    ],
+)
+def test_a_manifest_of_a_wrong_form_is_named(tmp_path, damage):
+    extract(tmp_path, EXAMPLES[:2])
+    path = tmp_path / "manifest.json"
+    path.write_text(damage(json.loads(path.read_text())))
+    for way_in in (lambda: SignalCache(tmp_path), lambda: extract(tmp_path)):
+        with pytest.raises(ValueError, match=r"^signals: .*; delete the folder and extract again$") as caught:
+            way_in()
+        assert str(tmp_path) in str(caught.value)
+        assert len(str(caught.value)) < 500
+
+
+def test_manifests_that_are_no_text(tmp_path):
+    extract(tmp_path, EXAMPLES[:2])
+    path = tmp_path / "manifest.json"
+    path.write_bytes(b'{"format": "\xff"}')
+    with pytest.raises(ValueError, match=r"manifest\.json:1: holds the byte 0xff"):
         SignalCache(tmp_path)
-    manifest.write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"signals: .*manifest\.json: .*directory"):
         SignalCache(tmp_path)
 
 
@@ -164,8 +269,3 @@ def test_a_teacher_that_is_not_finite_names_the_example(tmp_path):
         teacher.model.layers[1].self_attn.q_proj.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match=rf"example {EXAMPLES[0].id}: the teacher's attention is not finite"):
         extract(tmp_path, EXAMPLES[:1], teacher=teacher)
-
-
-def test_repeated_ids_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"example {EXAMPLES[0].id}: stands twice"):
-        extract(tmp_path, [EXAMPLES[0], dataclasses.replace(EXAMPLES[1], id=EXAMPLES[0].id)])
