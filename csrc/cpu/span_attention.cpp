@@ -125,13 +125,14 @@ struct Sight {
             Integers token;
             std::memcpy(&token, tokens + n + c, sizeof token);
             visit(c, [&](int64_t r) {
-                Vector<T> score = load(scores + r * block_columns + c) * scale, slope = splat<T>(1);
+                const Vector<T> product = load(scores + r * block_columns + c);
+                Vector<T> score = product * scale - lse[r], slope = splat<T>(1);
                 if (softcap > 0) {
-                    const Vector<T> tangent = hyperbolic_tangent<T>(score * (1 / softcap));
-                    score = tangent * softcap;
+                    const Vector<T> tangent = hyperbolic_tangent<T>(product * (scale / softcap));
+                    score = tangent * softcap - lse[r];
                     slope -= tangent * tangent;
                 }
-                const Vector<T> probability = exponential<T>(score - lse[r]);
+                const Vector<T> probability = exponential<T>(score);
                 const Integers hidden = (token > static_cast<Integer>(r)) | (token < starts[r]);
                 return Seen<T>{hidden ? Vector<T>{} : probability, slope};
             });
