@@ -120,7 +120,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         if signals is not None:
             signals.require(row_reduction=args.row_reduction)
         if peft_config is not None:
-            model = add_adapter(model, peft_config, args)
+            model = add_adapter(model, peft_config)
         check_adapter(model)
         layers = {}
         if args.method == "single_layer":

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mold_kernels import attention_with_lse, native, reference, span_attention
 from mold_kernels.testing import assert_as_accurate_as, random_qkv, random_spans
-from tests.mold_kernels.test_attention import SEEDS, visibilities
+from tests.mold_kernels.test_attention import visibilities
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason=str(native.why_missing()))
 
