@@ -193,7 +193,6 @@ ATTENTION_WITH_LSE = Op(
             native.attention_with_lse_forward,
             native.attention_with_lse_backward,
             dtypes=native.DTYPES,
-            options=("key_padding_mask",),
         ),
         Backend("aten", foreign_attention.aten_forward, foreign_attention.aten_backward, options=("key_padding_mask",)),
         Backend(
@@ -224,6 +223,7 @@ ATTENTION_LSE = Op(
     outputs="Tensor lse",
     options=_OPTIONS,
     backends=[
+        Backend("native", native.attention_lse_forward, native.attention_lse_backward, dtypes=native.DTYPES),
         Backend(
             "triton",
             lazily("_triton.attention", "attention_lse_forward"),

@@ -196,9 +196,7 @@ SPAN_ATTENTION = Op(
     outputs="Tensor pooled",
     options=("sliding_window", "softcap", "cu_seqlens"),
     backends=[
-        Backend(
-            "native", native.span_attention_forward, native.span_attention_backward, dtypes=native.DTYPES, options=()
-        ),
+        Backend("native", native.span_attention_forward, native.span_attention_backward, dtypes=native.DTYPES),
         Backend(
             "triton",
             lazily("_triton.span_attention", "span_attention_forward"),
