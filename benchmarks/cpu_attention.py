@@ -1,6 +1,7 @@
 """What does attention with pooled attention cost on this CPU, beside torch's own attention alone?
 
-    python -m benchmarks.cpu_attention                      # two tables: T = 512 to 8192, two shapes
+    python -m benchmarks.cpu_attention                      # three tables: T = 512 to 8192, two shapes
+    python -m benchmarks.cpu_attention --tables visibility  # windows, soft-capping and packed texts alone
     python -m benchmarks.cpu_attention --lengths 512        # quicker
 
 First table, forward and backward of a layer's attention, batch 1: torch's scaled_dot_product_attention, ours, ours with
@@ -8,7 +9,8 @@ the pooled attention A, and aten's flash attention with A. Second table, the poo
 vectorised torch, native, and the native kernel without the call around it (checks, operator, autograd: a few hundred
 microseconds of Python, with whatever the last contender left in the caches). As shares of the forward what it cannot do
 without: its products at the rate of torch's matrix product followed by its exponentials at the rate of torch's exp; its
-bytes at the rate of a copy.
+bytes at the rate of a copy. Third table, forward and backward with A where rows see less than all before them, or score
+otherwise: ours, and torch's SDPA with a mask that hides the same.
 Contenders take turns in one process; medians are compared. On one thread the clock is that of the process, which other
 programs disturb less.
 """
@@ -28,6 +30,7 @@ import torch.nn.functional as F
 from benchmarks.machine import about_this_machine
 from mold_kernels import SpanPlan, attention_with_lse, native, span_attention
 
+TABLES = ["attention", "span_attention", "visibility"]
 SHAPES = {"Hq 9, Hkv 3, D 64": (9, 3, 64), "Hq 32, Hkv 8, D 128": (32, 8, 128)}
 TOKENS_A_STEP, TOKENS_A_KEY_WORD = 45, 13  # of GSM8K's human rationales: 4.6 steps, 16 numbers in about 210 tokens
 
@@ -80,7 +83,8 @@ def alternate(contenders: dict, rounds: int) -> dict[str, tuple[list[float], lis
     return times
 
 
-def attention_contenders(shape: tuple[int, int, int], length: int, dtype: torch.dtype) -> dict:
+def attention_contenders(shape: tuple[int, int, int], length: int, dtype: torch.dtype, table: str) -> dict:
+    """Of the table "attention" or "visibility"."""
     heads, kv_heads, width = shape
     q, k, v, grad = (
         torch.randn(1, length, count, width).to(dtype).transpose(1, 2) for count in (heads, kv_heads, kv_heads, heads)
@@ -96,16 +100,29 @@ def attention_contenders(shape: tuple[int, int, int], length: int, dtype: torch.
 
         return forward
 
-    def sdpa(q, k, v):
-        return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
+    def sdpa(q, k, v, mask=None):
+        return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True),)
 
-    def with_pooled(attention, pooling):
+    def with_pooled(attention, pooling, **options):
         def function(q, k, v):
-            out, lse = attention_with_lse(q, k, v, backend=attention)
-            return out, span_attention(q, k, lse, rows, keys, backend=pooling)
+            out, lse = attention_with_lse(q, k, v, backend=attention, **options)
+            return out, span_attention(q, k, lse, rows, keys, backend=pooling, **options)
 
         return function
 
+    if table == "visibility":
+        token, text = torch.arange(length), max(1, length // 8)
+        borders = torch.arange(0, length + text, text).clamp(max=length).int()
+        distance, window = token[:, None] - token, min(512, length)
+        alike = token[:, None] // text == token // text
+        return {
+            "torch SDPA": contender(sdpa),
+            "ours, window 512": contender(with_pooled("native", "native", sliding_window=512)),
+            "SDPA, window 512": contender(lambda q, k, v: sdpa(q, k, v, (distance >= 0) & (distance < window))),
+            "ours, 8 texts": contender(with_pooled("native", "native", cu_seqlens=borders)),
+            "SDPA, 8 texts": contender(lambda q, k, v: sdpa(q, k, v, (distance >= 0) & alike)),
+            "ours, soft-capped": contender(with_pooled("native", "native", softcap=50.0)),
+        }
     return {
         "torch SDPA": contender(sdpa),
         "ours": contender(lambda q, k, v: attention_with_lse(q, k, v, backend="native")[:1]),
@@ -167,6 +184,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--output", type=Path, help="also write the rows, the limits and the versions as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -176,25 +194,35 @@ def main() -> None:
     about = {**about_this_machine(), "load": os.getloadavg()[0], "dtype": arguments.dtype, **limits}
     print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in about.items()))
 
-    rows = {"attention": [], "span_attention": []}
-    print("\nAttention, forward and backward; ratio to torch's SDPA without A")
-    print(f"{'':20} {'T':>6} {'':12} {'fwd ms':>9} {'bwd ms':>9} {'min..max ms':>17} {'ratio':>7}")
-    for length in arguments.lengths:
-        for name, shape in SHAPES.items():
-            times = alternate(attention_contenders(shape, length, dtype), arguments.rounds)
-            for contender in times:
-                row = table_row(name, length, contender, times, "torch SDPA")
-                rows["attention"].append(row)
-                spread = f"{row['least_ms']:.1f}..{row['most_ms']:.1f}"
-                print(
-                    f"{name:20} {length:6} {contender:12} {row['forward_ms']:9.2f} {row['backward_ms']:9.2f} "
-                    f"{spread:>17} {row['ratio']:7.3f}",
-                    flush=True,
-                )
+    rows = {table: [] for table in arguments.tables}
+    for table in [table for table in arguments.tables if table != "span_attention"]:
+        print(f"\n{table.capitalize()}: attention, forward and backward; ratio to torch's causal SDPA without A")
+        print(f"{'':20} {'T':>6} {'':17} {'fwd ms':>9} {'bwd ms':>9} {'min..max ms':>17} {'ratio':>7}")
+        for length in arguments.lengths:
+            for name, shape in SHAPES.items():
+                times = alternate(attention_contenders(shape, length, dtype, table), arguments.rounds)
+                for contender in times:
+                    row = table_row(name, length, contender, times, "torch SDPA")
+                    rows[table].append(row)
+                    spread = f"{row['least_ms']:.1f}..{row['most_ms']:.1f}"
+                    print(
+                        f"{name:20} {length:6} {contender:17} {row['forward_ms']:9.2f} {row['backward_ms']:9.2f} "
+                        f"{spread:>17} {row['ratio']:7.3f}",
+                        flush=True,
+                    )
 
     # Once more: whatever else ran on the machine must not make the limits too low.
     limits = {name: max(value, limits[name]) for name, value in measure_limits().items()}
     about |= limits
+    if "span_attention" in arguments.tables:
+        rows["span_attention"] = print_span_attention(arguments, dtype, limits)
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"about": about, **rows}, indent=1))
+
+
+def print_span_attention(arguments, dtype: torch.dtype, limits: dict[str, float]) -> list[dict]:
+    """The rows of the second table."""
+    rows = []
     print("\nPooled attention alone; shares of its forward: visible pairs, q and lse once")
     print(f"{'':20} {'T':>6} {'':10} {'fwd ms':>9} {'faster':>7} {'bwd ms':>9}  compute  bytes    sum")
     for length in arguments.lengths:
@@ -208,14 +236,13 @@ def main() -> None:
                 row = table_row(name, length, contender, times, "torch")
                 shares = [seconds / row["forward_ms"] * 1e3 for seconds in (computing, moving, computing + moving)]
                 row |= dict(zip(("compute_share", "bytes_share", "sum_share"), shares, strict=True))
-                rows["span_attention"].append(row)
+                rows.append(row)
                 print(
                     f"{name:20} {length:6} {contender:10} {row['forward_ms']:9.2f} {1 / row['forward_ratio']:6.1f}x "
                     f"{row['backward_ms']:9.2f} {shares[0]:8.0%} {shares[1]:6.0%} {shares[2]:6.0%}",
                     flush=True,
                 )
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"about": about, **rows}, indent=1))
+    return rows
 
 
 if __name__ == "__main__":

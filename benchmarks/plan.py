@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
@@ -50,6 +51,7 @@ SHAPES = {
     "gpt2-6-layers": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 6, "n_head": 12}
     | {"n_positions": 4096, "attn_pdrop": 0.0},
 }
+_LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 CASES = [
     ("llama-8-layers", Setup(512)),
     ("llama-8-layers", Setup(2048)),
@@ -58,7 +60,7 @@ CASES = [
     ("llama-8-layers", Setup(4096, activation_checkpointing=True, cross_entropy="chunked")),
     ("llama-8-layers", Setup(2048, bf16=True)),
     ("llama-8-layers", Setup(2048, dtype="bfloat16")),
-    ("llama-8-layers", Setup(2048, lora_rank=8, cross_entropy="chunked")),
+    ("llama-8-layers", Setup(2048, peft_config=_LORA, cross_entropy="chunked")),
     ("llama-8-layers", Setup(512, per_device_train_batch_size=4)),
     ("llama-8-layers", Setup(1024, gradient_accumulation_steps=2)),
     ("llama-8-layers", Setup(1024, optim="sgd")),
@@ -118,19 +120,15 @@ def _train(model, setup: Setup, steps: int) -> list[float]:
             bf16=setup.bf16,
             gradient_checkpointing=setup.activation_checkpointing,
             cross_entropy=setup.cross_entropy,
+            padding_free=setup.padding_free,
             optim=setup.optim,
             save_strategy="no",
             keep_freed_memory=False,  # `measure` decides
             disable_tqdm=True,
             use_cpu=True,
         )
-        peft_config = None
-        if setup.lora_rank:
-            from peft import LoraConfig
-
-            peft_config = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         trainer = _TrainerOfItems(
-            model, args, processing_class=tokenizer, items=[item] * steps, peft_config=peft_config
+            model, args, processing_class=tokenizer, items=[item] * steps, peft_config=setup.peft_config
         )
         trainer.add_callback(Clock())
         trainer.train()
@@ -197,6 +195,8 @@ def main() -> int:
         peak, seconds = plan.peak(machine), plan.seconds(machine)
         changed = {f.name: getattr(setup, f.name) for f in dataclasses.fields(setup)}
         changed = {k: v for k, v in changed.items() if v != getattr(Setup(setup.length), k) or k == "length"}
+        if setup.peft_config is not None:
+            changed["peft_config"] = f"LoRA of rank {setup.peft_config.r}"
         row = {"shape": shape, "setup": changed, "peak": found["peak"], "predicted_peak": peak}
         row |= {"seconds": found["seconds"], "predicted_seconds": seconds}
         rows.append(row)

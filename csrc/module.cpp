@@ -55,21 +55,38 @@ View make_view(
     return view;
 }
 
+void attention_with_lse_forward(
+    const View& q, const View& k, const View* v, const View* mask, const View* ranges, double scale, double softcap,
+    const View* out, const View& lse, int threads) {
+    mold::level().kernels->attention_with_lse_forward(q, k, v, {mask, ranges, scale, softcap}, out, lse, threads);
+}
+
+void attention_with_lse_backward(
+    const View* grad_out, const View& grad_lse, const View& q, const View& k, const View* v, const View* mask,
+    const View* ranges, double scale, double softcap, const View* out, const View& lse, const View& dq, const View& dk,
+    const View* dv, int threads) {
+    mold::level().kernels->attention_with_lse_backward(
+        grad_out, grad_lse, q, k, v, {mask, ranges, scale, softcap}, out, lse, dq, dk, dv, threads);
+}
+
 void span_attention_forward(
     const View& q, const View& k, const View& lse, const View& row_spans, const View& key_spans,
-    const std::array<View, 4>& pieces, double scale, bool mean, const View& pooled, int threads) {
+    const std::array<View, 4>& pieces, const View* ranges, double scale, double softcap, bool mean, const View& pooled,
+    int threads) {
     const auto [row_piece, row_start, before, columns] = pieces;
     const auto plans = mold::plan_spans(row_spans, key_spans, row_piece, row_start, before, columns, mean);
-    mold::level().kernels->span_attention_forward(q, k, lse, plans.data(), scale, pooled, threads);
+    mold::level().kernels->span_attention_forward(
+        q, k, lse, plans.data(), {nullptr, ranges, scale, softcap}, pooled, threads);
 }
 
 void span_attention_backward(
     const View& grad, const View& q, const View& k, const View& lse, const View& row_spans, const View& key_spans,
-    const std::array<View, 4>& pieces, double scale, bool mean, const View& dq, const View& dk, const View& dlse,
-    int threads) {
+    const std::array<View, 4>& pieces, const View* ranges, double scale, double softcap, bool mean, const View& dq,
+    const View& dk, const View& dlse, int threads) {
     const auto [row_piece, row_start, before, columns] = pieces;
     const auto plans = mold::plan_spans(row_spans, key_spans, row_piece, row_start, before, columns, mean);
-    mold::level().kernels->span_attention_backward(grad, q, k, lse, plans.data(), scale, dq, dk, dlse, threads);
+    mold::level().kernels->span_attention_backward(
+        grad, q, k, lse, plans.data(), {nullptr, ranges, scale, softcap}, dq, dk, dlse, threads);
 }
 
 void layer_mixture_kl_forward(
@@ -97,8 +114,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("build_info", build_info);
     module.def("supported_levels", supported_levels);
     module.def("set_level", mold::set_level);
-    module.def("attention_with_lse_forward", kernel(&mold::Kernels::attention_with_lse_forward), call_guard<gil_scoped_release>());
-    module.def("attention_with_lse_backward", kernel(&mold::Kernels::attention_with_lse_backward), call_guard<gil_scoped_release>());
+    module.def("attention_with_lse_forward", attention_with_lse_forward, call_guard<gil_scoped_release>());
+    module.def("attention_with_lse_backward", attention_with_lse_backward, call_guard<gil_scoped_release>());
     module.def("span_pieces", mold::span_pieces, call_guard<gil_scoped_release>());
     module.def("span_attention_forward", span_attention_forward, call_guard<gil_scoped_release>());
     module.def("span_attention_backward", span_attention_backward, call_guard<gil_scoped_release>());

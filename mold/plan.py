@@ -29,29 +29,36 @@ On the CPU the prediction is of live memory. The C library keeps freed blocks be
 third more, half more with activation checkpointing, unless it is started with MALLOC_MMAP_THRESHOLD_=131072 and
 keep_freed_memory is off.
 
-Not covered: several processes (DDP keeps another copy of the gradients), quantized weights, offloading.
+Weights in 4 bits are counted as bitsandbytes has them: packed, with a scale of every 64, and made whole where they are
+used. Dropout before an adapter keeps a mask of floats, as on CPUs; on a GPU it takes less.
+
+Not covered: several processes (DDP keeps another copy of the gradients), offloading, a teacher's other tokenizer.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import statistics
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
-from mold.extras import missing_extra
 from mold.method.attention_interface import mold_mask
-from mold.training.adapters import without_adapter
+from mold.training.adapters import add_adapter, without_adapter
 from mold.training.config import MoldConfig, check_choices
 from mold.training.heads import ChunkedHead, FullHead, make_head
 from mold_kernels import attention_with_lse
@@ -142,7 +149,12 @@ class Setup:
     cross_entropy: "full", or "chunked"; "liger" is planned as that.
     optim: the optimizer's name as transformers has it.
     attention: "mold", or "eager": T x T maps of every layer, as output_attentions=True makes them elsewhere.
-    lora_rank: of an adapter on all linear layers of the decoder; 0: every weight is trained.
+    tasks: texts that an example is trained as, see `MoldConfig.tasks`.
+    trains_attention: whether there is an attention loss.
+    padding_free: the texts of a batch, all of this length, stand in one row.
+    peft_config: of an adapter (peft's LoraConfig or its like); None: every weight is trained.
+    load_in_4bit: linear layers but the output in 4 bits.
+    teacher, teacher_dtype: the configuration and dtype of a teacher that runs beside the student; None: none does.
     learned: share of the tokens that have a cross-entropy.
     """
 
@@ -155,7 +167,13 @@ class Setup:
     cross_entropy: str = dataclasses.field(default="full", metadata=_TRAINING["cross_entropy"].metadata)
     optim: str = "adamw_torch_fused"
     attention: str = dataclasses.field(default="mold", metadata={"choices": ["mold", "eager"]})
-    lora_rank: int = 0
+    tasks: int = 1
+    trains_attention: bool = True
+    padding_free: bool = False
+    peft_config: object = None
+    load_in_4bit: bool = False
+    teacher: PretrainedConfig | None = None
+    teacher_dtype: str = dataclasses.field(default="float32", metadata={"choices": ["float32", "bfloat16"]})
     learned: float = 1.0
 
     def __post_init__(self):
@@ -165,6 +183,11 @@ class Setup:
             known = ", ".join(_STATE_BYTES | _STATE_BYTES_8BIT)
             raise ValueError(f"optim: is {self.optim!r}, must be one whose memory is known: {known}")
         check_choices(self)
+
+    @property
+    def texts(self) -> int:
+        """Of a batch."""
+        return self.per_device_train_batch_size * self.tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,16 +234,20 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
 
     Raises:
         ValueError: the configuration has no causal language model, or an option that does not go with it.
-        ImportError: lora_rank is given without peft.
+        ImportError: peft_config is given without peft.
 
     Source: the derivation at the top of this module.
     """
     tracker = _Tracker()
-    model = _model(config, setup)
+    model = _model(config, setup.dtype, _PLANNED if setup.attention == "mold" else "eager").train()
+    parameters = sum(p.numel() for p in model.parameters())
+    model = _as_trained(model, setup)
+    teacher = None if setup.teacher is None else _model(setup.teacher, setup.teacher_dtype, _PLANNED)
     with FakeTensorMode(), tracker:
         _on_fake_cpu(model)
-        parameters = list(model.parameters())
-        trained = [p for p in parameters if p.requires_grad]
+        if teacher is not None:
+            _on_fake_cpu(teacher)
+        trained = [p for p in model.parameters() if p.requires_grad]
         tracker.restart()
         weights = tracker.live
         # liger-kernel's is planned as ours; neither is compared with logits, which have no values here.
@@ -229,6 +256,8 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
         # Gradients of an earlier batch of the window are there when the next one starts.
         for _ in range(min(2, setup.gradient_accumulation_steps)):
             tracker.restart()
+            if teacher is not None and setup.trains_attention:
+                _observe(teacher, setup.texts, setup.length)
             loss = _loss(model, head, setup)
             activations = tracker.live - weights
             loss.backward()
@@ -241,7 +270,7 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
     )
     return Plan(
         setup=setup,
-        parameters=sum(p.numel() for p in parameters),
+        parameters=parameters,
         trainable=sum(p.numel() for p in trained),
         weights=weights,
         gradients=sum(p.nbytes for p in trained),
@@ -263,40 +292,74 @@ def inference_peak(config: PretrainedConfig, dtype: str, batch: int, length: int
             extraction of signals.
     """
     tracker = _Tracker()
-    model = _model(config, Setup(length, batch, dtype=dtype)).eval()
+    model = _model(config, dtype, _PLANNED)
     with FakeTensorMode(), tracker, torch.no_grad():
         _on_fake_cpu(model)
-        ids = torch.zeros(batch, length, dtype=torch.int64)
         if cache:
-            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            model(input_ids=torch.zeros(batch, length, dtype=torch.int64), use_cache=True, logits_to_keep=1)
         else:
-            model.base_model(input_ids=ids, use_cache=False)
+            _observe(model, batch, length)
     return tracker.peak
 
 
-def _model(config, setup):
+def _model(config, dtype, attention):
     """The model on the meta device: shapes alone."""
     config = copy.deepcopy(config)
     for name in ("attention_dropout", "attn_pdrop"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
-    attention = _PLANNED if setup.attention == "mold" else "eager"
     with torch.device("meta"):
-        dtype = getattr(torch, setup.dtype)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).train()
-        if setup.lora_rank:
-            try:
-                from peft import LoraConfig, get_peft_model
-            except ImportError as error:
-                raise missing_extra("lora_rank", "peft", "peft") from error
-            adapter = LoraConfig(r=setup.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
-            model = get_peft_model(model, adapter)
+        dtype = getattr(torch, dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+
+def _as_trained(model, setup):
+    """The student as training makes it from the model: in 4 bits, with its adapter and checkpointing."""
+    with torch.device("meta"):
+        if setup.load_in_4bit:
+            _quantize(model, torch.bfloat16 if setup.bf16 else getattr(torch, setup.dtype))
+        if setup.peft_config is not None:
+            model = add_adapter(model, copy.deepcopy(setup.peft_config))  # peft writes into it
     if setup.activation_checkpointing:
         # Saving the random state reads values, which there are none of.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        if setup.lora_rank:
-            model.enable_input_require_grads()
-    return model
+    return model.train()
+
+
+class _InFourBits(nn.Linear):
+    """What bitsandbytes keeps of a linear layer, and makes of it when it is used."""
+
+    def __init__(self, layer: nn.Linear | Conv1D, compute_dtype: torch.dtype):
+        wide, narrow = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+        super().__init__(narrow, wide, bias=False)
+        self.bias, self._dtype = layer.bias, compute_dtype
+        size = wide * narrow
+        self.weight = nn.Parameter(torch.empty(-(-size // 2), 1, dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("scales", torch.empty(-(-size // 64)))
+
+    def forward(self, x):
+        out = _Dequantized.apply(x.to(self._dtype), self.weight, (self.out_features, self.in_features))
+        return (out if self.bias is None else out + self.bias.to(self._dtype)).to(x.dtype)
+
+
+class _Dequantized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, shape):
+        ctx.save_for_backward(packed)
+        ctx.shape = shape
+        return F.linear(x, torch.empty(shape, dtype=x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ torch.empty(ctx.shape, dtype=grad.dtype), None, None
+
+
+def _quantize(model, compute_dtype):
+    """All linear layers but the output, in place; the model then says of itself what a quantized one does."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not model.get_output_embeddings():
+            model.set_submodule(name, _InFourBits(layer, compute_dtype))
+    model.is_quantized = model.is_loaded_in_4bit = True
 
 
 def _on_fake_cpu(model):
@@ -316,14 +379,28 @@ def _on_fake_cpu(model):
     return model
 
 
+@torch.no_grad()
+def _observe(model, batch, length):
+    """A forward of a teacher, whose signals are its layers' attention alone."""
+    model.base_model(input_ids=torch.zeros(batch, length, dtype=torch.int64), use_cache=False)
+
+
 def _loss(model, head, setup):
     """The loss of a forward, by the trainer's own head; pooled attention is in `_PlannedAttention`."""
-    batch, length = setup.per_device_train_batch_size, setup.length
-    ids, regions = (torch.zeros(batch, length, dtype=torch.int64) for _ in range(2))
-    learned = _learned(head, batch, max(1, int((length - 1) * setup.learned)))
+    rows, length, packed = setup.texts, setup.length, {}
+    if setup.padding_free:
+        packed = {"cu_seqlens": list(range(0, rows * length + 1, length))}
+        rows, length = 1, rows * length
+    ids, regions = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(2))
+    learned = _learned(head, rows, max(1, int((length - 1) * setup.learned)))
+    options = {} if setup.attention == "eager" else {"pooled": setup.trains_attention, **packed}
     with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16):
         outputs = model(
-            input_ids=ids, use_cache=False, output_attentions=setup.attention == "eager", **head.arguments(learned)
+            input_ids=ids,
+            use_cache=False,
+            output_attentions=setup.attention == "eager",
+            **options,
+            **head.arguments(learned),
         )
         loss = head.cross_entropy(outputs, ids, regions, learned).sum()
     if setup.attention == "eager":  # pooling the maps: the backward begins with a gradient of every layer's
@@ -386,7 +463,8 @@ class _PlannedAttention(torch.autograd.Function):
     """What any flash attention makes and keeps, and what the pooled attention's gradient adds to it."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, pooled):
+        ctx.pooled = pooled
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -397,9 +475,11 @@ class _PlannedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, _, _ = ctx.saved_tensors
         _count_attention(q, k, 10)
-        pooled = torch.empty_like(q), torch.empty_like(k)
-        flash = torch.empty_like(q), torch.empty_like(k)
-        return pooled[0] + flash[0], pooled[1] + flash[1], torch.empty_like(v)
+        pooled = (torch.empty_like(q), torch.empty_like(k)) if ctx.pooled else None
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        if pooled is not None:
+            dq, dk = pooled[0] + dq, pooled[1] + dk
+        return dq, dk, torch.empty_like(v), None
 
 
 def _attention_flops(q, products):
@@ -415,23 +495,26 @@ def _count_attention(q, k, products):
     tracker.add(_attention_flops(q, products), q.nbytes + k.nbytes, q.dtype, "attention ")
 
 
-def _planned_attention(module, query, key, value, attention_mask, **kwargs):
-    return _PlannedAttention.apply(query, key, value).transpose(1, 2), None
+def _planned_attention(module, query, key, value, attention_mask, pooled=False, cu_seqlens=None, **kwargs):
+    outs = []
+    for start, end in itertools.pairwise(cu_seqlens or [0, query.shape[2]]):
+        text = (states[:, :, start:end] for states in (query, key, value))
+        outs.append(_PlannedAttention.apply(*text, pooled).transpose(1, 2))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1), None
 
 
 AttentionInterface.register(_PLANNED, _planned_attention)
 AttentionMaskInterface.register(_PLANNED, mold_mask)
 
 
-SAVERS = {
+SAVERS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"activation_checkpointing": True},
     "chunked cross-entropy": {"cross_entropy": "chunked"},
     "bfloat16 autocast": {"bf16": True},
     "bfloat16 weights": {"dtype": "bfloat16", "bf16": False},
     "8-bit optimizer": {"optim": "adamw_bnb_8bit"},
-    "LoRA of rank 16": {"lora_rank": 16},
 }
-"""What saves memory, as changes of a Setup."""
+"""What saves memory, as changes of a Setup; an adapter is another."""
 
 
 def largest_length(config: PretrainedConfig, setup: Setup, machine: Machine, memory: float) -> int:

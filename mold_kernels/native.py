@@ -3,15 +3,18 @@
 Importing it never fails; `why_missing` says why the module is not there. Arguments were checked by the public function.
 """
 
+from typing import Any
+
 import torch
 
+_native: Any
 try:
-    from mold_kernels import _native
+    from mold_kernels import _native  # type: ignore[attr-defined, no-redef]
 except ImportError as error:  # not built, built for another Python, or a library that it needs is not there
     _native = None
     _why_missing = f"the compiled module mold_kernels._native cannot be imported: {error}"
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def is_available() -> bool:
@@ -40,10 +43,10 @@ def set_level(name: str) -> None:
 
 
 def attention_with_lse_forward(q, k, v, mask, ranges, scale, softcap):
-    """(out, lse). Neither `ranges` nor `softcap`: the op's table does not list their options."""
-    out, lse = empty_heads(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    padding, threads = None if mask is None else _view(mask), torch.get_num_threads()
-    _native.attention_with_lse_forward(_view(q), _view(k), _view(v), padding, scale, _view(out), _view(lse), threads)
+    """(out, lse)"""
+    out, lse = empty_heads(q), _empty_lse(q)
+    seen = *_views(mask, ranges), scale, softcap or 0.0
+    _native.attention_with_lse_forward(*_views(q, k, v), *seen, *_views(out, lse), torch.get_num_threads())
     return out, lse
 
 
@@ -52,10 +55,29 @@ def attention_with_lse_backward(grad_out, grad_lse, q, k, v, out, lse, mask, ran
     grad_out = out.new_zeros(()).expand_as(out) if grad_out is None else grad_out
     grad_lse = lse.new_zeros(()).expand_as(lse) if grad_lse is None else grad_lse
     dq, dk, dv = empty_heads(q), empty_heads(k, lse.dtype), empty_heads(v, lse.dtype)
-    views = [None if tensor is None else _view(tensor) for tensor in (grad_out, grad_lse, q, k, v, mask)]
-    results = map(_view, (out, lse, dq, dk, dv))
-    _native.attention_with_lse_backward(*views, scale, *results, torch.get_num_threads())
+    views, results = _views(grad_out, grad_lse, q, k, v, mask, ranges), _views(out, lse, dq, dk, dv)
+    _native.attention_with_lse_backward(*views, scale, softcap or 0.0, *results, torch.get_num_threads())
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def attention_lse_forward(q, k, mask, ranges, scale, softcap) -> torch.Tensor:
+    """[B, Hq, T]"""
+    lse = _empty_lse(q)
+    seen = *_views(mask, ranges), scale, softcap or 0.0
+    _native.attention_with_lse_forward(*_views(q, k, None), *seen, *_views(None, lse), torch.get_num_threads())
+    return lse
+
+
+def attention_lse_backward(grad, q, k, lse, mask, ranges, scale, softcap):
+    """(dq, dk)"""
+    dq, dk = empty_heads(q), empty_heads(k, lse.dtype)
+    views, results = _views(None, grad, q, k, None, mask, ranges), _views(None, lse, dq, dk, None)
+    _native.attention_with_lse_backward(*views, scale, softcap or 0.0, *results, torch.get_num_threads())
+    return dq, dk.to(k.dtype)
+
+
+def _empty_lse(q):
+    return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def empty_heads(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -70,11 +92,11 @@ def span_pieces(row_spans, key_spans, rows, pieces) -> None:
 
 
 def span_attention_forward(q, k, lse, row_spans, key_spans, ranges, pieces, scale, softcap, mean) -> torch.Tensor:
-    """[B, S, M]. Neither `ranges` nor `softcap`: the op's table lists no options."""
+    """[B, S, M]"""
     pooled = lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
-    views = map(_view, (q, k, lse, row_spans, key_spans))
+    views, seen = _views(q, k, lse, row_spans, key_spans), (*_views(ranges), scale, softcap or 0.0)
     _native.span_attention_forward(
-        *views, _row_pieces_and_columns(pieces), scale, mean, _view(pooled), torch.get_num_threads()
+        *views, _row_pieces_and_columns(pieces), *seen, mean, _view(pooled), torch.get_num_threads()
     )
     return pooled
 
@@ -83,10 +105,9 @@ def span_attention_backward(grad, q, k, lse, row_spans, key_spans, ranges, piece
     """(dq, dk, dlse)"""
     # The kernel writes the rows and columns of the spans.
     dq, dk, dlse = torch.zeros_like(q), lse.new_zeros(k.shape), lse.new_zeros(lse.shape)
-    views = map(_view, (grad, q, k, lse, row_spans, key_spans))
-    gradients = map(_view, (dq, dk, dlse))
+    views, seen = _views(grad, q, k, lse, row_spans, key_spans), (*_views(ranges), scale, softcap or 0.0)
     _native.span_attention_backward(
-        *views, _row_pieces_and_columns(pieces), scale, mean, *gradients, torch.get_num_threads()
+        *views, _row_pieces_and_columns(pieces), *seen, mean, *_views(dq, dk, dlse), torch.get_num_threads()
     )
     return dq, dk.to(k.dtype), dlse
 
@@ -126,6 +147,10 @@ def value_pool_backward(u: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, ep
     dv, u = torch.empty_like(v), u.contiguous()
     _native.value_pool_backward(_view(u), _view(v), _view(mask), eps, _view(dv), torch.get_num_threads())
     return dv
+
+
+def _views(*tensors: torch.Tensor | None) -> list:
+    return [None if tensor is None else _view(tensor) for tensor in tensors]
 
 
 def _view(tensor: torch.Tensor):

@@ -71,6 +71,7 @@ def test_cpu_attention(tmp_path):
     result = json.loads(output.read_text())
     assert {row["contender"] for row in result["attention"]} == {"torch SDPA", "ours", "ours with A", "aten with A"}
     assert {row["contender"] for row in result["span_attention"]} == {"torch", "native", "its kernel"}
+    assert len(result["visibility"]) == 6 * 2
     assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in result["attention"])
 
 

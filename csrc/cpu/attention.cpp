@@ -2,8 +2,9 @@
 #include "level_kernels.hpp"
 
 // Flash attention whose backward takes the gradient of the log-sum-exp; formulas in mold_kernels/attention.py. A task is
-// a block of rows, the last ones first: they see the most columns. Nothing of size T is stored beside inputs and
-// outputs. Five products a block and column block in the backward, two in the forward, each 2 rows columns D FLOPs.
+// a block of rows, the last ones first: without a window they see the most columns. Nothing of size T is stored beside
+// inputs and outputs. Five products a block and column block in the backward, two in the forward, each 2 rows columns D
+// FLOPs; three and one where v is null and the log-sum-exp alone is wanted.
 namespace mold::MOLD_LEVEL {
 namespace {
 
@@ -40,16 +41,61 @@ void load_columns(
     }
 }
 
-// -infinity where a row must not see column `token`.
+// What is the same for all blocks.
 template <typename T>
-void hide_rows(const View* mask, const RowBlock& block, int64_t token, int64_t first, int64_t rows, T* products) {
-    const bool padding = mask && !mask->at<const bool>(block.example)[token * mask->strides[1]];
-    hide(products, first, padding ? rows : block.hidden_from(token));
+struct Sight {
+    const View* mask;
+    Ranges ranges;
+    T scale, softcap;  // softcap 0: none
+    int64_t length;
+
+    // Of the columns that the block sees, the first of the first column block.
+    int64_t first_column(const RowBlock& block) const {
+        return ranges.start(block.first_token) / block_columns * block_columns;
+    }
+
+    // Whether a later row block sees the column block at n, which is then the one that begins its sums.
+    bool seen_later(const RowBlock& block, int64_t n) const {
+        const int64_t next = block.first_token + block.tokens;
+        return next < length && ranges.start(next) / block_columns * block_columns <= n;
+    }
+
+    // Behind the last row that sees any of the columns from n on, up to whole vectors.
+    int64_t last_row(const RowBlock& block, int64_t n, int64_t columns) const {
+        return round_up(block.rows_before(ranges.end(n + columns - 1, length)), lanes<T>);
+    }
+
+    // Products of the rows from `first` to `last` with column `token`: -infinity where a row must not see it, and what
+    // times the scale is the score elsewhere.
+    void look(const RowBlock& block, int64_t token, int64_t first, int64_t last, T* products) const {
+        if (softcap > 0) {
+            const T inward = scale / softcap, outward = softcap / scale;
+            for (int64_t r = first; r < last; r += lanes<T>) {
+                store<T>(hyperbolic_tangent<T>(load(products + r) * inward) * outward, products + r);
+            }
+        }
+        const bool padding = mask && !mask->at<const bool>(block.example)[token * mask->strides[1]];
+        hide(products, first, padding ? last : smaller(block.rows_before(token), last));
+        if (ranges.ends) hide(products, larger(first, block.rows_before(ranges.ends[token])), last);
+    }
+
+    // d score / d (scale product), of what `look` has left of a product; 0 where hidden.
+    Vector<T> slope(Vector<T> product) const {
+        const Vector<T> tangent = product * (scale / softcap);
+        return product == static_cast<T>(-HUGE_VAL) ? Vector<T>{} : 1 - tangent * tangent;
+    }
+};
+
+template <typename T>
+Sight<T> sight_of(const View& q, const Visibility& visibility) {
+    return {
+        visibility.mask, Ranges(visibility.ranges), static_cast<T>(visibility.scale),
+        static_cast<T>(visibility.softcap), q.sizes[2]};
 }
 
 template <typename Element, typename T>
 void forward(
-    const View& q, const View& k, const View& v, const View* mask, T scale, const View& out, const View& lse,
+    const View& q, const View& k, const View* v, const Sight<T>& sight, const View* out, const View& lse,
     int threads) {
     const Sizes sizes = sizes_of<T>(q, k);
 
@@ -77,22 +123,22 @@ void forward(
             buffers.total[r] = 0;
         }
 
-        for (int64_t n = 0; n < end; n += block_columns) {
-            const int64_t columns = smaller(block_columns, end - n);
-            const int64_t first = block.hidden_from(n) / tile_width<T> * tile_width<T>;
+        for (int64_t n = sight.first_column(block); n < end; n += block_columns) {
+            const int64_t columns = smaller(block_columns, end - n), last = sight.last_row(block, n, columns);
+            const int64_t first = block.rows_before(n) / tile_width<T> * tile_width<T>;
             load_columns<Element>(k, block, n, columns, sizes, buffers.columns);
             multiply_panels(
-                columns, sizes.depth, buffers.columns, sizes.width, buffers.panels, first, rows, buffers.products,
+                columns, sizes.depth, buffers.columns, sizes.width, buffers.panels, first, last, buffers.products,
                 rows);
             for (int64_t i = 0; i < columns; ++i) {
-                hide_rows(mask, block, n + i, first, rows, buffers.products + i * rows);
+                sight.look(block, n + i, first, last, buffers.products + i * rows);
             }
-            for (int64_t r = first; r < rows; r += lanes<T>) {
+            for (int64_t r = first; r < last; r += lanes<T>) {
                 const Vector<T> before = load(buffers.most + r);
                 Vector<T> most = before;
                 for (int64_t i = 0; i < columns; ++i) {
                     T* entry = buffers.products + i * rows + r;
-                    const Vector<T> score = load(entry) * scale;
+                    const Vector<T> score = load(entry) * sight.scale;
                     store<T>(score, entry);
                     most = score > most ? score : most;
                 }
@@ -110,42 +156,56 @@ void forward(
                 store<T>(total, buffers.total + r);
                 store<T>(factor, buffers.factor + r);
             }
-            for (int64_t r = first; r < rows; ++r) {
+            if (!v) continue;
+            for (int64_t r = first; r < last; ++r) {
                 T* row = buffers.out + r * sizes.width;
                 for (int64_t d = 0; d < sizes.width; d += lanes<T>) store<T>(load(row + d) * buffers.factor[r], row + d);
             }
-            load_columns<Element>(v, block, n, columns, sizes, buffers.columns);
+            load_columns<Element>(*v, block, n, columns, sizes, buffers.columns);
             multiply<T>(
-                rows - first, sizes.width, columns, {buffers.products + first, 1, rows}, buffers.columns, sizes.width,
+                last - first, sizes.width, columns, {buffers.products + first, 1, rows}, buffers.columns, sizes.width,
                 buffers.out + first * sizes.width, sizes.width, true);
         }
 
         for (int64_t r = 0; r < block.rows(); ++r) {
             const T total = buffers.total[r];
             const int64_t head = block.head(r), token = block.token(r);
-            Element* target = out.at<Element>(block.example, head, token);
-            const T factor = total > 0 ? 1 / total : total;  // NaN stays NaN
-            store_row(buffers.out + r * sizes.width, out.strides[3], sizes.depth, factor, target);
+            if (out) {
+                Element* target = out->at<Element>(block.example, head, token);
+                const T factor = total > 0 ? 1 / total : total;  // NaN stays NaN
+                store_row(buffers.out + r * sizes.width, out->strides[3], sizes.depth, factor, target);
+            }
             *lse.at<T>(block.example, head, token) =
                 total == 0 ? static_cast<T>(HUGE_VAL) : buffers.most[r] + std::log(total);
         }
     });
 }
 
-// sums[r] = <a[r], b[r]> - minus[r].
 template <typename T>
-void row_products(const T* a, const T* b, int64_t rows, int64_t width, const T* minus, T* sums) {
-    for (int64_t r = 0; r < rows; ++r) {
-        Vector<T> total{};
-        for (int64_t d = 0; d < width; d += lanes<T>) total += load(a + r * width + d) * load(b + r * width + d);
-        sums[r] = sum<T>(total) - minus[r];
+T row_product(const T* a, const T* b, int64_t width) {
+    Vector<T> total{};
+    for (int64_t d = 0; d < width; d += lanes<T>) total += load(a + d) * load(b + d);
+    return sum<T>(total);
+}
+
+// Rows of [columns, width] times a factor into a gradient's rows, or added to them where these have begun.
+template <typename T>
+void add_columns(
+    const T* source, const RowBlock& block, int64_t first, int64_t columns, const Sizes& sizes, T factor, bool begun,
+    const View& gradient) {
+    for (int64_t n = 0; n < columns; ++n) {
+        T* row = gradient.at<T>(block.example, block.kv_head, first + n);
+        for (int64_t d = 0; d < sizes.depth; ++d) {
+            const T value = factor * source[n * sizes.width + d];
+            row[d] = begun ? row[d] + value : value;
+        }
     }
 }
 
 template <typename Element, typename T>
 void backward(
-    const View& grad_out, const View& grad_lse, const View& q, const View& k, const View& v, const View* mask, T scale,
-    const View& out, const View& lse, const View& dq, const View& dk, const View& dv, int threads) {
+    const View* grad_out, const View& grad_lse, const View& q, const View& k, const View* v, const Sight<T>& sight,
+    const View* out, const View& lse, const View& dq, const View& dk, const View* dv, int threads) {
     const Sizes sizes = sizes_of<T>(q, k);
     const int64_t tasks = sizes.blocks * stride_of(sizes);
     Turns turns(tasks);
@@ -166,36 +226,45 @@ void backward(
     parallel(threads, tasks, make, [&](int64_t task, Buffers& buffers) {
         const RowBlock block = block_of_task(sizes, task);
         const int64_t rows = round_up(block.rows(), lanes<T>), end = block.first_token + block.tokens;
-        const bool last_block = end == sizes.length;
         load_rows<Element>(q, block, buffers.q, sizes.width);
         transpose(buffers.q, rows, sizes.depth, sizes.width, buffers.q_panels);
-        load_rows<Element>(grad_out, block, buffers.grad, sizes.width);
-        transpose(buffers.grad, rows, sizes.depth, sizes.width, buffers.grad_panels);
-        load_entries(grad_lse, block, T{0}, buffers.lse);
-        load_rows<Element>(out, block, buffers.dq, sizes.width);
-        row_products(buffers.grad, buffers.dq, rows, sizes.width, buffers.lse, buffers.delta);
+        load_entries(grad_lse, block, T{0}, buffers.delta);
+        if (v) {
+            load_rows<Element>(*grad_out, block, buffers.grad, sizes.width);
+            transpose(buffers.grad, rows, sizes.depth, sizes.width, buffers.grad_panels);
+            load_rows<Element>(*out, block, buffers.dq, sizes.width);
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            const T* at = buffers.grad + r * sizes.width;
+            buffers.delta[r] = (v ? row_product(at, buffers.dq + r * sizes.width, sizes.width) : T{0}) - buffers.delta[r];
+        }
         load_entries(lse, block, static_cast<T>(HUGE_VAL), buffers.lse);  // padded rows: exp(0 - infinity) = 0
         for (int64_t i = 0; i < rows * sizes.width; ++i) buffers.dq[i] = 0;
 
-        for (int64_t n = 0, chunk = 0; n < end; n += block_columns, ++chunk) {
-            const int64_t columns = smaller(block_columns, end - n);
-            const int64_t first = block.hidden_from(n) / tile_width<T> * tile_width<T>, seen = rows - first;
+        for (int64_t n = sight.first_column(block); n < end; n += block_columns) {
+            const int64_t columns = smaller(block_columns, end - n), chunk = n / block_columns;
+            const int64_t first = block.rows_before(n) / tile_width<T> * tile_width<T>;
+            const int64_t last = sight.last_row(block, n, columns), seen = last - first;
             load_columns<Element>(k, block, n, columns, sizes, buffers.keys);
-            load_columns<Element>(v, block, n, columns, sizes, buffers.values);
             multiply_panels(
-                columns, sizes.depth, buffers.keys, sizes.width, buffers.q_panels, first, rows, buffers.probabilities,
+                columns, sizes.depth, buffers.keys, sizes.width, buffers.q_panels, first, last, buffers.probabilities,
                 rows);
-            multiply_panels(
-                columns, sizes.depth, buffers.values, sizes.width, buffers.grad_panels, first, rows, buffers.weights,
-                rows);
+            if (v) {
+                load_columns<Element>(*v, block, n, columns, sizes, buffers.values);
+                multiply_panels(
+                    columns, sizes.depth, buffers.values, sizes.width, buffers.grad_panels, first, last,
+                    buffers.weights, rows);
+            }
             for (int64_t i = 0; i < columns; ++i) {
                 T *probabilities = buffers.probabilities + i * rows, *weights = buffers.weights + i * rows;
-                hide_rows(mask, block, n + i, first, rows, probabilities);
-                for (int64_t r = first; r < rows; r += lanes<T>) {
-                    const Vector<T> probability =
-                        exponential<T>(load(probabilities + r) * scale - load(buffers.lse + r));
+                sight.look(block, n + i, first, last, probabilities);
+                for (int64_t r = first; r < last; r += lanes<T>) {
+                    const Vector<T> product = load(probabilities + r), delta = load(buffers.delta + r);
+                    const Vector<T> probability = exponential<T>(product * sight.scale - load(buffers.lse + r));
+                    Vector<T> weight = probability * (v ? load(weights + r) - delta : -delta);
+                    if (sight.softcap > 0) weight *= sight.slope(product);
                     store<T>(probability, probabilities + r);
-                    store<T>(probability * (load(weights + r) - load(buffers.delta + r)), weights + r);
+                    store<T>(weight, weights + r);
                 }
             }
             const T *probabilities = buffers.probabilities + first, *weights = buffers.weights + first;
@@ -205,25 +274,21 @@ void backward(
             multiply<T>(
                 columns, sizes.width, seen, {weights, rows, 1}, buffers.q + first * sizes.width, sizes.width,
                 buffers.dk, sizes.width, false);
-            multiply<T>(
-                columns, sizes.width, seen, {probabilities, rows, 1}, buffers.grad + first * sizes.width, sizes.width,
-                buffers.dv, sizes.width, false);
-            if (!last_block) turns.wait(task - stride_of(sizes), chunk);
-            for (int64_t i = 0; i < columns; ++i) {
-                T* dk_row = dk.at<T>(block.example, block.kv_head, n + i);
-                T* dv_row = dv.at<T>(block.example, block.kv_head, n + i);
-                for (int64_t d = 0; d < sizes.depth; ++d) {
-                    const T key = scale * buffers.dk[i * sizes.width + d], value = buffers.dv[i * sizes.width + d];
-                    dk_row[d] = last_block ? key : dk_row[d] + key;
-                    dv_row[d] = last_block ? value : dv_row[d] + value;
-                }
+            if (v) {
+                multiply<T>(
+                    columns, sizes.width, seen, {probabilities, rows, 1}, buffers.grad + first * sizes.width,
+                    sizes.width, buffers.dv, sizes.width, false);
             }
+            const bool begun = sight.seen_later(block, n);
+            if (begun) turns.wait(task - stride_of(sizes), chunk);
+            add_columns(buffers.dk, block, n, columns, sizes, sight.scale, begun, dk);
+            if (v) add_columns(buffers.dv, block, n, columns, sizes, T{1}, begun, *dv);
             turns.finish(task, chunk);
         }
 
         for (int64_t r = 0; r < block.rows(); ++r) {
             Element* target = dq.at<Element>(block.example, block.head(r), block.token(r));
-            store_row(buffers.dq + r * sizes.width, dq.strides[3], sizes.depth, scale, target);
+            store_row(buffers.dq + r * sizes.width, dq.strides[3], sizes.depth, sight.scale, target);
         }
     });
 }
@@ -231,21 +296,22 @@ void backward(
 }  // namespace
 
 void attention_with_lse_forward(
-    const View& q, const View& k, const View& v, const View* mask, double scale, const View& out, const View& lse,
+    const View& q, const View& k, const View* v, const Visibility& visibility, const View* out, const View& lse,
     int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
         using T = decltype(accumulator);
-        forward<decltype(element), T>(q, k, v, mask, static_cast<T>(scale), out, lse, threads);
+        forward<decltype(element), T>(q, k, v, sight_of<T>(q, visibility), out, lse, threads);
     });
 }
 
 void attention_with_lse_backward(
-    const View& grad_out, const View& grad_lse, const View& q, const View& k, const View& v, const View* mask,
-    double scale, const View& out, const View& lse, const View& dq, const View& dk, const View& dv, int threads) {
+    const View* grad_out, const View& grad_lse, const View& q, const View& k, const View* v,
+    const Visibility& visibility, const View* out, const View& lse, const View& dq, const View& dk, const View* dv,
+    int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
         using T = decltype(accumulator);
-        backward<decltype(element), T>(
-            grad_out, grad_lse, q, k, v, mask, static_cast<T>(scale), out, lse, dq, dk, dv, threads);
+        const Sight<T> sight = sight_of<T>(q, visibility);
+        backward<decltype(element), T>(grad_out, grad_lse, q, k, v, sight, out, lse, dq, dk, dv, threads);
     });
 }
 

@@ -5,7 +5,8 @@
 // How flash attention holds rows; span attention takes the functions that load, store and transpose some. The query
 // heads of a group share a key head, so a block stacks them: row r is token r / group, head r % group. Products are laid
 // out transposed, [columns, rows]: vectors then run over rows, sums over columns need no horizontal addition, and keys
-// and values are used as they lie, each row broadcast entry by entry. Causality hides a prefix of a column's rows.
+// and values are used as they lie, each row broadcast entry by entry. The rows that see a column are neighbours:
+// causality hides a prefix, a window or the end of a packed sequence hides a suffix.
 namespace mold::MOLD_LEVEL {
 
 // Columns that are multiplied at once: their products with a block's rows fit the L2 cache.
@@ -15,8 +16,8 @@ struct RowBlock {
     int64_t example, kv_head, group, first_token, tokens;
 
     int64_t rows() const { return tokens * group; }
-    // Rows of earlier tokens than `token`, which must not see it.
-    int64_t hidden_from(int64_t token) const { return smaller(larger(token - first_token, 0) * group, rows()); }
+    // Rows of earlier tokens than `token`.
+    int64_t rows_before(int64_t token) const { return smaller(larger(token - first_token, 0) * group, rows()); }
     int64_t head(int64_t row) const { return kv_head * group + row % group; }
     int64_t token(int64_t row) const { return first_token + row / group; }
 };
@@ -81,15 +82,15 @@ inline void transpose(const T* source, int64_t rows, int64_t depth, int64_t widt
     }
 }
 
-// products[n, r] = <a[n, :], row r> for n < columns and first <= r < rows; first is a multiple of tile_width.
+// products[n, r] = <a[n, :], row r> for n < columns and first <= r < last; first is a multiple of tile_width.
 template <typename T>
 inline void multiply_panels(
-    int64_t columns, int64_t depth, const T* a, int64_t a_row, const T* panels, int64_t first, int64_t rows,
+    int64_t columns, int64_t depth, const T* a, int64_t a_row, const T* panels, int64_t first, int64_t last,
     T* products, int64_t products_row) {
     constexpr int64_t panel = tile_width<T>;
-    for (int64_t r = first; r < rows; r += panel) {
+    for (int64_t r = first; r < last; r += panel) {
         multiply<T>(
-            columns, smaller(panel, rows - r), depth, {a, a_row, 1}, panels + r * depth, panel, products + r,
+            columns, smaller(panel, last - r), depth, {a, a_row, 1}, panels + r * depth, panel, products + r,
             products_row, false);
     }
 }

@@ -11,27 +11,35 @@
 // most that a kernel may use.
 namespace mold {
 
+// What rows see of the keys before them, and by which score. mask bool [B, T] and ranges int32 [2, T] (see Ranges) are
+// null where there is none; softcap is 0 where scores are not capped.
+struct Visibility {
+    const View *mask, *ranges;
+    double scale, softcap;
+};
+
 struct Kernels {
-    // q and out [B, Hq, T, D], k and v [B, Hkv, T, D], lse [B, Hq, T]; mask bool [B, T], null without padding.
+    // q and out [B, Hq, T, D], k and v [B, Hkv, T, D], lse [B, Hq, T]. v and out are null where lse alone is wanted.
     void (*attention_with_lse_forward)(
-        const View& q, const View& k, const View& v, const View* mask, double scale, const View& out, const View& lse,
+        const View& q, const View& k, const View* v, const Visibility& visibility, const View* out, const View& lse,
         int threads);
 
-    // dk and dv are contiguous, of lse's dtype.
+    // dk and dv are contiguous, of lse's dtype. grad_out, v, out and dv are null where lse alone was wanted.
     void (*attention_with_lse_backward)(
-        const View& grad_out, const View& grad_lse, const View& q, const View& k, const View& v, const View* mask,
-        double scale, const View& out, const View& lse, const View& dq, const View& dk, const View& dv, int threads);
-
-    // q [B, Hq, T, D], k [B, Hkv, T, D], lse [B, Hq, T], pooled [B, S, M] contiguous.
-    void (*span_attention_forward)(
-        const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale, const View& pooled,
+        const View* grad_out, const View& grad_lse, const View& q, const View& k, const View* v,
+        const Visibility& visibility, const View* out, const View& lse, const View& dq, const View& dk, const View* dv,
         int threads);
+
+    // q [B, Hq, T, D], k [B, Hkv, T, D], lse [B, Hq, T], pooled [B, S, M] contiguous; no mask: lse has it.
+    void (*span_attention_forward)(
+        const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
+        const View& pooled, int threads);
 
     // Adds nothing: writes the rows of dq and dlse that a step holds and the rows of dk (in lse's dtype) that a key
     // word holds. The caller has set the others to zero.
     void (*span_attention_backward)(
-        const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale,
-        const View& dq, const View& dk, const View& dlse, int threads);
+        const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
+        const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads);
 
     // teacher [L1, B, S, M], student [L2, B, S, M], weights [B, L2] and the loss [B] of one dtype, float32 or float64;
     // num_steps and num_keys int64 [B]; l1_epsilon is added to an entry where rows are divided by their sums.

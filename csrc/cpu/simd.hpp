@@ -165,6 +165,39 @@ inline Vector<T> exponential(Vector<T> x) {
     return x > E::most ? splat<T>(static_cast<T>(HUGE_VAL)) : result;
 }
 
+// tanh x. Near 0 by Lambert's continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))), which up to 1/2 errs by less
+// than a spacing; (1 - e^-2x) / (1 + e^-2x) would cancel there.
+template <typename T>
+inline Vector<T> hyperbolic_tangent(Vector<T> x) {
+    const Vector<T> square = x * x, size = x < 0 ? -x : x;
+    Vector<T> numerator = splat<T>(17), denominator = splat<T>(1);
+#pragma GCC unroll 8
+    for (int odd = 15; odd > 0; odd -= 2) {
+        const Vector<T> next = numerator * static_cast<T>(odd) + denominator * square;
+        denominator = numerator;
+        numerator = next;
+    }
+    const Vector<T> shrunk = exponential<T>(size * static_cast<T>(-2));
+    const Vector<T> far = (1 - shrunk) / (1 + shrunk);
+    return size < static_cast<T>(0.5) ? x * denominator / numerator : x < 0 ? -far : far;
+}
+
+// ---- visibility
+
+// What causal rows see besides being causal: `visible_ranges` of mold_kernels/visibility.py, int32 [2, T]; null where
+// that is all. Both of its rows ascend.
+struct Ranges {
+    const std::int32_t *starts, *ends;
+
+    explicit Ranges(const View* view)
+        : starts(view ? view->at<const std::int32_t>(0) : nullptr),
+          ends(view ? view->at<const std::int32_t>(1) : nullptr) {}
+
+    int64_t start(int64_t row) const { return starts ? starts[row] : 0; }
+    // Rows from here on do not see the column.
+    int64_t end(int64_t column, int64_t length) const { return ends ? ends[column] : length; }
+};
+
 // ---- matrix product
 
 // Element (i, j) is at data[i * row + j * column].

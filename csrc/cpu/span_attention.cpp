@@ -4,7 +4,7 @@
 
 // Formulas in mold_kernels/span_attention.py. A task is a piece of the rows: forward with all heads, backward with the
 // heads that share a key head. The key words' columns are gathered and transposed once, so products are [rows, columns]
-// with vectors over columns: rows are read entry by entry as they lie. A row sees a prefix of the columns.
+// with vectors over columns: rows are read entry by entry as they lie. The columns that a row sees are neighbours.
 namespace mold::MOLD_LEVEL {
 namespace {
 
@@ -58,17 +58,29 @@ struct Keys {
     }
 };
 
-// What the rows of a piece see: its first `columns` columns.
+template <typename T>
+struct Seen {
+    Vector<T> probability, slope;  // slope: d score / d (scale product)
+};
+
+// What the rows of a piece see: of the columns those from `begin`, where a column block begins, to `columns`.
 template <typename T>
 struct Sight {
     using Integer = typename VectorOf<T>::Integer;
-    Integer* tokens;  // of the columns, counted from the piece's first row; the largest integer up to whole vectors
-    T* scores;        // [rows, block_columns]
-    int64_t columns, rows;
+    Integer *tokens, *starts;  // of the columns, and the first that each row sees; counted from the piece's first row
+    T* scores;                 // [rows, block_columns]
+    T scale, softcap;          // softcap 0: none
+    Ranges ranges;
+    int64_t begin, columns, rows;
 
-    Sight(Scratch& scratch, const Sizes& sizes)
+    Sight(Scratch& scratch, const Sizes& sizes, const Visibility& visibility)
         : tokens(scratch.take<Integer>(sizes.most_columns)),
+          starts(scratch.take<Integer>(sizes.most_tokens)),
           scores(scratch.take<T>(sizes.most_tokens * block_columns)),
+          scale(static_cast<T>(visibility.scale)),
+          softcap(static_cast<T>(visibility.softcap)),
+          ranges(visibility.ranges),
+          begin(0),
           columns(0),
           rows(0) {}
 
@@ -78,27 +90,51 @@ struct Sight {
         }
         for (int64_t n = columns; n < round_up(columns, lanes<T>); ++n) tokens[n] = INT32_MAX;
         rows = piece.end - piece.begin;
+        for (int64_t r = 0; r < rows; ++r) {
+            starts[r] = static_cast<Integer>(ranges.start(piece.begin + r) - piece.begin);
+        }
+        begin = first_block(plan, piece.begin);
     }
 
-    // The first row that sees any column of the block at n.
-    int64_t first_row(int64_t n) const { return larger(0, tokens[n]); }
+    // Of the columns that `row` may see, the first of the first column block.
+    int64_t first_block(const SpanPlan& plan, int64_t row) const {
+        int64_t n = 0;
+        while (n < plan.column_count && plan.columns[n] < ranges.start(row)) ++n;
+        return n / block_columns * block_columns;
+    }
 
-    // Products of the rows of q from the first on with the block's columns; then visit(c, probability) for each of its
-    // vectors, where probability(r) is that of row r and the columns from n + c on, 0 where hidden.
+    // The rows that see any column of the block at n.
+    int64_t first_row(int64_t n) const { return larger(0, tokens[n]); }
+    int64_t last_row(int64_t n) const {
+        const Integer token = tokens[smaller(n + block_columns, columns) - 1];
+        int64_t last = rows;
+        while (last > 0 && starts[last - 1] > token) --last;
+        return larger(last, first_row(n));
+    }
+
+    // Products of the rows of q that see any of the block's columns with these; then visit(c, seen) for each of its
+    // vectors, where seen(r) is what row r has of the columns from n + c on: a probability of 0 where hidden.
     template <typename Visit>
-    void visit_vectors(int64_t n, Matrix<T> q, int64_t depth, const T* panel, T scale, const T* lse, Visit visit) {
+    void visit_vectors(int64_t n, Matrix<T> q, int64_t depth, const T* panel, const T* lse, Visit visit) {
         using Integers = typename VectorOf<T>::integers;
         const int64_t first = first_row(n), width = smaller(block_columns, round_up(columns - n, lanes<T>));
         multiply<T>(
-            rows - first, width, depth, {q.data + first * q.row, q.row, q.column}, panel, block_columns,
+            last_row(n) - first, width, depth, {q.data + first * q.row, q.row, q.column}, panel, block_columns,
             scores + first * block_columns, block_columns, false);
         for (int64_t c = 0; c < width; c += lanes<T>) {
             Integers token;
             std::memcpy(&token, tokens + n + c, sizeof token);
             visit(c, [&](int64_t r) {
-                const Vector<T> score = load(scores + r * block_columns + c) * scale - lse[r];
+                const Vector<T> product = load(scores + r * block_columns + c);
+                Vector<T> score = product * scale - lse[r], slope = splat<T>(1);
+                if (softcap > 0) {
+                    const Vector<T> tangent = hyperbolic_tangent<T>(product * (scale / softcap));
+                    score = tangent * softcap - lse[r];
+                    slope -= tangent * tangent;
+                }
                 const Vector<T> probability = exponential<T>(score);
-                return token > static_cast<Integer>(r) ? Vector<T>{} : probability;
+                const Integers hidden = (token > static_cast<Integer>(r)) | (token < starts[r]);
+                return Seen<T>{hidden ? Vector<T>{} : probability, slope};
             });
         }
     }
@@ -142,7 +178,8 @@ Piece piece_of_task(const SpanPlan* plans, int64_t task) {
 
 template <typename Element, typename T>
 void forward(
-    const View& q, const View& k, const View& lse, const SpanPlan* plans, T scale, const View& pooled, int threads) {
+    const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
+    const View& pooled, int threads) {
     const Sizes sizes = sizes_of<T>(q, k, plans, pooled.sizes[2]);
     const Keys<Element, T> keys(k, plans, sizes, threads);
     const int64_t pieces = count_pieces(plans, sizes.batch);
@@ -156,7 +193,7 @@ void forward(
     };
     const auto make = [&](Scratch& scratch) {
         return Buffers{
-            Sight<T>(scratch, sizes), scratch.take<T>(sizes.most_tokens * sizes.width),
+            Sight<T>(scratch, sizes, visibility), scratch.take<T>(sizes.most_tokens * sizes.width),
             scratch.take<T>(sizes.most_tokens), scratch.take<double>(sizes.most_columns)};
     };
     parallel(threads, pieces, make, [&](int64_t task, Buffers& buffers) {
@@ -170,13 +207,14 @@ void forward(
             const T* panels = keys.panels(at.example, head / sizes.group);
             const Matrix<T> rows = rows_of<Element>(q, at.example, head, piece, sizes, buffers.q);
             load_entries(lse, at.example, head, piece, buffers.lse);
-            for (int64_t n = 0; n < sight.columns; n += block_columns) {
-                const auto add = [&](int64_t c, auto probability) {
+            for (int64_t n = sight.begin; n < sight.columns; n += block_columns) {
+                const int64_t first = sight.first_row(n), last = sight.last_row(n);
+                const auto add = [&](int64_t c, auto seen) {
                     Vector<T> total{};
-                    for (int64_t r = sight.first_row(n); r < sight.rows; ++r) total += probability(r);
+                    for (int64_t r = first; r < last; ++r) total += seen(r).probability;
                     for (int64_t lane = 0; lane < lanes<T>; ++lane) buffers.columns[n + c + lane] += total[lane];
                 };
-                sight.visit_vectors(n, rows, sizes.depth, panels + n * sizes.depth, scale, buffers.lse, add);
+                sight.visit_vectors(n, rows, sizes.depth, panels + n * sizes.depth, buffers.lse, add);
             }
         }
         for (int64_t m = 0; m < sizes.key_words; ++m) {
@@ -224,8 +262,8 @@ void column_gradient(
 
 template <typename Element, typename T>
 void backward(
-    const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans, T scale, const View& dq,
-    const View& dk, const View& dlse, int threads) {
+    const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
+    const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads) {
     const Sizes sizes = sizes_of<T>(q, k, plans, grad.sizes[2]);
     const Keys<Element, T> keys(k, plans, sizes, threads);
     const int64_t tasks = count_pieces(plans, sizes.batch) * sizes.kv_heads;
@@ -240,7 +278,7 @@ void backward(
     const auto make = [&](Scratch& scratch) {
         const int64_t of_rows = sizes.group * sizes.most_tokens;
         return Buffers{
-            Sight<T>(scratch, sizes),
+            Sight<T>(scratch, sizes, visibility),
             scratch.take<double>(sizes.key_words),
             scratch.take<Matrix<T>>(sizes.group),
             scratch.take<T>(sizes.most_columns),
@@ -270,34 +308,37 @@ void backward(
             load_entries(lse, at.example, head, piece, buffers.lse + g * tokens);
         }
 
-        for (int64_t n = 0, chunk = 0; n < sight.columns; n += block_columns, ++chunk) {
-            const int64_t columns = smaller(block_columns, sight.columns - n), first = sight.first_row(n);
+        // The column blocks of the next piece, whose sums come before this one's.
+        const int64_t next = last_piece ? sight.columns : sight.first_block(plan, plan.pieces[at.index + 1].begin);
+        for (int64_t n = sight.begin; n < sight.columns; n += block_columns) {
+            const int64_t columns = smaller(block_columns, sight.columns - n), chunk = n / block_columns;
+            const int64_t first = sight.first_row(n), last = sight.last_row(n);
             for (int64_t g = 0; g < sizes.group; ++g) {
                 const Matrix<T> rows = buffers.rows[g];
                 T *dq = buffers.dq + g * tokens * sizes.width, *dlse = buffers.dlse + g * tokens * lanes<T>;
                 T* weights = sight.scores + first * block_columns;
-                const auto weigh = [&](int64_t c, auto probability) {
+                const auto weigh = [&](int64_t c, auto seen) {
                     const Vector<T> gradient = load(buffers.gradient + n + c);
-                    for (int64_t r = first; r < tokens; ++r) {
-                        const Vector<T> weight = probability(r) * gradient;
+                    for (int64_t r = first; r < last; ++r) {
+                        const Seen<T> found = seen(r);
+                        const Vector<T> weight = found.probability * gradient;
                         store<T>(load(dlse + r * lanes<T>) - weight, dlse + r * lanes<T>);
-                        store<T>(weight, sight.scores + r * block_columns + c);
+                        store<T>(weight * found.slope, sight.scores + r * block_columns + c);
                     }
                 };
-                sight.visit_vectors(
-                    n, rows, sizes.depth, panels + n * sizes.depth, scale, buffers.lse + g * tokens, weigh);
+                sight.visit_vectors(n, rows, sizes.depth, panels + n * sizes.depth, buffers.lse + g * tokens, weigh);
                 multiply<T>(
-                    tokens - first, sizes.width, columns, {weights, block_columns, 1}, key_rows + n * sizes.width,
+                    last - first, sizes.width, columns, {weights, block_columns, 1}, key_rows + n * sizes.width,
                     sizes.width, dq + first * sizes.width, sizes.width, true);
                 multiply<T>(
-                    columns, sizes.width, tokens - first, {weights, 1, block_columns}, rows.data + first * rows.row,
+                    columns, sizes.width, last - first, {weights, 1, block_columns}, rows.data + first * rows.row,
                     rows.row, buffers.dk, sizes.width, g > 0);
             }
-            if (!last_piece) turns.wait(task - sizes.kv_heads, chunk);
+            if (n >= next && !last_piece) turns.wait(task - sizes.kv_heads, chunk);
             for (int64_t i = 0; i < columns; ++i) {
                 T* target = dk.at<T>(at.example, kv_head, plan.columns[n + i]);
                 const T* source = buffers.dk + i * sizes.width;
-                for (int64_t d = 0; d < sizes.depth; ++d) target[d * dk.strides[3]] += scale * source[d];
+                for (int64_t d = 0; d < sizes.depth; ++d) target[d * dk.strides[3]] += sight.scale * source[d];
             }
             turns.finish(task, chunk);
         }
@@ -305,7 +346,7 @@ void backward(
         for (int64_t r = 0; r < sizes.group * tokens; ++r) {
             const int64_t head = kv_head * sizes.group + r / tokens, token = piece.begin + r % tokens;
             Element* target = dq.at<Element>(at.example, head, token);
-            store_row(buffers.dq + r * sizes.width, dq.strides[3], sizes.depth, scale, target);
+            store_row(buffers.dq + r * sizes.width, dq.strides[3], sizes.depth, sight.scale, target);
             *dlse.at<T>(at.example, head, token) = sum<T>(load(buffers.dlse + r * lanes<T>));
         }
     });
@@ -314,20 +355,19 @@ void backward(
 }  // namespace
 
 void span_attention_forward(
-    const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale, const View& pooled,
-    int threads) {
+    const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
+    const View& pooled, int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
-        using T = decltype(accumulator);
-        forward<decltype(element), T>(q, k, lse, plans, static_cast<T>(scale), pooled, threads);
+        forward<decltype(element), decltype(accumulator)>(q, k, lse, plans, visibility, pooled, threads);
     });
 }
 
 void span_attention_backward(
-    const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans, double scale,
-    const View& dq, const View& dk, const View& dlse, int threads) {
+    const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
+    const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
-        using T = decltype(accumulator);
-        backward<decltype(element), T>(grad, q, k, lse, plans, static_cast<T>(scale), dq, dk, dlse, threads);
+        backward<decltype(element), decltype(accumulator)>(
+            grad, q, k, lse, plans, visibility, dq, dk, dlse, threads);
     });
 }
 

@@ -62,7 +62,7 @@ def _check_memory(recipe: Recipe, options: Options, stage: str, batch: int) -> I
     length, training = options.training.max_length, stage in ("train", "teacher")
     try:
         if training:
-            planned = plan_step(student_config(options, recipe.config), setup_of(options))
+            planned = plan_step(student_config(options, recipe.config), setup_of(options, recipe.config))
             needed = planned.weights + planned.optimizer + planned.step
         else:
             config = recipe.config(options.teacher.teacher_model_name_or_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +115,7 @@ def student_config(options: Options, load: Callable[..., PretrainedConfig] = loa
                 "to make one from the teacher's layers)"
             )
     config = load(name, revision=revision)
-    given = options.training.model_init_kwargs or {}
+    given: Any = options.training.model_init_kwargs or {}
     if given and student.model_name_or_path is None:
         raise ValueError(
             "model_init_kwargs: is given, must not be for a student that is made from the teacher's layers"
@@ -136,7 +137,8 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
     """
     student = options.student
     if student.model_name_or_path is not None:
-        init = dict(options.training.model_init_kwargs or {})
+        given: Any = options.training.model_init_kwargs or {}
+        init = dict(given)
         if student.load_in_4bit:
             init["quantization_config"] = four_bits(options)
         model, tokenizer = load_model(

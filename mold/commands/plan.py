@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich import get_console
 from rich.table import Table
 from rich.text import Text
+from transformers import PretrainedConfig
 
-from mold.commands.inputs import student_config
+from mold.commands.inputs import lora_config, student_config
 from mold.commands.options import Options
 from mold.commands.parsing import parse
+from mold.models import load_config
 from mold.plan import GIB, GPUS, SAVERS, Machine, Plan, Setup, largest_length, plan_step, this_machine
+
+_WORTH = 0.005
+"""Share of the peak or of the time from which on a change is shown: what the tables' digits can say."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -22,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def describe_plan(options: Options) -> Iterator[Text | Table]:
-    """The tables of a planned run.
+    """The tables of a planned run, and lines that say what is being done.
 
     Args:
         options: of the training, gpu (a name of `mold.plan.GPUS`) and memory.
@@ -30,53 +36,86 @@ def describe_plan(options: Options) -> Iterator[Text | Table]:
     Raises:
         ValueError: no such GPU, no model is named, or an option cannot be planned.
     """
-    gpu, memory, lora_rank = options.planning.gpu, options.planning.memory, 0
+    gpu, memory = options.planning.gpu, options.planning.memory
     if gpu is not None and gpu not in GPUS:
         raise ValueError(f"gpu: is {gpu!r}, must be one of {', '.join(GPUS)}")
     machine = this_machine() if gpu is None else GPUS[gpu]
     available = machine.memory if memory is None else memory * GIB
-    config, setup = student_config(options), setup_of(options, lora_rank)
+    config, setup = student_config(options), setup_of(options)
+    yield _doing(f"a step of {setup.texts} x {setup.length:,} tokens")
     planned = plan_step(config, setup)
     yield Text(f"{planned.parameters / 1e6:,.0f} M parameters, {planned.trainable / 1e6:,.0f} M trained", style="bold")
     yield _parts(planned, machine)
+    yield _doing("the largest T that fits")
     peak, longest = planned.peak(machine), largest_length(config, setup, machine, available)
     yield Text(
         f"{'fits' if peak <= available else 'does not fit'} {available / GIB:.1f} GiB of {machine.name}; the largest T "
         f"that fits is {longest:,}"
     )
-    table = Table("with", "peak GiB", "saves GiB", "s a step", title=f"What saves memory at T = {setup.length:,}")
-    savings, every = {}, {}
-    for name, change in SAVERS.items():
-        if dataclasses.replace(setup, **change) == setup:
+    table = Table("with", "peak GiB", "saves GiB", "a step", title=f"What saves memory at T = {setup.length:,}")
+    savings: dict[str, float] = {}
+    every: dict[str, Any] = {}
+    for name, change in _savers(options).items():
+        if (changed := dataclasses.replace(setup, **change)) == setup:
+            continue
+        yield _doing(name)
+        with_saver = plan_step(config, changed)
+        saved = peak - with_saver.peak(machine)
+        faster = planned.seconds(machine) - with_saver.seconds(machine)
+        if saved < _WORTH * peak and faster < _WORTH * planned.seconds(machine):
             continue
         every |= change
-        with_saver = plan_step(config, dataclasses.replace(setup, **change))
-        savings[name] = peak - with_saver.peak(machine)
+        savings[name] = saved
         table.add_row(name, *_cells(with_saver, machine, peak))
-    if every:
-        all_on = plan_step(config, dataclasses.replace(setup, **every))
-        table.add_row("all of them", *_cells(all_on, machine, peak))
-    table.add_row(
-        "eager attention maps instead",
-        *_cells(plan_step(config, dataclasses.replace(setup, attention="eager")), machine, peak),
-    )
-    yield table
+    everything = dataclasses.replace(setup, **every)
+    if len(every) > 1:
+        table.add_row("all of them", *_cells(plan_step(config, everything), machine, peak))
+    if setup.trains_attention and not setup.padding_free:
+        yield _doing("eager attention maps instead")
+        eager = plan_step(config, dataclasses.replace(setup, attention="eager"))
+        table.add_row("eager attention maps instead", *_cells(eager, machine, peak))
+    if table.row_count:
+        yield table
     if savings:
-        best = max(savings, key=savings.get)
+        best = max(savings, key=savings.__getitem__)
         yield Text(f"{best} buys most: {savings[best] / GIB:.2f} GiB")
-        longest = largest_length(config, dataclasses.replace(setup, **every), machine, available)
-        yield Text(f"with all of them the largest T that fits is {longest:,}")
+        yield _doing("the largest T that fits with all of them")
+        yield Text(
+            f"with all of them the largest T that fits is {largest_length(config, everything, machine, available):,}"
+        )
 
 
-def setup_of(options: Options, lora_rank: int = 0) -> Setup:
+def _doing(what: str) -> Text:
+    return Text(f"planning: {what} ...", style="dim")
+
+
+def _savers(options: Options) -> dict[str, dict]:
+    """What saves memory, as changes of the run's setup."""
+    if options.student.use_peft:
+        return SAVERS
+    adapted = dataclasses.replace(options.student, use_peft=True)
+    return SAVERS | {f"LoRA of rank {adapted.lora_r}": {"peft_config": lora_config(adapted)}}
+
+
+def setup_of(options: Options, load: Callable[..., PretrainedConfig] = load_config) -> Setup:
     """The planned step of a run's options.
 
+    Args:
+        options: of the training.
+        load: makes a configuration from a model's name and revision.
+
     Raises:
-        ValueError: max_length is None, or an option cannot be planned.
+        ValueError: max_length is None, an option cannot be planned, or options do not go together.
+        ImportError: use_peft is given without peft.
     """
-    training = options.training
+    training, teacher = options.training, options.teacher
     if training.max_length is None:
         raise ValueError("max_length: is None, must be the tokens of the longest example")
+    teacher_config = None
+    if teacher.teacher_online:
+        if teacher.teacher_model_name_or_path is None:
+            raise ValueError("teacher_model_name_or_path: is not given, must name the teacher")
+        teacher_config = load(teacher.teacher_model_name_or_path, revision=teacher.teacher_model_revision)
     return Setup(
         training.max_length,
         training.per_device_train_batch_size,
@@ -86,7 +125,13 @@ def setup_of(options: Options, lora_rank: int = 0) -> Setup:
         activation_checkpointing=bool(getattr(training, training.checkpointing_option)),
         cross_entropy=training.cross_entropy,
         optim=str(getattr(training.optim, "value", training.optim)),
-        lora_rank=lora_rank,
+        tasks=len(training.tasks),
+        trains_attention=training.trains_attention,
+        padding_free=training.padding_free,
+        peft_config=lora_config(options.student),
+        load_in_4bit=options.student.load_in_4bit,
+        teacher=teacher_config,
+        teacher_dtype=teacher.teacher_dtype if teacher_config is not None else "float32",
     )
 
 
@@ -103,12 +148,19 @@ def _parts(planned: Plan, machine: Machine) -> Table:
         ("kept for the backward", planned.activations),
         ("peak", planned.peak(machine)),
     ):
-        table.add_row(name, f"{size / GIB:.2f} GiB")
+        if size:
+            table.add_row(name, f"{size / GIB:.2f} GiB")
     table.add_row("work", f"{planned.flops / 1e12:.3g} TFLOP")
-    table.add_row("time", f"{planned.seconds(machine):.3g} s")
+    table.add_row("time", _seconds(planned, machine))
     return table
 
 
 def _cells(planned: Plan, machine: Machine, peak: float) -> tuple[str, str, str]:
     saved = (peak - planned.peak(machine)) / GIB
-    return f"{planned.peak(machine) / GIB:.2f}", f"{saved:.2f}", f"{planned.seconds(machine):.3g}"
+    return f"{planned.peak(machine) / GIB:.2f}", f"{saved:.2f}", _seconds(planned, machine)
+
+
+def _seconds(planned: Plan, machine: Machine) -> str:
+    """A GPU's rates are assumed (`mold.plan.EFFICIENCY`)."""
+    said = f"{planned.seconds(machine):.3g} s"
+    return f"{said} (not measured)" if machine in GPUS.values() else said

@@ -177,7 +177,8 @@ _SIGNAL_OPTIONS = (
 
 class _Stages:
     def __init__(self, root: Path, say: Callable[[str], None]):
-        self.root, self.say, self.told = root, say, set()
+        self.root, self.say = root, say
+        self.told: set[Path] = set()
 
     def run(
         self,

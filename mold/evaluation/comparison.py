@@ -46,7 +46,7 @@ def read_run(student: Path, evaluated: Path, variant: str, size: int | None, see
     """A training's results from the folder of its student and that of the student's evaluation."""
     sets = json.loads((evaluated / "comparison.json").read_text())
     rows = json.loads((student / "summary.json").read_text())["rows"]
-    outcomes = {}
+    outcomes: dict[tuple[str, str], dict[str, float]] = {}
     for entry in sets:
         stem = f"{entry['model']}--{entry['set']}.jsonl"
         outcomes |= _outcomes(entry["set"], evaluated / "predictions" / stem, evaluated / "likelihoods" / stem)
@@ -153,7 +153,7 @@ def compare(groups: Sequence[Sequence[Run]], baseline: str) -> list[dict]:
             if measure != MEASURES[0] and first.tasks != base[0].tasks:
                 continue
             tables = _paired([group, base], name, measure)
-            if tables is None:
+            if not tables:
                 continue
             difference = paired_difference(*tables)
             entry = {"variant": first.variant, "size": first.size, "set": name, "measure": measure}
@@ -180,7 +180,7 @@ def needed_examples(groups: Sequence[Sequence[Run]], baseline: str) -> list[dict
             continue
         for name in dict.fromkeys(name for name, _ in sizes[both[0]][0].outcomes):
             tables = _paired([*(sizes[s] for s in both), *(base[s] for s in both)], name, MEASURES[0])
-            if tables is None:
+            if not tables:
                 continue
             first, second = tables[: len(both)], tables[len(both) :]
             needed = examples_needed(dict(zip(both, first, strict=True)), dict(zip(both, second, strict=True)))
@@ -192,14 +192,14 @@ def needed_examples(groups: Sequence[Sequence[Run]], baseline: str) -> list[dict
     return found
 
 
-def _paired(groups: Sequence[Sequence[Run]], name: str, measure: str) -> list[np.ndarray] | None:
-    """Tables [seeds, questions] of each group, over the seeds that all have; None where there is none."""
+def _paired(groups: Sequence[Sequence[Run]], name: str, measure: str) -> list[np.ndarray]:
+    """Tables [seeds, questions] of each group, over the seeds that all have; none where no seed is."""
     by_seed: list[Mapping[int, Run]] = [
         {run.seed: run for run in group if (name, measure) in run.outcomes} for group in groups
     ]
     seeds = sorted(set.intersection(*(set(runs) for runs in by_seed)))
     if not seeds:
-        return None
+        return []
     questions = list(by_seed[0][seeds[0]].outcomes[name, measure])
     tables = []
     for runs in by_seed:

@@ -68,7 +68,7 @@ def extract_signals(
     shards, done_here = manifest["shards"], manifest["examples"]
     noted = dataclasses.asdict(manifest.get("settings", settings))
     extracted = {key: value for found in manifests.values() for key, value in found["examples"].items()}
-    remaining = {}
+    remaining: dict[str, EncodedExample] = {}
     for example in examples:
         content = text_hash(example, settings.template)
         known = extracted.get(content)
@@ -83,13 +83,13 @@ def extract_signals(
     # Nobody writes before everybody has seen the same examples remain.
     state.wait_for_everyone()
     done = len(examples) - len(remaining)
-    remaining = list(remaining.items())[state.process_index :: state.num_processes]
+    my_own = list(remaining.items())[state.process_index :: state.num_processes]
     collate = Collator(pad_token_id=tokenizer.eos_token_id)
-    with tqdm(total=done + len(remaining), desc="Teacher signals", disable=not progress or bool(mine)) as bar:
+    with tqdm(total=done + len(my_own), desc="Teacher signals", disable=not progress or bool(mine)) as bar:
         bar.update(done)
-        for start in range(0, len(remaining), shard_size):
-            shard = remaining[start : start + shard_size]
-            tensors = {}
+        for start in range(0, len(my_own), shard_size):
+            shard = my_own[start : start + shard_size]
+            tensors: dict[str, torch.Tensor] = {}
             # Examples of like length share a batch: less padding.
             by_length = sorted(shard, key=lambda pair: len(pair[1].input_ids))
             for first in range(0, len(by_length), batch_size):

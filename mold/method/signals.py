@@ -16,6 +16,7 @@ import os
 import re
 import reprlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -89,7 +90,9 @@ class SignalCache:
         manifests = read_manifests(self.folder)
         if not manifests:
             raise ValueError(f"signals: {self.folder} holds no {MANIFEST}; run `mold extract` first")
-        self._examples, self._signals, self._shards = {}, {}, {}
+        self._examples: dict[str, dict[str, Any]] = {}
+        self._signals: dict[str, torch.Tensor] = {}
+        self._shards: dict[str, str] = {}
         self.settings = next(iter(manifests.values()))["settings"]
         for name, manifest in manifests.items():
             if different := _different(manifest["settings"], self.settings):

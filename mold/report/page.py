@@ -194,7 +194,7 @@ def _sentence(summary: Mapping[str, Any]) -> str:
 def _predictions(there: Mapping[str, Path], notes: list[str]) -> dict[str, Any]:
     """The first problems as they come, not chosen, and how many of all turned right or wrong."""
     files = {when: there.get(f"predictions_{when}.jsonl") for when in ("before", "after")}
-    problems = {}
+    problems: dict[str, dict[str, Any]] = {}
     for when, path in files.items():
         for _, row in _rows(path, notes):
             problem = problems.setdefault(row["id"], {"question": row["question"], "answer": row["answer"]})

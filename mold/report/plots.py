@@ -180,7 +180,8 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_yscale("log" if log else "linear")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axes.yaxis.set_minor_formatter(lambda value, _: "")
-        _mark_not_finite(axes, *np.concatenate([training, evaluation], axis=1), "step")
+        at, values = np.concatenate([training, evaluation], axis=1)
+        _mark_not_finite(axes, at, values, "step")
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
         axes.locator_params(axis="x", nbins=5)
     return figure
@@ -217,7 +218,7 @@ def variant_results(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
     """
     if not variants:
         raise ValueError("variants: is empty, must hold at least one")
-    found = {}
+    found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for row, entry in enumerate(variants.values()):
         for name, accuracy in entry["sets"].items():
             found.setdefault(("accuracy", name), {})[row] = accuracy | {"means": accuracy["accuracies"]}
@@ -473,7 +474,7 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
 
 
 def _step_labels(axes: Axes, labels: Sequence[Sequence[str]], left: float) -> None:
-    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
     for i, lines in enumerate(labels):
         axes.annotate(str(i + 1), (0, i), (72 * (0.2 - left), 0), ha="right", fontsize=6, color=MUTED, **where)
         text = axes.annotate("\n".join(lines), (0, i), (72 * (0.3 - left), 0), fontsize=FONT, color=INK, **where)

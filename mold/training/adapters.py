@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from mold.extras import missing_extra
 
 
-def add_adapter(model: PreTrainedModel, peft_config, args: TrainingArguments) -> PreTrainedModel:
+def add_adapter(model: PreTrainedModel, peft_config) -> PreTrainedModel:
     """The model with a fresh adapter; a model loaded in 4 or 8 bits (QLoRA) is prepared for training first.
 
     Args:
         model: the student.
         peft_config: a peft configuration, for example LoraConfig.
-        args: decides about activation checkpointing.
 
     Raises:
         ImportError: peft is not installed.

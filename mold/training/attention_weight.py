@@ -8,12 +8,14 @@ import torch
 from accelerate.utils import broadcast
 from transformers.utils import logging
 
+from mold.training.mixin import TrainerMixin
+
 logger = logging.get_logger(__name__)
 
 _BATCHES = 4  # that gradients are measured on
 
 
-class AttentionWeight:
+class AttentionWeight(TrainerMixin):
     """A mixin of `MoldTrainer` that decides beta.
 
     With beta="auto" it is chosen once, before the first step, from the norms g of the gradients with respect to the

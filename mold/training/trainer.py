@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -89,21 +90,23 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
     ):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            check_model_init_kwargs(load_config(model), args.model_init_kwargs)
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            init: Any = args.model_init_kwargs or {}
+            check_model_init_kwargs(load_config(model), init)
+            model = AutoModelForCausalLM.from_pretrained(model, **init)
         if processing_class is None:
             raise ValueError("processing_class: is None, must be the student's tokenizer")
         if signals is not None and teacher_model is not None:
             raise ValueError("teacher_model: is given together with signals, must be only one of them")
+        teacher: Any = teacher_model
         if isinstance(teacher_model, str):
-            teacher_model, loaded = load_model(teacher_model)
+            teacher, loaded = load_model(teacher_model)
             teacher_processing_class = teacher_processing_class or loaded
         if teacher_model is not None and teacher_processing_class is None:
             raise ValueError("teacher_processing_class: is None, must be the teacher's tokenizer")
         self.signals, self.teacher = signals, None
         if teacher_model is not None:
             self.teacher = OnlineTeacher(
-                teacher_model.to(args.device),
+                teacher.to(args.device),
                 teacher_processing_class,
                 args.template,
                 args.row_reduction,
@@ -121,7 +124,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         if signals is not None:
             signals.require(row_reduction=args.row_reduction)
         if peft_config is not None:
-            model = add_adapter(model, peft_config, args)
+            model = add_adapter(model, peft_config)
         check_adapter(model)
         layers = {}
         if args.method == "single_layer":
@@ -160,7 +163,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         )
         self._refuse_unsupported_parallelism()
         self.mold_loss.to(self.args.device)
-        self._head = make_head(without_adapter(self.model), args.cross_entropy)
+        self._head: Any = make_head(without_adapter(self.model), args.cross_entropy)
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
@@ -201,7 +204,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
                 encode_example(example, self._tokenizer, options.template, task=task, max_length=options.max_length)
                 for task in options.tasks
             ]
-            item = {"example": encoded[0], "signal": None}
+            item: dict[str, Any] = {"example": encoded[0], "signal": None}
             if taught and self.signals is not None:
                 item["signal"] = self.signals.signal(example, encoded[0])
             elif taught:
@@ -329,11 +332,12 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
             ValueError: the checkpoint is damaged, or another process trains in args.output_dir.
         """
         if not self.args.should_save:
-            return self._train(resume_from_checkpoint or None, **kwargs)
+            return self._train(resume_from_checkpoint, **kwargs)
         with sole_use(Path(self.args.output_dir), "output_dir"):
-            return self._train(resume_from_checkpoint or None, **kwargs)
+            return self._train(resume_from_checkpoint, **kwargs)
 
-    def _train(self, checkpoint: str | bool | None, **kwargs):
+    def _train(self, wanted: str | bool | None, **kwargs):
+        checkpoint = wanted or None
         if checkpoint is True:
             checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.load_best_model_at_end)
         note = None
@@ -441,9 +445,9 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         was_training = model.training
         model.eval()
         sums, counts = torch.zeros(3, device=self.args.device), torch.zeros(3, device=self.args.device)
-        items = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        items: Any = list(self.eval_dataset if eval_dataset is None else eval_dataset)
         items = items[self.accelerator.process_index :: self.accelerator.num_processes]
-        loader = DataLoader(items, self.args.eval_batch_size, collate_fn=self.data_collator)
+        loader: DataLoader = DataLoader(items, self.args.eval_batch_size, collate_fn=self.data_collator)
         for inputs in tqdm(loader, desc="Evaluating", disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
@@ -454,7 +458,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts, self.beta).item()}
         metrics |= self._term_metrics(sums, counts, f"{metric_key_prefix}_loss")
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from transformers import TrainingArguments
+
 _SPLIT = "the router stands beside the model: gradients of a model that is split cannot be clipped together with its"
 _SUMS = "evaluation sums the losses here, and keeps no predictions"
 _SCRIPT = "it is for scripts of one's own, and no trainer reads it"
@@ -99,7 +101,7 @@ _REFUSED_VALUES = {
 }
 
 
-def check_followed(options: object, refused: Mapping[str, str]) -> None:
+def check_followed(options: TrainingArguments, refused: Mapping[str, str]) -> None:
     """Refuse what a trainer cannot follow.
 
     Args:

@@ -1,13 +1,18 @@
 import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from mold.commands.cli import dispatch, main
+from mold.commands.inputs import lora_config, student_config
+from mold.commands.parsing import parse
+from mold.commands.plan import setup_of
 from mold.plan import GIB, GPUS, SAVERS, Machine, Setup, inference_peak, largest_length, plan_step
+from mold.training.adapters import add_adapter
 from tests.tiny_models import make_model
 
 RATES = {"float32": 1e12, "bfloat16": 2e12, "attention float32": 1e12, "attention bfloat16": 2e12}
@@ -146,6 +151,118 @@ def test_the_command_names_the_best_saver_and_the_largest_length(tmp_path, capsy
     with pytest.raises(SystemExit):
         main()
     assert "gpu: is 'h1', must be one of a100-80gb" in capsys.readouterr().err
+
+
+def plan_of(folder, *arguments):
+    """What the command plans of these options, and its setup."""
+    options = parse("plan", ["--model_name_or_path", str(folder), "--max_length", "256", *arguments])
+    setup = setup_of(options)
+    return plan_step(student_config(options), setup), setup
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    config().save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_the_one_that_training_adds(saved):
+    full, _ = plan_of(saved)
+    planned, _ = plan_of(saved, "--use_peft", "true", "--lora_r", "3")
+    student = AutoModelForCausalLM.from_config(config())
+    arguments = ["--model_name_or_path", str(saved), "--use_peft", "true", "--lora_r", "3"]
+    adapted = add_adapter(student, lora_config(parse("plan", arguments).student))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert planned.trainable == trained
+    assert (planned.gradients, planned.optimizer) == (4 * trained, 8 * trained)
+    assert planned.peak(MACHINE) < full.peak(MACHINE)
+    attention_alone, _ = plan_of(
+        saved, "--use_peft", "true", "--lora_r", "3", "--lora_target_modules", "q_proj", "v_proj"
+    )
+    assert attention_alone.trainable < planned.trainable
+    assert attention_alone.activations < planned.activations
+
+
+def test_four_bits_are_half_a_byte_and_scales_of_every_linear_layer_but_the_output(saved):
+    lora = ("--use_peft", "true")
+    full, packed = plan_of(saved, *lora)[0], plan_of(saved, *lora, "--load_in_4bit", "true")[0]
+    student = AutoModelForCausalLM.from_config(config())
+    linear = sum(
+        layer.weight.numel()
+        for layer in student.modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not student.lm_head
+    )
+    assert full.weights - packed.weights == pytest.approx(linear * (4 - 0.5 - 4 / 64), rel=1e-3)
+    assert (packed.parameters, packed.trainable) == (full.parameters, full.trainable)
+    with pytest.raises(ValueError, match="load_in_4bit: is True, must be False without use_peft"):
+        plan_of(saved, "--load_in_4bit", "true")
+
+
+def test_gpt2_can_be_planned_in_four_bits(tmp_path):
+    GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=500).save_pretrained(tmp_path)
+    options = ("--use_peft", "true", "--bf16", "true")
+    packed, full = (plan_of(tmp_path, *options, "--load_in_4bit", value)[0] for value in ("true", "false"))
+    assert packed.weights < full.weights
+
+
+def test_two_tasks_are_twice_the_texts_without_pooled_attention(saved):
+    two, setup = plan_of(saved, "--method", "step_by_step")
+    assert (setup.texts, setup.trains_attention) == (2, False)
+    same, _ = plan_of(saved, "--method", "rationales", "--per_device_train_batch_size", "16")
+    assert plan_of(saved, "--method", "step_by_step", "--per_device_train_batch_size", "8")[0].step == same.step
+    with_attention, _ = plan_of(saved, "--mol_two_tasks", "true")
+    assert with_attention.flops == two.flops
+
+
+def test_an_online_teacher_adds_its_weights_and_forward(saved, tmp_path):
+    config(num_hidden_layers=5).save_pretrained(tmp_path)
+    teacher = AutoModelForCausalLM.from_config(config(num_hidden_layers=5))
+    alone, _ = plan_of(saved)
+    options = ("--teacher_model_name_or_path", str(tmp_path), "--teacher_online", "true")
+    taught, _ = plan_of(saved, *options)
+    weights = sum(t.nbytes for t in (*teacher.parameters(), *teacher.buffers()))
+    assert taught.weights - alone.weights == weights
+    layers = sum(p.numel() for name, p in teacher.named_parameters() if ".layers." in name and p.ndim > 1)
+    attention = 4 * 5 * 6 * 256**2 * 16 / 2
+    assert taught.flops - alone.flops == pytest.approx((2 * 256 * layers + attention) * 8, rel=0.01)
+    halves, _ = plan_of(saved, *options, "--teacher_dtype", "bfloat16")
+    assert halves.weights - alone.weights < 0.51 * weights
+    # With beta=0 it is there and is not asked.
+    assert plan_of(saved, *options, "--beta", "0")[0].flops == alone.flops
+    with pytest.raises(ValueError, match="teacher_model_name_or_path: is not given"):
+        plan_of(saved, "--teacher_online", "true")
+
+
+def test_packed_texts_attend_to_themselves_alone(saved):
+    padded, packed = (plan_of(saved, "--padding_free", value)[0] for value in ("false", "true"))
+    assert packed.flops == pytest.approx(padded.flops, rel=0.01)
+    assert packed.step == pytest.approx(padded.step, rel=0.2)
+    assert packed.step != padded.step
+
+
+def test_a_gpus_options_are_planned_without_one_and_its_times_are_not_measured(saved, capsys):
+    dispatch(
+        ["plan", "--model_name_or_path", str(saved), "--max_length", "256", "--gpu", "h100-80gb", "--bf16", "true"]
+    )
+    said = capsys.readouterr().out
+    assert "s (not measured)" in said
+    assert "bfloat16 autocast" not in said  # it is on
+    assert "planning: LoRA of rank 16 ..." in said
+    assert not re.search(r"saves? .*-?0\.00 +[0-9.]+ s$", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "smaller"),
+    [
+        (("--gradient_checkpointing", "true"), "activations"),
+        (("--cross_entropy", "chunked"), "activations"),
+        (("--optim", "sgd"), "optimizer"),
+        (("--model_dtype", "bfloat16"), "weights"),
+    ],
+)
+def test_a_savers_option_reaches_the_plan(saved, arguments, smaller):
+    assert getattr(plan_of(saved, *arguments)[0], smaller) < getattr(plan_of(saved)[0], smaller)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mold_kernels import attention_lse, attention_with_lse, native, reference
 from mold_kernels.testing import assert_as_accurate_as, random_qkv
@@ -137,14 +139,16 @@ def test_each_output_alone_is_differentiable(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padding", ["none", "both"])
+@pytest.mark.parametrize("name", ["torch", *LEVELS])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "head_dim"), SHAPES)
-def test_attention_lse(batch, heads, kv_heads, length, head_dim, padding, dtype):
+def test_attention_lse(batch, heads, kv_heads, length, head_dim, padding, dtype, name):
+    backend = use_backend(name)
     generator = torch.Generator().manual_seed(length)
     tensors = random_qkv(generator, batch, heads, kv_heads, length, head_dim, dtype=dtype)[:2]
     mask = padding_mask(padding, batch, length)
     upstream = [torch.randn(batch, heads, length, generator=generator, dtype=torch.float64)]
     assert_matches_reference(
-        lambda q, k: attention_lse(q, k, key_padding_mask=mask),
+        lambda q, k: attention_lse(q, k, key_padding_mask=mask, backend=backend),
         lambda q, k: reference.attention_lse(q, k, key_padding_mask=mask),
         tensors,
         upstream,
@@ -154,7 +158,7 @@ def test_attention_lse(batch, heads, kv_heads, length, head_dim, padding, dtype)
 
 def test_attention_lse_over_many_blocks(monkeypatch):
     monkeypatch.setattr(sys.modules["mold_kernels.attention"], "_BLOCK_ELEMENTS", 700)
-    test_attention_lse(2, 4, 2, 37, 16, "both", torch.float32)
+    test_attention_lse(2, 4, 2, 37, 16, "both", torch.float32, "torch")
 
 
 OPTIONS = [
@@ -179,6 +183,62 @@ def test_options_of_the_reference_by_hand(options):
             scores = options["softcap"] * (scores / options["softcap"]).tanh()
         torch.testing.assert_close(lse[0, :, row], scores.exp().sum(-1).log(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(out[0, :, row], scores.softmax(-1) @ v[0, 0, first : row + 1])
+
+
+SEEDS = st.integers(0, 99)
+
+
+@st.composite
+def visibilities(draw, length):
+    """Options of a text, or of packed ones, of `length` tokens."""
+    cuts = draw(st.none() | st.lists(st.integers(0, length), max_size=4).map(sorted))
+    return {
+        "sliding_window": draw(st.none() | st.integers(1, length + 1)),
+        "softcap": draw(st.none() | st.floats(0.25, 50)),
+        "cu_seqlens": None if cuts is None else torch.tensor([0, *cuts, length], dtype=torch.int32),
+    }
+
+
+def assert_sees_what_the_reference_sees(length, heads, head_dim, seed, dtype, options):
+    """Of the native kernels, with the output and for the log-sum-exp alone."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = random_qkv(generator, 1, *heads, length, head_dim, dtype=dtype)
+    out, lse = (torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in (q, q[..., 0]))
+    for fast, slow, tensors, upstream, names in (
+        (attention_with_lse, reference.attention_with_lse, (q, k, v), [out, lse], ["out", "lse", "dq", "dk", "dv"]),
+        (attention_lse, reference.attention_lse, (q, k), [lse], ["lse", "dq", "dk"]),
+    ):
+        fast = partial(fast, backend="native", **options)
+        assert_matches_reference(fast, partial(slow, **options), tensors, upstream, names)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 1},
+        {"sliding_window": 70},
+        {"softcap": 2.0},
+        {"cu_seqlens": torch.tensor([0, 4, 4, 150, 301]).int()},
+        {"cu_seqlens": torch.tensor([0, 128, 301]).int(), "sliding_window": 33, "softcap": 30.0},
+        {"key_padding_mask": (torch.arange(301) > 66)[None], "sliding_window": 80, "softcap": 0.5},
+    ],
+)
+def test_windows_packing_and_soft_capping_in_native_kernels(options, dtype, level):
+    use_backend(level)
+    assert_sees_what_the_reference_sees(301, (6, 2), 20, 0, dtype, options)
+    use_backend(LEVELS[-1])
+
+
+@pytest.mark.skipif(not LEVELS, reason=str(native.why_missing()))
+@settings(deadline=None, max_examples=60)
+@given(
+    st.data(), st.integers(1, 400), st.sampled_from([(1, 1), (4, 2), (7, 1)]), st.integers(1, 40), st.integers(0, 99)
+)
+def test_any_visibility(data, length, heads, head_dim, seed):
+    """Several blocks of rows and of columns, which a window, a text's end or the diagonal cuts anywhere."""
+    assert_sees_what_the_reference_sees(length, heads, head_dim, seed, torch.float64, data.draw(visibilities(length)))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +278,7 @@ def test_a_backend_without_an_option_refuses_it_by_name(option):
         (attention_with_lse(q, k, v, **option)[1], reference.attention_with_lse(q, k, v, **option)[1]),
         (attention_lse(q, k, **option), reference.attention_lse(q, k, **option)),
     ):
-        assert torch.equal(fast, slow)  # "auto" finds a backend that has it
+        torch.testing.assert_close(fast, slow)  # "auto" finds a backend that has it
 
 
 def test_fa4_is_named_where_it_is_missing():
@@ -256,8 +316,8 @@ def test_wrong_input_names_the_argument(change, message):
 
 
 def test_the_reference_is_not_chosen_in_silence():
-    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 2, 9, 8)
-    with pytest.warns(UserWarning, match="takes float32 with sliding_window on cpu; the reference stores"):
+    q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 2, 9, 8, dtype=torch.float16)
+    with pytest.warns(UserWarning, match="takes float16 with sliding_window on cpu; the reference stores"):
         attention_with_lse(q, k, v, sliding_window=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

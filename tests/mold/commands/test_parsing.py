@@ -26,8 +26,7 @@ def test_every_option_is_one_of_a_group_and_of_a_command():
         assert len(set(taken)) == len(taken), command
         assert set(NEEDS[command]) <= set(taken)
     assert ours <= set(EVERY)
-    # transformers before 5.19 has not both names.
-    assert set(EVERY) - known <= {"activation_checkpointing", "gradient_checkpointing"}
+    assert set(EVERY) <= known
 
 
 @pytest.mark.parametrize("command", TAKES)
