@@ -37,7 +37,7 @@ class _Finder:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, self.functions[name])
+                    spec.loader = _Loader(spec.loader, self.functions[name])  # type: ignore[assignment]  # acts as one
                 return spec
         return None
 

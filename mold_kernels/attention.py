@@ -11,6 +11,8 @@ so D_i - dlse_i takes the place of D_i and nothing else changes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mold_kernels import _triton, foreign_attention, native, reference
@@ -67,7 +69,7 @@ def attention_with_lse(
             f"v: is {v.dtype} {list(v.shape)} on {v.device}, must be {q.dtype} {list(k.shape)} on {q.device} as k"
         )
     check_scale(scale)
-    options = {
+    options: dict[str, Any] = {
         "key_padding_mask": key_padding_mask,
         "sliding_window": sliding_window,
         "softcap": softcap,
@@ -116,7 +118,7 @@ def attention_lse(
     """
     check_heads(q, k)
     check_scale(scale)
-    options = {
+    options: dict[str, Any] = {
         "key_padding_mask": key_padding_mask,
         "sliding_window": sliding_window,
         "softcap": softcap,

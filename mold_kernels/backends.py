@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ RUNTIMES = {
     "native": Runtime(("cpu",), native.why_missing),
     "aten": Runtime(("cpu",)),  # torch's own flash attention for the CPU
     "triton": Runtime(_triton.DEVICES, _triton.why_missing, ("cuda",)),
-    "cuda": Runtime(("cuda",), cuda.why_missing, ()),
+    "cuda": Runtime(("cuda",), cuda.why_missing, ()),  # type: ignore[has-type]  # cached, in a circle of imports
     "flex": Runtime(auto=()),  # torch's FlexAttention
     "fa4": Runtime(("cuda",), _why_no_fa4, ()),  # flash-attn-4
     "torch": Runtime(),
@@ -143,7 +143,7 @@ class Op:
             self._make_differentiable(declarations, outputs.count(",") + 1, gradients, kept, fake_backward, auxiliary)
 
     def choose(
-        self, requested: str, tensor: torch.Tensor, options: dict[str, object] | None = None, needs_gradient=False
+        self, requested: str, tensor: torch.Tensor, options: Mapping[str, object] | None = None, needs_gradient=False
     ) -> Backend:
         """The line that computes the op.
 
@@ -175,7 +175,7 @@ class Op:
         if requested == "auto":
             reason = "; ".join(filter(None, refusals.values()))
         else:
-            reason = refusals.get(requested, f"{self.name} has no backend of that name")
+            reason = refusals.get(requested) or f"{self.name} has no backend of that name"
         raise ValueError(
             f"backend: is {requested!r}, must be {listed(map(repr, usable)) or 'nothing'} for {self.name} of {case}: "
             f"{reason}"

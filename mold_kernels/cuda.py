@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+_cuda: Any
 try:
-    from mold_kernels import _cuda
+    from mold_kernels import _cuda  # type: ignore[attr-defined, no-redef]
 except ImportError as error:
     _cuda = None
     _why_missing = (
@@ -20,7 +22,7 @@ except ImportError as error:
         "(it is built where nvcc of CUDA 12.8 or newer is found)"
     )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = 256
 TILE = 64
 """`span_attention` takes as many columns as fill such tiles."""

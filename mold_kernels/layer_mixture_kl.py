@@ -104,10 +104,10 @@ def layer_mixture_kl(
     _check_tau(tau)
     if row_norm not in ("softmax", "l1"):
         raise ValueError(f'row_norm: is {row_norm!r}, must be "softmax" or "l1"')
-    maps = teacher_attention, student_attention, student_weights
+    maps = [teacher_attention, student_attention, student_weights]
     if len({tensor.dtype for tensor in maps}) > 1:
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in maps))
-        maps = (tensor.to(dtype) for tensor in maps)
+        maps = [tensor.to(dtype) for tensor in maps]
     tensors = *maps, num_steps, num_keys
     chosen = LAYER_MIXTURE_KL.choose(backend, tensors[0])
     if chosen.backward is None:

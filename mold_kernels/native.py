@@ -3,15 +3,18 @@
 Importing it never fails; `why_missing` says why the module is not there. Arguments were checked by the public function.
 """
 
+from typing import Any
+
 import torch
 
+_native: Any
 try:
-    from mold_kernels import _native
+    from mold_kernels import _native  # type: ignore[attr-defined, no-redef]
 except ImportError as error:  # not built, built for another Python, or a library that it needs is not there
     _native = None
     _why_missing = f"the compiled module mold_kernels._native cannot be imported: {error}"
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def is_available() -> bool:

@@ -7,6 +7,7 @@ what a kernel takes for a few hundred tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -64,5 +65,5 @@ def register_gradient(operator: torch._ops.OpOverload, keep: Callable, different
 
     backward = torch.autograd.function.once_differentiable(differentiate)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(operator.name(), (torch.autograd.Function,), methods)
+    function: Any = type(operator.name(), (torch.autograd.Function,), methods)
     _LIBRARY.impl(operator.name().removeprefix("mold::"), autograd, "Autograd")

@@ -22,6 +22,7 @@ the backward pass: nothing of size T is kept beyond the inputs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ def span_attention(
         raise ValueError("plan: is of other spans, must be made of row_spans and key_spans as they are, and of q's T")
     if row_reduction not in ("sum", "mean"):
         raise ValueError(f'row_reduction: is {row_reduction!r}, must be "sum" or "mean"')
-    options = {"sliding_window": sliding_window, "softcap": softcap, "cu_seqlens": cu_seqlens}
+    options: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "cu_seqlens": cu_seqlens}
     check_visibility(q, **options)
     chosen = SPAN_ATTENTION.choose(backend, q, options)
     if chosen.backward is None:

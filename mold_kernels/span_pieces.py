@@ -66,7 +66,8 @@ class SpanPlan:
         self.length = length
         with _outside_inference_mode():
             self.row_spans, self.key_spans = within(row_spans, length), within(key_spans, length)
-        self._pieces, self._columns = {}, {}
+        self._pieces: dict[int, Pieces] = {}
+        self._columns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def is_of(self, row_spans: torch.Tensor, key_spans: torch.Tensor, length: int) -> bool:
         """Whether it was made of these very tensors, and neither has been written to since.

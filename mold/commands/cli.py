@@ -12,7 +12,7 @@ import sys
 import traceback
 
 COMMANDS = {
-    "demo": "The whole path on generated problems, in a few minutes on a CPU.",
+    "demo": "A student with and without attention, on generated problems.",
     "generate": "Let a teacher write rationales, or check some from elsewhere.",
     "keywords": "Let a teacher name the key words of commonsense examples.",
     "extract": "The teacher's stepwise attention of a data set, into a cache.",

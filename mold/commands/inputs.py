@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -118,7 +119,8 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
     """
     student = options.student
     if student.model_name_or_path is not None:
-        init = dict(options.training.model_init_kwargs or {})
+        given: Any = options.training.model_init_kwargs or {}
+        init = dict(given)
         if student.load_in_4bit:
             init["quantization_config"] = four_bits(options)
         model, tokenizer = load_model(

@@ -251,8 +251,8 @@ _MODEL = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_dtype
 _LAYERS = ("model_name_or_path", "model_revision", "model_dtype", "student_num_layers", "student_layers")
 _TEXT = ("template", "max_length")
 PLACE = ("output_dir", "use_cpu", "disable_tqdm")
-# transformers 5.19 renamed gradient checkpointing.
-_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+# transformers 5.19 renamed gradient checkpointing, and has both names since.
+_CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"}.intersection(names(MoldConfig))
 
 _EXTRACT = (*names(DataOptions), *names(TeacherOptions, "teacher_online"), *_TEXT, "row_reduction", *PLACE)
 _TRAIN = (
@@ -260,7 +260,6 @@ _TRAIN = (
     *(*names(StudentOptions), *names(GenerationOptions), *names(MoldConfig)),
 )
 TAKES = {
-    "demo": tuple(dict.fromkeys((*_TRAIN, *_EXTRACT))),
     "generate": (
         *(*_ROWS, "num_train", *_MODEL, *names(PromptOptions), "generate_batch_size", "max_new_tokens", "template"),
         *("seed", *PLACE),
@@ -284,7 +283,7 @@ TAKES = {
         *(*names(PlanOptions), *_MODEL, "teacher_online", *names(StudentOptions, "num_maps", "predict_before")),
         "max_length",
         *("method", "beta", "mol_two_tasks", "padding_free", "cross_entropy", "per_device_train_batch_size"),
-        *("gradient_accumulation_steps", "bf16", "optim", *_CHECKPOINTING),
+        *("gradient_accumulation_steps", "bf16", "optim", *sorted(_CHECKPOINTING)),
     ),
     "inspect": (
         *(*names(InspectOptions), *_ROWS, "teacher_model_name_or_path", "teacher_model_revision", "signals_dir"),
@@ -294,7 +293,7 @@ TAKES = {
 """The options of each command, by name. `mold run` has its own, and gives each stage those that it takes."""
 
 NEEDS = {
-    **dict.fromkeys(("demo", "generate", "keywords", "extract", "train", "analyse"), ("dataset", "output_dir")),
+    **dict.fromkeys(("generate", "keywords", "extract", "train", "analyse"), ("dataset", "output_dir")),
     "eval": ("output_dir",),
     "inspect": ("dataset",),
     "plan": (),

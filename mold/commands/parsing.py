@@ -64,7 +64,7 @@ def make_options(command: str, chosen: Mapping[str, Any], arguments: Sequence[st
             flat += [f"--{name}", *map(str, value)]
         elif value is not None:
             flat.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    found, unknown = Parser(_parsed_groups(command)).parse_known_args([*flat, *arguments])
+    found, unknown = Parser([*_parsed_groups(command)]).parse_known_args([*flat, *arguments])
     if unknown:
         name = unknown[0].partition("=")[0]
         hint = _hint(name.lstrip("-").replace("-", "_"), [command]) if name.startswith("-") else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich import get_console
 from rich.table import Table
@@ -52,7 +53,8 @@ def describe_plan(options: Options) -> Iterator[Text | Table]:
         f"that fits is {longest:,}"
     )
     table = Table("with", "peak GiB", "saves GiB", "a step", title=f"What saves memory at T = {setup.length:,}")
-    savings, every = {}, {}
+    savings: dict[str, float] = {}
+    every: dict[str, Any] = {}
     for name, change in _savers(options).items():
         if (changed := dataclasses.replace(setup, **change)) == setup:
             continue

@@ -137,7 +137,8 @@ class Recipe:
         values = self.values("train", {"dataset": "generated", "output_dir": self.output_dir})
         options = make_options("train", values, source="recipe: options")
         configs = self.config(options.teacher.teacher_model_name_or_path), student_config(options, self.config)
-        return itertools.product(*(range(config.num_hidden_layers) for config in configs))
+        teacher, student = (range(config.num_hidden_layers) for config in configs)
+        return itertools.product(teacher, student)
 
 
 def load_recipe(name: str, data_dir: str = "data", changes: Sequence[str] = ()) -> Recipe:

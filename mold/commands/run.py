@@ -28,8 +28,8 @@ from mold.commands.recipe_data import collect, row_of, teacher_examples
 from mold.evaluation.comparison import Run, read_run, summarise
 from mold.files import digest, file_digest, write_atomically, write_jsonl
 from mold.report import plots
-from mold.report.page import write_report
-from mold.report.results import markdown, table
+from mold.report.page import write_comparison, write_report
+from mold.report.results import findings, markdown, table
 
 logger = logging.get_logger(__name__)
 
@@ -37,10 +37,11 @@ DONE = "done.json"
 USAGE = "RECIPE [options]"
 
 
-def _parser() -> Parser:
-    parser = Parser(usage="mold run RECIPE [options]")
+def _parser(recipe: str | None) -> Parser:
+    parser = Parser(usage=f"mold {recipe or 'run RECIPE'} [options]")
     add = parser.add_argument
-    add("recipe", metavar="RECIPE", help="A recipe of the package (small, ...) or a YAML file.")
+    if recipe is None:
+        add("recipe", metavar="RECIPE", help="A recipe of the package (small, ...) or a YAML file.")
     add("--data_dir", default="data", help="Folder of the data sets, {data_dir} in the recipe.")
     add("--output_dir", help="In place of the recipe's.")
     add("--set", action="append", default=[], help="KEY=VALUE, such as train.learning_rate=1e-4; may be repeated.")
@@ -48,30 +49,43 @@ def _parser() -> Parser:
     return parser
 
 
-def help_text() -> str:
-    """The options, as `mold run --help` prints them."""
-    return _parser().format_help().partition("\n\n")[2].rstrip()
+def help_text(recipe: str | None = None) -> str:
+    """The options, as `mold run --help` prints them, or the command that always runs one recipe."""
+    return _parser(recipe).format_help().partition("\n\n")[2].rstrip()
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run, or check alone, and show the table."""
-    chosen = _parser().parse_args(arguments)
+    run(arguments)
+
+
+def run(arguments: Sequence[str], recipe: str | None = None) -> None:
+    """As `main`, of a recipe that the first argument names, or of this one.
+
+    Args:
+        arguments: of the command line.
+        recipe: of a command of its own.
+    """
+    chosen = _parser(recipe).parse_args(arguments)
     changes = [*chosen.set, *([f"output_dir={chosen.output_dir}"] if chosen.output_dir else [])]
-    recipe = load_recipe(chosen.recipe, chosen.data_dir, changes)
+    loaded = load_recipe(recipe or chosen.recipe, chosen.data_dir, changes)
 
     def say(line: str) -> None:
         get_console().print(line, soft_wrap=True, highlight=False, markup=False)
 
     if chosen.dry_run:
-        for line in dry_run(recipe):
+        for line in dry_run(loaded):
             say(line)
         return
-    heading, *rows = table(run_recipe(recipe, say))
+    summary = run_recipe(loaded, say)
+    heading, *rows = table(summary)
     shown = Table(*heading)
     for row in rows:
         shown.add_row(*row)
     get_console().print(shown)
-    say(f"{recipe.output_dir}/results.md, results.json, results.svg")
+    for finding in findings(summary):
+        say(finding)
+    say(f"report: {loaded.output_dir}/report.html; tables: results.md, results.json")
 
 
 def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
@@ -115,6 +129,7 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
         folder = stages.run("teacher", "train", values, [file_digest(learned)], _train, ("dataset",))
         taught = {"teacher_model_name_or_path": str(folder)}
     runs: list[Run] = []
+    trainings: list[tuple[str, str | None]] = []
     # Seed by seed, so that a whole table stands after the first one.
     for seed, size, (variant, change) in itertools.product(recipe.seeds, recipe.sizes(), recipe.trainings().items()):
         common = {**taught, **recipe.train, **change}
@@ -133,24 +148,24 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
         called, inputs = f"eval-{label}-seed{seed}", [data.name, student.name]
         judged = stages.run(called, "eval", values, inputs, evaluation.compare, ("models", "eval_sets"))
         runs.append(read_run(student, judged, variant, size, seed))
+        report = student / "report.html"
+        trainings.append((f"{runs[-1].name}, seed {seed}", str(report.relative_to(root)) if report.is_file() else None))
         summary = summarise(runs, recipe.baseline)
-        _write_results(root, summary, say)
+        _write_results(root, summary, trainings, say)
     return summary
 
 
-def _write_results(root: Path, summary: dict, say: Callable[[str], None]) -> None:
+def _write_results(
+    root: Path, summary: dict, trainings: Sequence[tuple[str, str | None]], say: Callable[[str], None]
+) -> None:
     write_atomically(root / "results.json", json.dumps(summary, indent=1).encode())
     write_atomically(root / "results.md", markdown(summary).encode())
-    figures = {"results": (plots.variant_accuracies, summary["variants"])}
-    if summary["comparisons"]:
-        figures["differences"] = plots.variant_differences, summary["comparisons"]
-    if any(entry["size"] is not None for entry in summary["variants"].values()):
-        figures["sizes"] = plots.accuracy_by_size, summary["variants"]
-    for name, (draw, of) in figures.items():
-        try:
-            write_atomically(root / f"{name}.svg", plots.figure_to_svg(draw(of)).encode())
-        except ImportError as error:
-            say(f"{name}.svg: not drawn ({error})")
+    try:
+        for name, figure in plots.comparison_figures(summary).items():
+            write_atomically(root / f"{name}.svg", plots.figure_to_svg(figure).encode())
+        write_comparison(root, summary, trainings)
+    except ImportError as error:
+        say(f"pictures and report: not drawn ({error})")
 
 
 # Of the options, what the teacher's signals depend on (besides the examples).
@@ -162,7 +177,8 @@ _SIGNAL_OPTIONS = (
 
 class _Stages:
     def __init__(self, root: Path, say: Callable[[str], None]):
-        self.root, self.say, self.told = root, say, set()
+        self.root, self.say = root, say
+        self.told: set[Path] = set()
 
     def run(
         self,

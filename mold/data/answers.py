@@ -228,16 +228,20 @@ def _announced(text: str, kind: AnswerKind) -> tuple[str | None, str | None]:
     return last, rest
 
 
+def _behind_marks(text: str, start: int) -> int:
+    return _OPENING_MARKS.match(text, start).end()  # type: ignore[union-attr]  # matches anything
+
+
 def _behind(text: str, start: int, whole_line: bool) -> str | None:
     """The answer behind a marker: a display of LaTeX, a line, or its first sentence."""
-    start = _OPENING_MARKS.match(text, start).end()
+    start = _behind_marks(text, start)
     for opening, closing in _DISPLAYS.items():
         if text.startswith(opening, start):
             end = text.find(closing, start + len(opening))
             return text[start + len(opening) * (opening != "\\begin{") : len(text) if end < 0 else end].strip() or None
     end = _line_end(text, start)
     while whole_line and text[start:end].rstrip(" *_").endswith((":", "=")) and text[end:].strip():
-        end = _line_end(text, _OPENING_MARKS.match(text, end).end())
+        end = _line_end(text, _behind_marks(text, end))
     if not whole_line:
         for _, last in split_sentences(text, start, min(end, start + LONGEST)):
             # "Rs. 72": the first of these ends no sentence.
@@ -375,7 +379,7 @@ class _Mention(NamedTuple):
 
 
 def _mentions(text: str) -> list[_Mention]:
-    return [_Mention(found[found.lastgroup].upper(), *found.span()) for found in _MENTION.finditer(text)]
+    return [_Mention(found[found.lastgroup or 0].upper(), *found.span()) for found in _MENTION.finditer(text)]
 
 
 def _choices(text: str) -> set[str] | None:
@@ -546,7 +550,9 @@ def judge_answer(predicted: str | None, right: str) -> bool | None:
         return False
     if kind == "number":
         target = _right_number(right)
-        if statement.kind == "number":
+        if target is None:
+            return False
+        if statement.value is not None:
             return abs(statement.value - target) <= _TOLERANCE * abs(target)
         return statement.kind == "formula" and _is_number(statement.text, target)
     expected, found = _formula(right), formula_in(_formula(predicted))
@@ -577,16 +583,14 @@ def _formula(text: str) -> str:
     return plain(boxed(text) or text).strip(" \n$*`.").strip()
 
 
+_MEMBER = re.compile(r"[-+$\s\d./%]+")
+
+
 def _members(formula: str) -> Counter | None:
     """The numbers of a list without brackets, None for anything else."""
     pieces = re.split(r"\s*(?:[,;]\s*(?:and|or)?|\b(?:and|or)\b)\s*", formula.strip(" $"))
-    statements = [stated(piece) for piece in pieces]
-    if len(pieces) < 2 or not all(
-        statement and statement.kind == "number" and re.fullmatch(r"[-+$\s\d./%]+", piece)
-        for piece, statement in zip(pieces, statements, strict=True)
-    ):
-        return None
-    return Counter(statement.value for statement in statements)
+    values = [statement.value for piece in pieces if (statement := stated(piece)) and _MEMBER.fullmatch(piece)]
+    return Counter(values) if 1 < len(values) == len(pieces) and None not in values else None
 
 
 def _folded(text: str) -> str:

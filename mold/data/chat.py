@@ -58,8 +58,8 @@ def render_for(
     layout = _apply(tokenizer, example.history, template)
     check_template(layout)
     rendered = render(example, layout)._replace(special_tokens=False)
-    parts = {"{question}": example.question, "{rationale}": example.rationale, "{answer}": example.answer}
-    filled = re.sub("|".join(parts), lambda found: parts[found[0]], template)
+    filling = {"{question}": example.question, "{rationale}": example.rationale, "{answer}": example.answer}
+    filled = re.sub("|".join(filling), lambda found: filling[found[0]], template)
     if _apply(tokenizer, example.history, filled) != rendered.text:
         raise ValueError(
             f"template: the chat template of {type(tokenizer).__name__} changes the messages of this text, so its "

@@ -99,12 +99,12 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
             "\\boxed{...}, or the row must have an answer"
         )
     kept = {key: row[key] for key in ("id", "keywords", "correct") if row.get(key) is not None}
-    history = tuple((role, text) for role, text, _ in history)
+    before = tuple((role, text) for role, text, _ in history)
     return kept | {
         "question": question.strip(),
         "rationale": rationale.strip(),
         "answer": answer.strip() if isinstance(answer, str) else answer,
-        "history": history,
+        "history": before,
     }
 
 
@@ -171,10 +171,10 @@ def _split_answer(content: str) -> tuple[str, str | None]:
         answer = content[found.end() :].strip().removesuffix("</answer>").strip(" *_`\n")
         if answer and "\n" not in answer:
             return without_announcement(content[: found.start()]), answer.rstrip(" .*_`")
-    found = boxes(content)
-    if found and content.rfind("\n\n", 0, len(content)) < found[-1].end:
-        line = content.rfind("\n", 0, found[-1].start) + 1
-        alone = not (content[line : found[-1].start] + content[found[-1].end :]).strip(" \t\n$*_`#.\\[]()")
+    last_box = next(reversed(boxes(content)), None)
+    if last_box and content.rfind("\n\n", 0, len(content)) < last_box.end:
+        line = content.rfind("\n", 0, last_box.start) + 1
+        alone = not (content[line : last_box.start] + content[last_box.end :]).strip(" \t\n$*_`#.\\[]()")
         return without_announcement(content[:line]) if alone else content, boxed(content)
     return content, None
 
@@ -191,7 +191,7 @@ def _turns(messages, name: str, place: str, role: str = "assistant") -> list[tup
         messages = [{"role": role, "content": messages}]
     if not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"{place}: {name} is {messages!r}, must be a text or a list of messages")
-    turns = []
+    turns: list[tuple[str, str, str | None]] = []
     for message in messages:
         if isinstance(message, Mapping) and "from" in message and "role" not in message:
             message = {**message, "role": message["from"], "content": message.get("value")}
@@ -202,7 +202,7 @@ def _turns(messages, name: str, place: str, role: str = "assistant") -> list[tup
                 f"{place}: {name} holds {message!r}, must hold messages with the texts role and content "
                 "(or from and value)"
             )
-        role = _ROLES.get(message["role"].casefold(), message["role"])
+        role = _ROLES.get(message["role"].casefold()) or message["role"]
         if message.get("tool_calls") or message.get("function_call") or role in ("tool", "function", "observation"):
             raise ValueError(f"{place}: {name} holds tool calls, which cannot be trained on yet")
         turns.append((role, message["content"], message.get("reasoning_content") or message.get("thinking")))

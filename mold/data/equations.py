@@ -206,7 +206,8 @@ def _parse(text: str):
 
 
 def _tokens(text: str) -> list:
-    tokens, position, end = [], 0, len(text.rstrip())
+    tokens: list[_Number | _Unknown | str] = []
+    position, end = 0, len(text.rstrip())
     while position < end:
         match = _TOKEN.match(text, position)
         if match is None:

@@ -122,7 +122,7 @@ def render(example: Example, template: str = DEFAULT_TEMPLATE, task: str = "join
 
 def text_hash(example: Example, template: str) -> str:
     """A hash of everything that decides an example's text and its steps and key words."""
-    parts = [example.question, example.rationale, example.answer, example.keywords, template]
+    parts: list[object] = [example.question, example.rationale, example.answer, example.keywords, template]
     if example.history:
         parts.append(example.history)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -141,11 +141,11 @@ def split_examples(examples: Sequence[Example], num_eval: int, seed: int) -> tup
     """
     shuffled = list(examples)
     random.Random(seed).shuffle(shuffled)
-    held_out = {}
+    first: dict[str, Example] = {}
     for example in shuffled:
-        if len(held_out) < num_eval:
-            held_out.setdefault(question_key(example.question), example)
-    held_out = list(held_out.values())
+        if len(first) < num_eval:
+            first.setdefault(question_key(example.question), example)
+    held_out = list(first.values())
     return without_questions_of(shuffled, held_out), held_out
 
 

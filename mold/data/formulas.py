@@ -25,7 +25,7 @@ import threading
 try:
     import resource
 except ImportError:  # Windows: the parent's limit of time remains
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 CPU_SECONDS = 2  # of one verdict; ordinary ones take 0.01 to 0.6
 WALL_SECONDS = 20  # for a machine that gives the process no time
@@ -94,15 +94,14 @@ def is_small(formula: str) -> bool:
 def _operand(formula: str, start: int) -> str:
     """What an exponent's sign takes: a group, or everything that a careless reader could take for the exponent."""
     if formula[start : start + 1] not in _OPENING or start == len(formula):
-        return re.match(r"[-+]?[\w.\\!^*{}()]*", formula[start:])[0]
+        return re.match(r"[-+]?[\w.\\!^*{}()]*", formula[start:])[0]  # type: ignore[index]  # matches anything
     depth = 0
     for place in range(start, len(formula)):
         depth += (formula[place] in _OPENING) - (formula[place] in _CLOSING)
         if depth == 0:
             # 2^{3}^{4} and 2^(3)! go on.
-            return (
-                formula[start : place + 1] + re.match(r"\s*(?:(?:\^|\*\*|!)[\w{}().\\^!*]*)?", formula[place + 1 :])[0]
-            )
+            on = re.match(r"\s*(?:(?:\^|\*\*|!)[\w{}().\\^!*]*)?", formula[place + 1 :])
+            return formula[start : place + 1] + (on[0] if on else "")
     return formula[start:]
 
 

@@ -51,7 +51,7 @@ def _items(text: str) -> list[tuple[int, int]]:
     found = [
         (match, _readings(match))
         for match in _ITEM.finditer(text)
-        if not match["end"] or ends_sentence(text, SENTENCE_END.match(text, match.start()))
+        if not (end := match["end"] and SENTENCE_END.match(text, match.start())) or ends_sentence(text, end)
     ]
     last_second = {
         kind: place
@@ -77,8 +77,8 @@ def _readings(match: re.Match) -> list[tuple[str, int]]:
     kind = (match["heading"] or match["kind"] or "").casefold()
     count = (match["count"] or match["number"] or "").casefold()
     readings = []
-    if digits := re.match(r"\d{0,9}", count)[0]:
-        readings.append((kind, int(digits)))
+    if digits := re.match(r"\d{1,9}", count):
+        readings.append((kind, int(digits[0])))
     for name, counted in (("letter", "abcdefghijklmnopqrstuvwxyz"), ("roman", _ROMANS), ("word", _WORDS)):
         if count and count in counted:
             readings.append((f"{kind} {name}", counted.index(count) + 1))

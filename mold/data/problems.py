@@ -78,7 +78,8 @@ def generate_problems(
         raise ValueError(f"count: is {count}, must be at least 1")
     if max_value is not None and max_value < _LOWEST_MAX_VALUE:
         raise ValueError(f"max_value: is {max_value}, must be at least {_LOWEST_MAX_VALUE}")
-    examples, asked = [], set()
+    examples: list[Example] = []
+    asked: set[str] = set()
     for question, rationale, answer in _problems(random.Random(seed), max_value or math.inf):
         if question not in asked:
             asked.add(question)

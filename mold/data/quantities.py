@@ -392,7 +392,9 @@ def _is_negative(before: str) -> bool:
 
 def _in_words(text: str, start: int) -> tuple[int, Fraction] | None:
     """Where a number in words that starts here ends, and its value: "twenty-five", "two and a half", "a dozen"."""
-    done, group, last, position, end = Fraction(0), None, "", start, None
+    done, last, position = Fraction(0), "", start
+    group: Fraction | None = None
+    end: int | None = None
     while word := _NEXT_WORD.match(text, position):
         joined, article, name = bool(word["and"]), bool(word["article"]), word["word"].lower()
         name = name[:-1] if name.endswith("s") and name != "s" else name
@@ -400,10 +402,10 @@ def _in_words(text: str, start: int) -> tuple[int, Fraction] | None:
         if (value := _WORD_VALUES.get(word["word"].lower())) is not None and not article:
             if not last and not joined:
                 group = Fraction(value)
-            elif (part := _AND_PART.match(text, position)) and last in ("unit", "size", "hundred"):
-                return part.end(), done + (group or 0) + Fraction(1, _PARTS[part[1].lower()])
+            elif (below := _AND_PART.match(text, position)) and last in ("unit", "size", "hundred"):
+                return below.end(), done + (group or 0) + Fraction(1, _PARTS[below[1].lower()])
             elif (last == "tens" and 0 < value < 10 and not joined) or (last == "hundred" and value < 100):
-                group += value
+                group = (group or 0) + Fraction(value)
             elif last == "size" and group is None:
                 group = Fraction(value)
             else:
@@ -424,7 +426,7 @@ def _in_words(text: str, start: int) -> tuple[int, Fraction] | None:
             elif last and joined and article:
                 group = (group or 0) + part
             elif last == "unit" and not joined and not article:
-                group *= part
+                group = (group or 0) * part
             else:
                 break
             last = "part"
@@ -449,7 +451,7 @@ def _bracket_depths(text: str, places: list[int]) -> list[bool]:
     for place in places:
         while current and current[1] < place:
             current = next(remaining, None)
-        inside.append(bool(current) and current[0] < place)
+        inside.append(current is not None and current[0] < place)
     return inside
 
 
@@ -546,11 +548,11 @@ def _of_side(text: str) -> Statement | None:
     chosen = [place for place in candidates if live[place].rank == best]
     place = chosen[0] if candidates[0] == 0 and _leads(text, first) else chosen[-1]
     neighbours = [place - 1] * (place > 0) + [place] * (place < len(gaps))
-    for gap in neighbours:
-        left, right = live[gap], live[gap + 1]
+    for index in neighbours:
+        left, right = live[index], live[index + 1]
         # "9 times 9 feet, or 81 feet" names a calculation and its result.
-        told_apart = left.rank == right.rank and left.value != right.value and gap not in calculated
-        if told_apart and _UNDECIDED.fullmatch(gaps[gap][:_REACH]):
+        told_apart = left.rank == right.rank and left.value != right.value and index not in calculated
+        if told_apart and _UNDECIDED.fullmatch(gaps[index][:_REACH]):
             return Statement("open", text)
     if len({quantity.value for quantity in live}) > 1 and _RANGE.search(text):
         return Statement("open", text)

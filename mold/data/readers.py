@@ -99,7 +99,11 @@ def read_examples(
     ):
         rationales = Path(path) / RATIONALES_FILE
     written = None if rationales is None else _read_rationales(Path(rationales))
-    report, examples, places, seen, asked = ReadReport(), [], {}, set(), set()
+    report = ReadReport()
+    examples: list[Example] = []
+    places: dict[str, str] = {}
+    seen: set[tuple[str, str, str | None]] = set()
+    asked: set[str] = set()
     for place, row in rows:
         report.rows += 1
         format = _detect(row) if format == "auto" else format
@@ -164,8 +168,7 @@ def is_hub_name(path: str) -> bool:
 def _open(path: str, split: str | None) -> tuple[str, Iterator[tuple[str, dict]]]:
     """The name a data set's examples go by, and its rows."""
     found = Path(path)
-    if is_hub_name(path):
-        hub = _HUB_NAME.fullmatch(path)
+    if is_hub_name(path) and (hub := _HUB_NAME.fullmatch(path)):
         return hub["name"].partition("/")[2], _hub_rows(hub["name"], hub["config"], split)
     if not found.exists():
         raise ValueError(f"dataset: {path} does not exist")
@@ -220,7 +223,7 @@ def _json_array(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _skip(text: str, position: int) -> int:
-    return re.compile(r"\s*").match(text, position).end()
+    return re.compile(r"\s*").match(text, position).end()  # type: ignore[union-attr]  # matches anything
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:

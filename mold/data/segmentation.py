@@ -141,7 +141,7 @@ def find_numbers(text: str, start: int = 0, end: int | None = None) -> list[Span
     position = 0
     while match := _WORD_OR_NUMBER.search(masked, position):
         if match["fraction"] and not _is_fraction(masked, match):
-            match = _PLAIN_NUMBER.match(masked, match.start())
+            match = _PLAIN_NUMBER.match(masked, match.start()) or match
         position = match.end()
         if not match.groupdict().get("word"):
             spans.append(match.span())

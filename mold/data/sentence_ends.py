@@ -85,7 +85,7 @@ def ends_sentence(text: str, match: re.Match) -> bool:
     if after[:1].strip() and not mark.strip(".!?…") and not closing.endswith(_ENDS_LINE):
         return False
     before = text[max(0, match.start() - REACH) : match.start()].rpartition("\n")[2]
-    following = _WORD_AFTER.match(after)[1]
+    following = _WORD_AFTER.match(after)[1]  # type: ignore[index]  # matches anything
     if (closing and following[:1].islower()) or after.lstrip().startswith(_NO_SENTENCE_START):
         return False
     return mark != "." or not after.strip() or not _abbreviates(before, following, after)

@@ -46,7 +46,7 @@ def read_run(student: Path, evaluated: Path, variant: str, size: int | None, see
     """A training's results from the folder of its student and that of the student's evaluation."""
     sets = json.loads((evaluated / "comparison.json").read_text())
     rows = json.loads((student / "summary.json").read_text())["rows"]
-    outcomes = {}
+    outcomes: dict[tuple[str, str], dict[str, float]] = {}
     for entry in sets:
         stem = f"{entry['model']}--{entry['set']}.jsonl"
         outcomes |= _outcomes(entry["set"], evaluated / "predictions" / stem, evaluated / "likelihoods" / stem)
@@ -74,22 +74,25 @@ def summarise(runs: Iterable[Run], baseline: str | None = None) -> dict:
 
     Returns:
         "variants": by name, {"variant", "size", "seeds", "sets": {set: {"accuracies", "mean", "low", "high", "total"}},
-        "held_out": {name: mean}}. low and high: the 95 % interval of the mean for a test set of its size, `total`; the
-        seeds answer the same questions, so more seeds do not make it narrower.
+        "likelihoods": {set: {measure: {"means", "mean", "low", "high"}}}, "held_out": {name: mean}}. low and high: the
+        95 % interval of the mean; of an accuracy for a test set of its size, `total` (the seeds answer the same
+        questions, so more seeds do not make it narrower), of log-likelihoods, in nats an example, over seeds and
+        questions. Variants of other tasks than the baseline's (or the first's) have none that could be compared.
         "comparisons": an entry a variant, size, set and measure (see `compare`).
         "examples_needed": an entry a variant, set and size, where there are several sizes (see `needed_examples`).
     """
     grouped: dict[str, list[Run]] = {}
     for run in runs:
         grouped.setdefault(run.name, []).append(run)
-    variants = {name: _means(group) for name, group in grouped.items()}
     groups = list(grouped.values())
+    tasks = next((group[0].tasks for group in groups if group[0].variant == baseline), groups[0][0].tasks)
+    variants = {name: _means(group, tasks) for name, group in grouped.items()}
     comparisons = [] if baseline is None else compare(groups, baseline)
     needed = [] if baseline is None else needed_examples(groups, baseline)
     return {"variants": variants, "baseline": baseline, "comparisons": comparisons, "examples_needed": needed}
 
 
-def _means(group: Sequence[Run]) -> dict:
+def _means(group: Sequence[Run], tasks: tuple[str, ...]) -> dict:
     sets: dict[str, dict] = {}
     for entry in (entry for run in group for entry in run.sets):
         found = sets.setdefault(entry["set"], {"accuracies": [], "total": entry["total"]})
@@ -104,11 +107,20 @@ def _means(group: Sequence[Run]) -> dict:
         if all(key in run.held_out for run in group)
     }
     first = group[0]
+    likelihoods: dict[str, dict[str, dict]] = {}
+    for name, measure in first.outcomes:
+        if measure == MEASURES[0] or first.tasks != tasks:
+            continue
+        (values,) = _paired([group], name, measure)
+        mean = paired_difference(values, np.zeros_like(values))
+        found = {"means": values.mean(1).tolist(), "mean": mean.mean, "low": mean.low, "high": mean.high}
+        likelihoods.setdefault(name, {})[measure] = found
     return {
         "variant": first.variant,
         "size": first.size,
         "seeds": [run.seed for run in group],
         "sets": sets,
+        "likelihoods": likelihoods,
         "held_out": held_out,
     }
 
@@ -141,7 +153,7 @@ def compare(groups: Sequence[Sequence[Run]], baseline: str) -> list[dict]:
             if measure != MEASURES[0] and first.tasks != base[0].tasks:
                 continue
             tables = _paired([group, base], name, measure)
-            if tables is None:
+            if not tables:
                 continue
             difference = paired_difference(*tables)
             entry = {"variant": first.variant, "size": first.size, "set": name, "measure": measure}
@@ -168,7 +180,7 @@ def needed_examples(groups: Sequence[Sequence[Run]], baseline: str) -> list[dict
             continue
         for name in dict.fromkeys(name for name, _ in sizes[both[0]][0].outcomes):
             tables = _paired([*(sizes[s] for s in both), *(base[s] for s in both)], name, MEASURES[0])
-            if tables is None:
+            if not tables:
                 continue
             first, second = tables[: len(both)], tables[len(both) :]
             needed = examples_needed(dict(zip(both, first, strict=True)), dict(zip(both, second, strict=True)))
@@ -180,14 +192,14 @@ def needed_examples(groups: Sequence[Sequence[Run]], baseline: str) -> list[dict
     return found
 
 
-def _paired(groups: Sequence[Sequence[Run]], name: str, measure: str) -> list[np.ndarray] | None:
-    """Tables [seeds, questions] of each group, over the seeds that all have; None where there is none."""
+def _paired(groups: Sequence[Sequence[Run]], name: str, measure: str) -> list[np.ndarray]:
+    """Tables [seeds, questions] of each group, over the seeds that all have; none where no seed is."""
     by_seed: list[Mapping[int, Run]] = [
         {run.seed: run for run in group if (name, measure) in run.outcomes} for group in groups
     ]
     seeds = sorted(set.intersection(*(set(runs) for runs in by_seed)))
     if not seeds:
-        return None
+        return []
     questions = list(by_seed[0][seeds[0]].outcomes[name, measure])
     tables = []
     for runs in by_seed:

@@ -135,7 +135,8 @@ def _weights(shape: tuple[int, int], draws: int, seed: int) -> tuple[np.ndarray,
     """Shares of seeds [draws, R] and of questions [draws, Q]: the same for all that is compared on one set."""
     rng = np.random.default_rng(seed)
     drawn = [(shape[0], max(shape[0] - 1, 1)), (shape[1], shape[1])]
-    return tuple(rng.multinomial(times, np.full(size, 1 / size), draws) / times for size, times in drawn)
+    seeds, questions = (rng.multinomial(times, np.full(size, 1 / size), draws) / times for size, times in drawn)
+    return seeds, questions
 
 
 def _table(name: str, table: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -59,7 +59,8 @@ def generate_batch(
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     ends = _end_tokens(model, tokenizer)
     # Whatever the model's own generation defaults are: no penalties, no truncation of the distribution but top_p.
-    options = {"temperature": None, "top_p": None, "top_k": None, "do_sample": False, "repetition_penalty": 1.0}
+    options: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None}
+    options |= {"do_sample": False, "repetition_penalty": 1.0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0, "do_sample": True}
     if stop is not None:

@@ -94,7 +94,7 @@ def write_rationales(
             _consider(best, example, _check_given(example, entry, template), counts)
     if teacher is not None:
         stages = [("plain", number) for number in range(sampling.num_tries)]
-        if sampling.hint and prompt.hint:
+        if sampling.hint and prompt is not None and prompt.hint:
             stages.append(("hint", 0))
         model, tokenizer = teacher
         for stage, number in stages:
@@ -206,11 +206,12 @@ def read_given(path: str | Path, examples: Sequence[Example]) -> tuple[dict[str,
 
     ids = {example.id for example in examples}
     by_question = {question_key(example.question): example.id for example in examples}
-    found, strangers = {}, 0
+    found: dict[str, list[dict]] = {}
+    strangers = 0
     for place, row in json_lines(Path(path), "rationales"):
         if not isinstance(row.get("rationale"), str) or not ({"id", "question"} & row.keys()):
             raise ValueError(f"{place}: has {', '.join(sorted(row))}; must have rationale, and id or question")
-        name = str(row.get("id"))
+        name: str | None = str(row.get("id"))
         if name not in ids:
             name = by_question.get(question_key(str(row.get("question"))))
         if name is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -80,26 +80,27 @@ def mold_attention_forward(
             mask that is more than causal, windowed and padding, packing without cu_seqlens, a position bias, a
             bidirectional attention).
     """
-    options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
-    options |= {"sinks": s_aux, "row_reduction": row_reduction, "value_features": value_features, **kwargs}
-    device, states = query.device.type, (query, key, value)
+    options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+    options |= {"softcap": softcap, "sinks": s_aux, "row_reduction": row_reduction, "value_features": value_features}
+    options |= kwargs
+    device = query.device.type
     if torch.is_autocast_enabled(device):
         # Rotary embeddings leave queries and keys in float32.
-        states = tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in states)
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     # What accumulates in float32 below must not be cast.
     with torch.autocast(device, enabled=False):
         if row_spans is not None or key_spans is not None:
             _check_supported(module, query, key, attention_mask, dropout, row_spans, key_spans, kwargs)
         if cu_seqlens is None:
             (spans,) = _texts(row_spans, key_spans, [0, key.shape[2]])
-            return _attend(module, *states, attention_mask, *spans, **options)
+            return _attend(module, query, key, value, attention_mask, *spans, **options)
         if attention_mask is not None or len(query) > 1:
             raise ValueError("cu_seqlens: is given with padding or a mask, must come with one row and a mask of ones")
         texts = []
         all_spans = _texts(row_spans, key_spans, list(cu_seqlens))
         for (start, end), spans in zip(itertools.pairwise(cu_seqlens), all_spans, strict=True):
-            text = (tensor[:, :, start:end] for tensor in states)
-            texts.append(_attend(module, *text, None, *spans, **options))
+            q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+            texts.append(_attend(module, q, k, v, None, *spans, **options))
         outs, captured = zip(*texts, strict=True)
         return torch.cat(outs, 1), None if captured[0] is None else _concatenated(captured)
 
@@ -144,25 +145,25 @@ def _attend(
     return out.transpose(1, 2), LayerAttention(pooled, features)
 
 
-_last_texts = None
+_Text = tuple[torch.Tensor | None, torch.Tensor | None, SpanPlan | None]
+
+_last_texts: tuple | None = None
 """What `_texts` found last, for the other layers of a forward, and for a checkpoint that runs one again."""
 
 
-def _texts(
-    row_spans: torch.Tensor | None, key_spans: torch.Tensor | None, borders: Sequence[int]
-) -> list[tuple[torch.Tensor | None, torch.Tensor | None, SpanPlan | None]]:
+def _texts(row_spans: torch.Tensor | None, key_spans: torch.Tensor | None, borders: Sequence[int]) -> list[_Text]:
     """(row_spans, key_spans, plan) of every text: all rows of a batch at once, or texts packed between borders."""
     global _last_texts
-    if row_spans is None:
+    if row_spans is None or key_spans is None:
         return [(None, None, None)] * (len(borders) - 1)
     if _last_texts is not None and not torch.compiler.is_compiling():
-        rows, keys, last_borders, texts = _last_texts
+        rows, keys, last_borders, found = _last_texts
         # A part of a tensor counts its writes with the whole.
-        unchanged = texts[0][2].is_of(*texts[0][:2], borders[1] - borders[0])
+        unchanged = found[0][2].is_of(*found[0][:2], borders[1] - borders[0])
         if rows is row_spans and keys is key_spans and last_borders == borders and unchanged:
-            return texts
+            return found
     packed = len(borders) > 2
-    texts = []
+    texts: list[_Text] = []
     for index, (start, end) in enumerate(itertools.pairwise(borders)):
         spans = (row_spans[index, None], key_spans[index, None]) if packed else (row_spans, key_spans)
         texts.append((*spans, SpanPlan(*spans, end - start)))

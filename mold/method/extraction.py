@@ -97,13 +97,13 @@ def extract_signals(
         bar.update(done)
         for start in range(0, len(remaining), shard_size):
             shard = remaining[start : start + shard_size]
-            tensors = {}
+            tensors: dict[str, torch.Tensor] = {}
             # Examples of like length share a batch: less padding.
             by_length = sorted(shard, key=lambda pair: len(pair[1].input_ids))
             for first in range(0, len(by_length), batch_size):
-                encoded = [pair[1] for pair in by_length[first : first + batch_size]]
-                tensors |= _signals(model, collate, encoded, settings.row_reduction)
-                bar.update(len(encoded))
+                batch = [pair[1] for pair in by_length[first : first + batch_size]]
+                tensors |= _signals(model, collate, batch, settings.row_reduction)
+                bar.update(len(batch))
             name = f"shard{mine}-{len(manifest['shards']):05d}.safetensors"
             data = save(tensors)
             write_atomically(folder / name, data)

@@ -165,7 +165,7 @@ class MoldLoss(nn.Module):
                 teacher = torch.einsum("bl,lbsm->bsm", mixing, teacher)[None]
             if self.tau_row != 1:
                 teacher, student = teacher / self.tau_row, student / self.tau_row
-            if self.row_keys == "visible":
+            if self.row_keys == "visible" and visible is not None:
                 teacher, student = (mixed.masked_fill(~visible, _HIDDEN) for mixed in (teacher, student))
             loss = layer_mixture_kl(
                 teacher,

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -65,7 +66,9 @@ class SignalCache:
         manifests = read_manifests(self.folder)
         if not manifests:
             raise ValueError(f"signals: {self.folder} holds no {MANIFEST}; run `mold extract` first")
-        self._examples, self._signals, shards = {}, {}, {}
+        self._examples: dict[str, dict[str, Any]] = {}
+        self._signals: dict[str, torch.Tensor] = {}
+        shards: dict[str, str] = {}
         for name, manifest in manifests.items():
             self.settings = SignalSettings(**manifest["settings"])
             if manifest["settings"] != next(iter(manifests.values()))["settings"]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.resources
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mold.extras import missing_extra
 from mold.files import json_lines, write_atomically
-from mold.report import plots
+from mold.report import plots, results
 
-MAPS_OPEN, MAPS_SHOWN, PREDICTIONS_SHOWN = 2, 12, 12
+MAPS_OPEN, MAPS_SHOWN, PREDICTIONS_SHOWN, FINDINGS_SHOWN = 2, 12, 12, 6
 LAYER_WEIGHTS = ("teacher_layer_weights", "student_layer_weights_before", "student_layer_weights_after")
 WHAT_IS_IN = {
     "attention_maps.json": "attention maps",
@@ -40,33 +40,24 @@ def write_report(run_folder: str | Path) -> Path:
         ValueError: a file is not what the training writes; names file and line.
         ImportError: the extra ``report`` is not installed.
     """
-    try:
-        from jinja2 import Environment
-        from markupsafe import Markup
-    except ImportError as error:
-        raise missing_extra("the report", "jinja2", "report") from error
     folder = Path(run_folder)
     summary = _read_json(folder / "summary.json")
     there = {name: folder / name for name in WHAT_IS_IN if (folder / name).is_file()}
     notes = [f"{name} is not in this folder: no {what}." for name, what in WHAT_IS_IN.items() if name not in there]
     metrics = _merged(there.get("metrics.jsonl"), notes)
     maps = _read_json(there["attention_maps.json"]) if "attention_maps.json" in there else []
-
-    def svg(figure):
-        return Markup(_themed(plots.figure_to_svg(figure), figure.get_figwidth()))  # the figures' own SVG, not input
-
     shown = []
     for entry in maps[:MAPS_SHOWN]:
         weighed = all(entry.get(name) for name in LAYER_WEIGHTS)
-        weights = svg(plots.teacher_student_layer_weights(entry)) if weighed else None
-        shown.append({"entry": entry, "map": svg(plots.attention_comparison(entry)), "weights": weights})
+        weights = plots.teacher_student_layer_weights(entry) if weighed else None
+        shown.append({"entry": entry, "map": plots.attention_comparison(entry), "weights": weights})
     has_router = any(row.get("router_weights") is not None for row in metrics)
     has_losses = any(
         row.get(when + name) is not None for row in metrics for name in plots.PANELS for when in ("", "eval_")
     )
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = number
-    html = environment.from_string(_template()).render(
+    return _write_page(
+        folder,
+        "page.html",
         name=folder.resolve().name,
         summary=summary,
         sentence=_sentence(summary),
@@ -74,19 +65,66 @@ def write_report(run_folder: str | Path) -> Path:
         maps=shown,
         maps_open=MAPS_OPEN,
         maps_left_out=len(maps) - len(shown),
-        router=svg(plots.layer_weights_over_training(metrics)) if has_router else None,
-        losses=svg(plots.loss_curves(metrics)) if has_losses else None,
+        router=plots.layer_weights_over_training(metrics) if has_router else None,
+        losses=plots.loss_curves(metrics) if has_losses else None,
         config=there["config.yaml"].read_text("utf-8", errors="replace") if "config.yaml" in there else None,
         **_predictions(there, notes),
         notes=notes,
     )
+
+
+def write_comparison(folder: Path, summary: Mapping[str, Any], trainings: Sequence[tuple[str, str | None]]) -> Path:
+    """Write report.html of variants that were compared: what came of it, pictures, tables, the trainings' own reports.
+
+    Args:
+        folder: of `mold run`.
+        summary: of `mold.evaluation.comparison.summarise`.
+        trainings: of each its name and its report's path from the folder, None where it has none.
+
+    Raises:
+        ImportError: the extra ``report`` is not installed.
+    """
+    tables, figures = results.sections(summary), plots.comparison_figures(summary)
+    shown = [
+        {
+            "title": title,
+            "figure": figures.get(name),
+            "remarks": [*remarks, *([tables[name][0].replace("**", "")] if name in tables else [])],
+            "rows": tables[name][1] if name in tables else None,
+        }
+        for name, title, *remarks in (
+            ("results", "", "A ring is a seed, a dot their mean, a line its interval. Further right is better."),
+            ("differences", f"Differences to {summary['baseline']}"),
+            ("sizes", "By number of training examples"),
+        )
+        if name in figures
+    ]
+    found = results.findings(summary)
+    if len(found) > FINDINGS_SHOWN:
+        found = [f"{len(summary['variants'])} variants, compared with {summary['baseline']}."]
+    name = folder.resolve().name
+    return _write_page(folder, "comparison.html", name=name, findings=found, sections=shown, trainings=trainings)
+
+
+def _write_page(folder: Path, template: str, **values) -> Path:
+    """The folder's report.html. A figure among the values becomes SVG where it is printed."""
+    try:
+        from jinja2 import Environment, FunctionLoader
+        from markupsafe import Markup
+    except ImportError as error:
+        raise missing_extra("the report", "jinja2", "report") from error
+
+    def svg(figure):
+        return Markup(_themed(plots.figure_to_svg(figure), figure.get_figwidth()))  # the figures' own SVG, not input
+
+    files = importlib.resources.files("mold.report")
+    loader = FunctionLoader(lambda name: (files / name).read_text("utf-8"))
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "svg": svg}
+    html = environment.get_template(template).render(**values)
     path = folder / "report.html"
     write_atomically(path, html.encode("utf-8", "replace"))  # a lone surrogate in a completion
     return path
-
-
-def _template() -> str:
-    return (importlib.resources.files("mold.report") / "page.html").read_text("utf-8")
 
 
 def number(value: float | str | None) -> str:
@@ -156,7 +194,7 @@ def _sentence(summary: Mapping[str, Any]) -> str:
 def _predictions(there: Mapping[str, Path], notes: list[str]) -> dict[str, Any]:
     """The first problems as they come, not chosen, and how many of all turned right or wrong."""
     files = {when: there.get(f"predictions_{when}.jsonl") for when in ("before", "after")}
-    problems = {}
+    problems: dict[str, dict[str, Any]] = {}
     for when, path in files.items():
         for _, row in _rows(path, notes):
             problem = problems.setdefault(row["id"], {"question": row["question"], "answer": row["answer"]})

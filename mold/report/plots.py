@@ -180,14 +180,34 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_yscale("log" if log else "linear")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
         axes.yaxis.set_minor_formatter(lambda value, _: "")
-        _mark_not_finite(axes, *np.concatenate([training, evaluation], axis=1), "step")
+        at, values = np.concatenate([training, evaluation], axis=1)
+        _mark_not_finite(axes, at, values, "step")
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
         axes.locator_params(axis="x", nbins=5)
     return figure
 
 
-def variant_accuracies(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Accuracy of every variant, a panel a test set: a ring each seed, a dot for their mean, a line for its interval.
+def comparison_figures(summary: Mapping[str, Any]) -> dict[str, Figure]:
+    """What can be drawn of a comparison: "results", "differences" and "sizes", as far as there.
+
+    Args:
+        summary: of `mold.evaluation.comparison.summarise`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    found = {"results": variant_results(summary["variants"])}
+    if summary["comparisons"]:
+        found["differences"] = variant_differences(summary["comparisons"])
+    if len({entry["size"] for entry in summary["variants"].values()}) > 1:
+        found["sizes"] = accuracy_by_size(summary["variants"])
+    return found
+
+
+def variant_results(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Accuracy and log-likelihoods of every variant, a line of panels a measure and a column a set.
+
+    A ring each seed, a dot for their mean, a line for its interval.
 
     Args:
         variants: by name, as `mold.evaluation.comparison.summarise` has them.
@@ -198,22 +218,22 @@ def variant_accuracies(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
     """
     if not variants:
         raise ValueError("variants: is empty, must hold at least one")
-    names, sets = list(variants), list(dict.fromkeys(s for entry in variants.values() for s in entry["sets"]))
-    left = 0.3 + CHARACTER * max(map(_units, names))
-    height, width = 0.24 * len(names) + 0.1, max(1.2, min(2.4, (PANELS_WIDTH - left) / len(sets) - 0.25))
-    figure = _figure(left + len(sets) * (width + 0.25), height + 0.95)
-    for place, name in enumerate(sets):
-        axes = _axes(figure, left + place * (width + 0.25), 0.5, width, height, name, "accuracy, %")
-        for row, entry in enumerate(variants.values()):
-            found = entry["sets"][name]
-            axes.plot([100 * found["low"], 100 * found["high"]], [row, row], color=FAINT, linewidth=3, zorder=1)
-            each = [100 * accuracy for accuracy in found["accuracies"]]
+    found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for row, entry in enumerate(variants.values()):
+        for name, accuracy in entry["sets"].items():
+            found.setdefault(("accuracy", name), {})[row] = accuracy | {"means": accuracy["accuracies"]}
+        for name, measures in entry["likelihoods"].items():
+            for measure, likelihood in measures.items():
+                found.setdefault((measure, name), {})[row] = likelihood
+    figure, panels = _variant_panels(list(variants), list(found), {"accuracy": "accuracy, %"})
+    for (measure, name), axes in panels.items():
+        scale = 100 if measure == "accuracy" else 1
+        for row, entry in found[measure, name].items():
+            axes.plot([scale * entry["low"], scale * entry["high"]], [row, row], color=FAINT, linewidth=3, zorder=1)
+            each = [scale * mean for mean in entry["means"]]
             axes.plot(each, [row] * len(each), "o", mfc="none", mec=GREY, ms=5, zorder=2)
-            axes.plot(100 * found["mean"], row, "o", color=BLUE, ms=4, zorder=3)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_yticks(range(len(names)), [_printable(n) for n in names] if place == 0 else [""] * len(names))
+            axes.plot(scale * entry["mean"], row, "o", color=BLUE, ms=4, zorder=3)
         axes.grid(axis="x", color=FAINT, linewidth=0.6)
-        axes.locator_params(axis="x", nbins=4)
     return figure
 
 
@@ -232,27 +252,38 @@ def variant_differences(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
     if not comparisons:
         raise ValueError("comparisons: is empty, must hold at least one")
     names = list(dict.fromkeys(row_name(entry) for entry in comparisons))
-    panels = list(dict.fromkeys((entry["measure"], entry["set"]) for entry in comparisons))
-    measures = list(dict.fromkeys(measure for measure, _ in panels))
-    sets = list(dict.fromkeys(name for _, name in panels))
+    keys = list(dict.fromkeys((entry["measure"], entry["set"]) for entry in comparisons))
+    figure, panels = _variant_panels(names, keys, {"accuracy": "accuracy, points"})
+    for axes in panels.values():
+        axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
+    for entry in comparisons:
+        axes, scale = panels[entry["measure"], entry["set"]], 100 if entry["measure"] == "accuracy" else 1
+        row, colour = names.index(row_name(entry)), GREY if entry["verdict"] == "undecided" else BLUE
+        axes.plot([scale * entry["low"], scale * entry["high"]], [row, row], color=colour, linewidth=1.5)
+        axes.plot(scale * entry["mean"], row, "o", color=colour, ms=4)
+    return figure
+
+
+def _variant_panels(
+    names: Sequence[str], keys: Sequence[tuple[str, str]], units: Mapping[str, str]
+) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """A panel each (measure, set), measures below each other, sets side by side; a row of every panel is a name."""
+    measures = list(dict.fromkeys(measure for measure, _ in keys))
+    sets = list(dict.fromkeys(name for _, name in keys))
     left = 0.3 + CHARACTER * max(map(_units, names))
     height, width = 0.24 * len(names) + 0.1, max(1.2, min(2.4, (PANELS_WIDTH - left) / len(sets) - 0.25))
     figure = _figure(left + len(sets) * (width + 0.25), len(measures) * (height + 0.95))
-    for measure, name in panels:
-        line, place = measures.index(measure), sets.index(name)
-        scale, unit = (100, "accuracy, points") if measure == "accuracy" else (1, f"{measure}, nats")
-        bottom = (len(measures) - 1 - line) * (height + 0.95) + 0.5
+    panels = {}
+    for measure, name in keys:
+        place, bottom = sets.index(name), (len(measures) - 1 - measures.index(measure)) * (height + 0.95) + 0.5
+        unit = units.get(measure, f"{measure}, nats")
         axes = _axes(figure, left + place * (width + 0.25), bottom, width, height, name, unit)
-        axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
-        for entry in comparisons:
-            if (entry["measure"], entry["set"]) == (measure, name):
-                row, colour = names.index(row_name(entry)), GREY if entry["verdict"] == "undecided" else BLUE
-                axes.plot([scale * entry["low"], scale * entry["high"]], [row, row], color=colour, linewidth=1.5)
-                axes.plot(scale * entry["mean"], row, "o", color=colour, ms=4)
+        labelled = place == min(sets.index(n) for m, n in keys if m == measure)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_yticks(range(len(names)), [_printable(n) for n in names] if place == 0 else [""] * len(names))
+        axes.set_yticks(range(len(names)), [_printable(n) for n in names] if labelled else [""] * len(names))
         axes.locator_params(axis="x", nbins=4)
-    return figure
+        panels[measure, name] = axes
+    return figure, panels
 
 
 def accuracy_by_size(variants: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -443,7 +474,7 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
 
 
 def _step_labels(axes: Axes, labels: Sequence[Sequence[str]], left: float) -> None:
-    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
     for i, lines in enumerate(labels):
         axes.annotate(str(i + 1), (0, i), (72 * (0.2 - left), 0), ha="right", fontsize=6, color=MUTED, **where)
         text = axes.annotate("\n".join(lines), (0, i), (72 * (0.3 - left), 0), fontsize=FONT, color=INK, **where)

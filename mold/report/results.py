@@ -74,17 +74,35 @@ def needed_table(needed: Sequence[Mapping]) -> Iterator[list[str]]:
         yield [variant, str(examples), *(value or "" for value in values)]
 
 
-def markdown(summary: Mapping) -> str:
-    """All tables of a comparison."""
-    parts = [_NOTE, _lines(table(summary))]
+def sections(summary: Mapping) -> dict[str, tuple[str, list[list[str]]]]:
+    """All tables of a comparison, with what is said of them: "results", "differences" and "sizes", as far as there."""
+    found = {"results": (_NOTE, list(table(summary)))}
     baseline, comparisons = summary["baseline"], summary["comparisons"]
     if comparisons:
         count = len(comparisons)
-        parts.append(_COMPARED.format(baseline=baseline, count=count, chance=max(1, round(0.05 * count))))
-        parts.append(_lines(difference_table(comparisons)))
+        said = _COMPARED.format(baseline=baseline, count=count, chance=max(1, round(0.05 * count)))
+        found["differences"] = said, list(difference_table(comparisons))
     if summary["examples_needed"]:
-        parts += [_NEEDED.format(baseline=baseline), _lines(needed_table(summary["examples_needed"]))]
-    return "\n\n".join(parts) + "\n"
+        found["sizes"] = _NEEDED.format(baseline=baseline), list(needed_table(summary["examples_needed"]))
+    return found
+
+
+def markdown(summary: Mapping) -> str:
+    """All tables of a comparison."""
+    return "\n\n".join(part for said, rows in sections(summary).values() for part in (said, _lines(rows))) + "\n"
+
+
+def findings(summary: Mapping) -> list[str]:
+    """What came of each variant's accuracy, a sentence a variant, size and test set."""
+    found = []
+    for entry in summary["comparisons"]:
+        if entry["measure"] == "accuracy" and entry["set"] in summary["variants"][row_name(entry)]["sets"]:
+            verdict = {"undecided": "may be chance"}.get(entry["verdict"], entry["verdict"])
+            seeds = f"{entry['seeds']} seed{'s' if entry['seeds'] > 1 else ''}"
+            difference = f"{_difference(entry).strip('*')} points of accuracy"
+            asked = f"{entry['questions']} questions of {entry['set']}, {seeds}"
+            found.append(f"{row_name(entry)} against {summary['baseline']}: {difference} on {asked}: {verdict}.")
+    return found
 
 
 def _difference(entry: Mapping) -> str:
@@ -94,8 +112,7 @@ def _difference(entry: Mapping) -> str:
     return text if entry["verdict"] == "undecided" else f"**{text}**"
 
 
-def _lines(rows: Iterator[list[str]]) -> str:
-    rows = list(rows)
+def _lines(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n".join(lines)

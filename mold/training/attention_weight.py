@@ -8,12 +8,14 @@ import torch
 from accelerate.utils import broadcast
 from transformers.utils import logging
 
+from mold.training.mixin import TrainerMixin
+
 logger = logging.get_logger(__name__)
 
 _BATCHES = 4  # that gradients are measured on
 
 
-class AttentionWeight:
+class AttentionWeight(TrainerMixin):
     """A mixin of `MoldTrainer` that decides beta.
 
     With beta="auto" it is chosen once, before the first step, from the norms g of the gradients with respect to the
@@ -88,9 +90,10 @@ class AttentionWeight:
     def _gradient_norm(self, inputs, cross_entropy: float, attention: float) -> float:
         """Norm of the gradient of the weighted losses of one batch with respect to the model."""
         self.model.train()
-        with self.compute_loss_context_manager():
-            sums, _, _ = self._term_sums(self.model, inputs)
-        loss = self._weigh(sums, self.term_counts(inputs), attention, cross_entropy)
+        with torch.enable_grad():  # an evaluation may be what asks first
+            with self.compute_loss_context_manager():
+                sums, _, _ = self._term_sums(self.model, inputs)
+            loss = self._weigh(sums, self.term_counts(inputs), attention, cross_entropy)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return math.sqrt(sum(g.double().square().sum().item() for g in gradients if g is not None))

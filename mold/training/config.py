@@ -22,7 +22,7 @@ METHODS = {
 """What `MoldConfig.method` may be: the method of the paper and the baselines of its tables."""
 
 
-def check_choices(options: object) -> None:
+def check_choices(options: Any) -> None:
     """Raise a ValueError that names the option unless all of a dataclass that have ``choices`` hold one of them."""
     for option in fields(options):
         choices = option.metadata.get("choices")
@@ -164,7 +164,7 @@ class MoldConfig(TrainingArguments):
     @property
     def trains_attention(self) -> bool:
         """Whether the attention loss has a weight."""
-        return self.beta == "auto" or self.beta > 0
+        return self.beta == "auto" or float(self.beta) > 0
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -225,7 +225,7 @@ class MoldConfig(TrainingArguments):
         for name in self._VALID_DICT_FIELDS:
             _json_object(name, getattr(self, name))
         # On by default, and a warning a data loader where there is nothing to copy to.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
         super().__post_init__()
         self._refuse_reentrant_checkpointing()
 

@@ -10,9 +10,10 @@ import torch
 from mold.data.encoding import has_signal
 from mold.method.attention_interface import stack_attention
 from mold.method.loss import TERMS, denominators, visible_keys
+from mold.training.mixin import TrainerMixin
 
 
-class Diagnostics:
+class Diagnostics(TrainerMixin):
     """A mixin of `MoldTrainer`."""
 
     def term_gradient_norms(self, items: Sequence[dict]) -> dict[str, float]:

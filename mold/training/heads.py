@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class ChunkedHead:
         if kind == "liger":
             _check_liger(self._layer.weight.device, self._softcap)
         chunked = functools.partial(chunked_cross_entropy, softcap=self._softcap)
-        self._losses = {"chunked": chunked, "liger": liger_cross_entropy}[kind]
+        losses: dict[str, Callable[..., torch.Tensor]] = {"chunked": chunked, "liger": liger_cross_entropy}
+        self._losses = losses[kind]
         if type(self._layer) is not nn.Linear:
             raise ValueError(
                 f"cross_entropy: is {kind!r}, must be 'full' with an output layer {type(self._layer).__name__}: an "
@@ -102,7 +104,8 @@ class ChunkedHead:
 
     def learned(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and positions [K] of the tokens that predict a rationale or answer, of regions [B, T]."""
-        return (regions[:, 1:] > PROMPT).nonzero(as_tuple=True)
+        rows, positions = (regions[:, 1:] > PROMPT).nonzero(as_tuple=True)
+        return rows, positions
 
     def arguments(self, learned: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
         """What the model's forward must be called with: it makes the last logit at the least."""

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save
 
 from mold.files import write_atomically
 from mold.training.card import add_method_section
+from mold.training.mixin import TrainerMixin
 
 ROUTER_FILE = "mold_router.safetensors"
 
 
-class RouterTraining:
+class RouterTraining(TrainerMixin):
     """A mixin of transformers' Trainer that optimises, clips, saves and loads `self.mold_loss` beside the model.
 
     A router inside the model would make reloading print unexpected keys, and peft would freeze it.

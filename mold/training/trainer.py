@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -89,20 +90,22 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
     ):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            init: Any = args.model_init_kwargs or {}
+            model = AutoModelForCausalLM.from_pretrained(model, **init)
         if processing_class is None:
             raise ValueError("processing_class: is None, must be the student's tokenizer")
         if signals is not None and teacher_model is not None:
             raise ValueError("teacher_model: is given together with signals, must be only one of them")
+        teacher: Any = teacher_model
         if isinstance(teacher_model, str):
-            teacher_model, loaded = load_model(teacher_model)
+            teacher, loaded = load_model(teacher_model)
             teacher_processing_class = teacher_processing_class or loaded
         if teacher_model is not None and teacher_processing_class is None:
             raise ValueError("teacher_processing_class: is None, must be the teacher's tokenizer")
         self.signals, self.teacher = signals, None
         if teacher_model is not None:
             self.teacher = OnlineTeacher(
-                teacher_model.to(args.device),
+                teacher.to(args.device),
                 teacher_processing_class,
                 args.template,
                 args.row_reduction,
@@ -159,7 +162,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         )
         self._refuse_unsupported_parallelism()
         self.mold_loss.to(self.args.device)
-        self._head = make_head(without_adapter(self.model), args.cross_entropy)
+        self._head: Any = make_head(without_adapter(self.model), args.cross_entropy)
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
         # flag says so since transformers 5.19, the second one before.
         self.loss_is_scaled_for_ga = True
@@ -200,7 +203,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
                 encode_example(example, self._tokenizer, options.template, task=task, max_length=options.max_length)
                 for task in options.tasks
             ]
-            item = {"example": encoded[0], "signal": None}
+            item: dict[str, Any] = {"example": encoded[0], "signal": None}
             if taught and self.signals is not None:
                 item["signal"] = self.signals.signal(example, encoded[0])
             elif taught:
@@ -432,9 +435,9 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         was_training = model.training
         model.eval()
         sums, counts = torch.zeros(3, device=self.args.device), torch.zeros(3, device=self.args.device)
-        items = list(self.eval_dataset if eval_dataset is None else eval_dataset)
+        items: Any = list(self.eval_dataset if eval_dataset is None else eval_dataset)
         items = items[self.accelerator.process_index :: self.accelerator.num_processes]
-        loader = DataLoader(items, self.args.eval_batch_size, collate_fn=self.data_collator)
+        loader: DataLoader = DataLoader(items, self.args.eval_batch_size, collate_fn=self.data_collator)
         for inputs in tqdm(loader, desc="Evaluating", disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
@@ -445,7 +448,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         metrics = {f"{metric_key_prefix}_loss": self._weigh(sums, counts, self.beta).item()}
         metrics |= self._term_metrics(sums, counts, f"{metric_key_prefix}_loss")
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 

@@ -176,7 +176,7 @@ def test_an_adapter_is_the_one_that_training_adds(saved):
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert planned.trainable == trained
     assert (planned.gradients, planned.optimizer) == (4 * trained, 8 * trained)
-    assert planned.peak(MACHINE) < full.peak(MACHINE)
+    assert planned.parameters == full.parameters
     attention_alone, _ = plan_of(
         saved, "--use_peft", "true", "--lora_r", "3", "--lora_target_modules", "q_proj", "v_proj"
     )

@@ -8,7 +8,7 @@ from mold.commands.dry_run import dry_run
 from mold.commands.recipe import load_recipe
 from mold.data.problems import generate_problems
 from tests.mold.command_line import refusal
-from tests.mold.commands.test_recipe import PACKAGED
+from tests.mold.commands.test_recipe import PACKAGED, PAPERS
 from tests.mold.conftest import write_rows
 
 
@@ -51,12 +51,15 @@ def test_packaged_recipes_pass_a_dry_run(name, tmp_path):
     recipe = load_recipe(name, str(tmp_path))
     local = {}
     for key, source in recipe.data.items():
+        if source["dataset"] == "generated":
+            local[key] = source
+            continue
         rows = [vars(problem) for problem in generate_problems(1100, seed=len(local))]
         write_rows(tmp_path / f"{key}.jsonl", rows)
-        parts = {part: source[part] for part in ("train", "test") if part in source}
+        parts = {part: source[part] for part in ("train", "test", "teacher") if part in source}
         local[key] = {"dataset": str(tmp_path / f"{key}.jsonl"), **parts}
     shapes = dict(recipe.shapes)
-    if recipe.options["teacher_model_name_or_path"] == "smollm2-135m-instruct":
+    if name not in PAPERS:
         shapes["smollm2-135m-instruct"] = {"model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576}
     lines = list(dry_run(replace(recipe, data=local, shapes=shapes)))
     assert any(line.startswith("train: ") and "GiB" in line for line in lines)

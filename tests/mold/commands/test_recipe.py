@@ -1,6 +1,7 @@
 """What a recipe's file may hold."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,17 +9,12 @@ import yaml
 from mold.commands.recipe import Recipe, load_recipe
 from tests.mold.command_line import load, refusal
 
-PACKAGED = [
-    "small",
-    "small-ablation",
-    "llama3-8b-gpt2-large",
-    "llama3-8b-gpt2-large-commonsense",
-    "qwen2.5-32b-tinyllama",
-]
+PACKAGED = sorted(path.stem for path in (Path(__file__).parents[3] / "mold" / "recipes").glob("*.yaml"))
+PAPERS = ["llama3-8b-gpt2-large", "llama3-8b-gpt2-large-commonsense", "qwen2.5-32b-tinyllama"]
 
 
 def test_recipes_that_there_are_not(mold, tmp_path):
-    assert "recipe: is 'big', must be one of llama3" in refusal(mold("run", "big"))
+    assert "recipe: is 'big', must be one of demo, llama3" in refusal(mold("run", "big"))
     (tmp_path / "mine.yaml").write_text("base: big\n")
     assert "recipe: is 'big', must be one of" in refusal(mold("run", tmp_path / "mine.yaml"))
     (tmp_path / "mine.yaml").write_text("[")
@@ -35,7 +31,7 @@ def test_a_recipe_based_on_another(tmp_path):
 
 
 def test_the_papers_hyperparameters():
-    for name in PACKAGED[2:]:
+    for name in PAPERS:
         recipe = load_recipe(name)
         train = {**recipe.train, **recipe.variants["mixture"]}
         expected = {"alpha": 0.5, "beta": 1.0, "tau_1": 0.1, "tau_2": 0.5, "per_device_train_batch_size": 16}
@@ -102,7 +98,7 @@ def test_names_of_sources_that_would_be_files_or_options(tiny, name):
         ("options={gpu: l4}", "recipe: options has the unknown option 'gpu'; it is one of mold plan"),
         ("options={output_dir: a}", "recipe: options.output_dir: is given, must not be: mold run sets it"),
         ("train={seed: 3}", "recipe: train.seed: is given, must not be"),
-        ("generate={beta: 3}", "recipe: generate has the unknown option 'beta'; it is one of mold demo, train, eval"),
+        ("generate={beta: 3}", "recipe: generate has the unknown option 'beta'; it is one of mold train, eval"),
         ("keywords={temperature: 1}", "recipe: keywords has the unknown option 'temperature'"),
         ("seeds=[", "--set: seeds is no YAML"),
         ("seeds=" + "[" * 100_000, "--set: seeds is nested too deep"),

@@ -1,6 +1,7 @@
 """mold run with tiny random models: from files to the table, what is skipped and what is done again."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -50,6 +51,12 @@ def test_from_files_to_the_table(mold, tiny):
     assert (folder / "results.md").read_text().count("\n| ") == 5 + 4
     assert "<svg" in (folder / "differences.svg").read_text()
     assert len(list(folder.glob("train-*/report.html"))) == 8
+    page = (folder / "report.html").read_text("utf-8")
+    assert page.count("<svg") == 2
+    assert "a pair against mixture: " in page
+    links = re.findall(r'<a href="([^"]+)">', page)
+    assert len(links) == 8
+    assert all((folder / link).is_file() for link in links)
 
     # Again: everything is there. Another option: only what depends on it is run.
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*-*/done.json")}
@@ -160,7 +167,9 @@ def test_results_are_written_after_every_training(tiny, monkeypatch):
     monkeypatch.setattr(
         run,
         "_write_results",
-        lambda root, summary, say: counts.append([len(entry["seeds"]) for entry in summary["variants"].values()]),
+        lambda root, summary, trainings, say: counts.append(
+            [len(entry["seeds"]) for entry in summary["variants"].values()]
+        ),
     )
     run_recipe(load(tiny, "variants={a: {beta: 0.0}, b: {}}", "sweep={}", "baseline=a"), lambda line: None)
     assert counts == [[1], [1, 1], [2, 1], [2, 2]]

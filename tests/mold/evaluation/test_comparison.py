@@ -33,6 +33,7 @@ def test_results_are_means_over_seeds():
     # Of ten questions, however many seeds answer them.
     assert (found["sets"]["a"]["low"], found["sets"]["a"]["high"]) == wilson_interval(3.5, 10)
     assert found["held_out"] == {"attention KL": 1.5}
+    assert found["likelihoods"] == {}
     assert (summary["baseline"], summary["comparisons"], summary["examples_needed"]) == (None, [], [])
 
 
@@ -74,7 +75,12 @@ def test_only_seeds_that_both_have_are_compared():
 
 def test_log_likelihoods_of_other_tasks_are_not_compared():
     runs = [r._replace(tasks=("explain", "predict")) if r.variant == "mixture" else r for r in made(0.2)]
-    assert [entry["measure"] for entry in summarise(runs, "plain")["comparisons"]] == ["accuracy"]
+    summary = summarise(runs, "plain")
+    assert [entry["measure"] for entry in summary["comparisons"]] == ["accuracy"]
+    assert summary["variants"]["mixture"]["likelihoods"] == {}
+    found = summary["variants"]["plain"]["likelihoods"][HELD_OUT]["rationale log-likelihood"]
+    assert found["low"] < found["mean"] < found["high"]
+    assert found["mean"] == pytest.approx(np.mean(found["means"]))
 
 
 def test_other_questions_are_refused():

@@ -1,12 +1,16 @@
 import pytest
 
 from mold.report import plots
-from mold.report.results import difference_table, markdown, needed_table, table
+from mold.report.results import difference_table, findings, markdown, needed_table, table
 
 
 def variant(name, size, mean, held_out):
     sets = {"a": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "accuracies": [mean], "total": 10}}
-    return {"variant": name, "size": size, "seeds": [0], "sets": sets, "held_out": held_out}
+    likelihoods = {
+        "held out": {"rationale log-likelihood": {"means": [-mean], "mean": -mean, "low": -1.5, "high": 0.0}}
+    }
+    about = {"variant": name, "size": size, "seeds": [0]}
+    return about | {"sets": sets, "likelihoods": likelihoods, "held_out": held_out}
 
 
 def comparison(name, measure, mean, verdict, size=None, set_name="a"):
@@ -64,8 +68,18 @@ def test_all_tables_in_markdown():
     assert "Differences" not in alone
 
 
+def test_findings_say_what_may_be_chance():
+    (said,) = findings(SUMMARY)
+    assert said == "x against y: +10.0 (+5.0 to +15.0) points of accuracy on 10 questions of a, 3 seeds: better."
+    undecided = SUMMARY | {"comparisons": [comparison("x", "accuracy", -0.1, "undecided") | {"seeds": 1}]}
+    assert findings(undecided)[0].endswith("1 seed: may be chance.")
+
+
 def test_pictures():
     pytest.importorskip("matplotlib")
+    svg = plots.figure_to_svg(plots.variant_results(SUMMARY["variants"]))
+    assert all(text in svg for text in ("accuracy, %", "rationale log-likelihood, nats", "held out", ">x<", ">y<"))
+    assert svg.count(">x<") == 2  # a panel each measure, whose sets differ
     svg = plots.figure_to_svg(plots.variant_differences(SUMMARY["comparisons"]))
     assert all(text in svg for text in ("held out", "accuracy, points", "rationale log-likelihood, nats", plots.BLUE))
     variants = {f"{n}, {s}": variant(n, s, s / 1000, {}) for n in ("x", "y") for s in (100, 200, 400)}
@@ -73,5 +87,7 @@ def test_pictures():
     assert all(text in svg for text in ("training examples", ">400<", ">x<", ">y<"))
     with pytest.raises(ValueError, match="comparisons: is empty"):
         plots.variant_differences([])
+    with pytest.raises(ValueError, match="variants: is empty"):
+        plots.variant_results({})
     with pytest.raises(ValueError, match="variants: have no size"):
         plots.accuracy_by_size(SUMMARY["variants"])

@@ -56,6 +56,14 @@ def test_attention_has_its_share_of_the_gradient(tmp_path, signals, options):
     assert weighted / (weighted + means[0]) == pytest.approx(share, rel=1e-4)
 
 
+def test_an_evaluation_may_ask_for_beta_first(tmp_path, signals):
+    evaluated = make_trainer(tmp_path / "evaluated", signals, beta="auto")
+    metrics = evaluated.evaluate(evaluated.train_dataset)
+    assert evaluated.beta == make_trainer(tmp_path / "asked", signals, beta="auto").beta
+    terms = [metrics[f"eval_loss_{name}"] for name in ("rationale", "answer", "attention")]
+    assert metrics["eval_loss"] == pytest.approx(sum(terms[:2]) / 2 + evaluated.beta * terms[2], rel=1e-5)
+
+
 def test_choosing_beta_changes_nothing_else(tmp_path, signals):
     student = {"family": "gpt2", "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
     auto = make_trainer(tmp_path / "auto", signals, make_student(**student), beta="auto")
