@@ -208,7 +208,7 @@ def test_gpt2_can_be_planned_in_four_bits(tmp_path):
 
 def test_two_tasks_are_twice_the_texts_without_pooled_attention(saved):
     two, setup = plan_of(saved, "--method", "step_by_step")
-    assert (setup.texts, setup.trains_attention) == (2, False)
+    assert (setup.texts, setup.trains_attention) == (16, False)
     same, _ = plan_of(saved, "--method", "rationales", "--per_device_train_batch_size", "16")
     assert plan_of(saved, "--method", "step_by_step", "--per_device_train_batch_size", "8")[0].step == same.step
     with_attention, _ = plan_of(saved, "--mol_two_tasks", "true")
