@@ -52,7 +52,10 @@ def generate(options: Options) -> Counter:
     teacher = prompt = None
     chat = False
     settings = {"sampling": asdict(sampling), "template": options.training.template}
-    settings |= {"questions": digest([(e.id, e.question, e.answer) for e in examples]), "given": digest(given)}
+    settings |= {
+        "questions": digest([(e.id, e.question, e.answer, e.history) for e in examples]),
+        "given": digest(given),
+    }
     if name is not None:
         task = prompt_for(examples) if prompting.prompt == "auto" else prompting.prompt
         prompt = load_prompt(task, prompting.num_shots)

@@ -35,7 +35,7 @@ def keywords(options: Options) -> Counter:
     settings = {
         "stage": "keywords",
         "teacher": options.teacher.teacher_model_name_or_path,
-        "examples": digest([(e.id, e.question, e.rationale) for e in examples]),
+        "examples": digest([(e.id, e.question, e.rationale, e.history) for e in examples]),
         "batch_size": options.generation.generate_batch_size,
         "max_new_tokens": options.generation.max_new_tokens,
         **teacher_settings(teacher, prompt, chat),

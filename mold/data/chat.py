@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,8 +20,10 @@ from mold.data.tokens import check_no_special_tokens
 CHAT_TEMPLATE = "{question}{assistant}{rationale}\nAnswer: {answer}"
 """The template for models with a chat template: the question is the user's message."""
 
-# What is extracted today is trained on tomorrow. It is the date that Llama's templates have without a clock.
-_DATE = "26 Jul 2024"
+TODAY = datetime(2024, 7, 26)
+"""The date and time that every chat template is told, so that what is extracted today is trained on tomorrow: the date
+that Llama's templates have without a clock."""
+_NOW = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def render_for(
@@ -79,17 +82,23 @@ def _apply(tokenizer: PreTrainedTokenizerBase, history: Sequence[tuple[str, str]
 def apply_chat_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
 ) -> str:
-    """The text of messages in the tokenizer's chat template. Llama's write the same date every day.
+    """The text of messages in the tokenizer's chat template, whose clock stands at `TODAY`.
 
     Raises:
-        ValueError: the template refuses them (a system message, two turns of a user), or is none.
+        ValueError: the template refuses them (a system message, two turns of a user), is none, or asks for a time whose
+            format is no text in it.
     """
     try:
+        # transformers hands a template no clock but its own.
+        template = _NOW.sub(lambda asked: repr(TODAY.strftime(asked[2])), tokenizer.get_chat_template())
+        if re.search(r"strftime_now\s*\(", template):
+            raise ValueError("it asks strftime_now for today's date in a format that is no text")
         return tokenizer.apply_chat_template(
             list(messages),
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            date_string=_DATE,
+            date_string=TODAY.strftime("%d %b %Y"),
         )
     except Exception as error:  # a template raises jinja's errors and Python's own, of whatever it computes
         roles = ", ".join(message["role"] for message in messages)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mold.data.examples import Example
 from mold.data.segmentation import find_keywords
 from mold.generation.batches import Journal, generate_all
-from mold.generation.prompting import PromptFile, prompt_ids
+from mold.generation.prompting import PromptFile, example_prompt_ids
 
 MARKER = "Key words:"
 MOST_KEYWORDS, MOST_WORDS = 12, 6
@@ -56,7 +56,7 @@ def name_keywords(
     if chat:
         turns = [(asked, f"{MARKER} {answered}") for asked, answered in turns]
     prompts = [
-        prompt_ids(tokenizer, prompt.instruction, turns, _asked(e.question, e.rationale), _OPENING, chat)
+        example_prompt_ids(tokenizer, prompt.instruction, turns, e, _asked(e.question, e.rationale), _OPENING, chat)
         for e in examples
     ]
     answers = generate_all(

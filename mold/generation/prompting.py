@@ -95,26 +95,65 @@ def prompt_ids(
     question: str,
     opening: str,
     chat: bool,
+    history: Sequence[tuple[str, str]] = (),
 ) -> list[int]:
     """Token ids of a prompt that ends where the teacher has to go on.
 
     Args:
         tokenizer: the teacher's.
-        instruction: stands before everything else; in a chat at the head of the first message, since not every chat
-            template takes a system message.
+        instruction: stands before everything else; in a chat at the head of the first message of a user, since not
+            every chat template takes a system message.
         turns: what is asked and what is answered in each worked example.
         question: what is asked now.
         opening: what a plain prompt has between a question and its answer, such as "\\nReasoning:".
         chat: whether to use the tokenizer's chat template.
+        history: (role, text) of the messages before the question; system messages stand before the worked examples.
+
+    Raises:
+        ValueError: there are messages before the question and the prompt is no chat; the chat template refuses the
+            messages, or a text holds the spelling of a special token.
     """
-    check_no_special_tokens(tokenizer, [("question", question)])
+    said = [(f"message of {role}", text) for role, text in history]
+    check_no_special_tokens(tokenizer, [("question", question), *said])
     if not chat:
+        if history:
+            raise ValueError(
+                "chat: is off, or the tokenizer has no chat template; must be on for an example with messages before "
+                "the question"
+            )
         worked = [f"{asked}{opening} {answered}" for asked, answered in turns]
         return tokenize(tokenizer, "\n\n".join([instruction, *worked, question + opening]))[0]
-    messages = []
+    messages = [{"role": role, "content": text} for role, text in history if role == "system"]
+    first = len(messages)
     for asked, answered in turns:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    messages += [{"role": role, "content": text} for role, text in history if role != "system"]
     messages.append({"role": "user", "content": question})
-    messages[0]["content"] = f"{instruction}\n\n{messages[0]['content']}"
+    messages[first]["content"] = f"{instruction}\n\n{messages[first]['content']}"
     text = apply_chat_template(tokenizer, messages, add_generation_prompt=True)
     return tokenize(tokenizer, text, special_tokens=False)[0]
+
+
+def example_prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: str,
+    turns: Sequence[tuple[str, str]],
+    example: Example,
+    asked: str,
+    opening: str,
+    chat: bool,
+) -> list[int]:
+    """`prompt_ids` of an example, behind the messages before its question.
+
+    Args:
+        example: whose question it is.
+        asked: what is asked about it.
+        tokenizer, instruction, turns, opening, chat: see `prompt_ids`.
+
+    Raises:
+        ValueError: as `prompt_ids`; names the example.
+    """
+    try:
+        return prompt_ids(tokenizer, instruction, turns, asked, opening, chat, example.history)
+    except ValueError as error:
+        raise ValueError(f"example {example.id}: {error}") from error

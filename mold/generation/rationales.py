@@ -19,7 +19,7 @@ from mold.data.answers import answer_kind, extract_answer, judge_answer, split_c
 from mold.data.examples import ASSISTANT, DEFAULT_TEMPLATE, Example, question_key
 from mold.files import json_lines
 from mold.generation.batches import Completion, Journal, generate_all
-from mold.generation.prompting import PromptFile, prompt_ids
+from mold.generation.prompting import PromptFile, example_prompt_ids
 
 # A rationale that speaks of the hint is none that a student could find.
 _MENTIONS_HINT = re.compile(
@@ -84,8 +84,8 @@ def write_rationales(
 
     Returns:
         An entry an example, in their order: id, question, rationale, answer, prediction, correct, stage ("given",
-        "plain", "hint", or None where nothing was written), keywords where the example has some. The rationale is the
-        first right one, else the last wrong one, with "correct" false. And counts of what happened.
+        "plain", "hint", or None where nothing was written), keywords and history where the example has some. The
+        rationale is the first right one, else the last wrong one, with "correct" false. And counts of what happened.
     """
     best: dict[str, dict] = {}
     counts: Counter = Counter()
@@ -130,7 +130,8 @@ def _prompt_of(tokenizer, prompt, example, stage, template, chat) -> list[int]:
     question = example.question
     if stage == "hint":
         question = prompt.hint.format(question=question, answer=example.answer)
-    return prompt_ids(tokenizer, prompt.instruction, turns, opening + question, reasoning.rstrip(" "), chat)
+    asked, reasoning = opening + question, reasoning.rstrip(" ")
+    return example_prompt_ids(tokenizer, prompt.instruction, turns, example, asked, reasoning, chat)
 
 
 def _parts(template: str) -> tuple[str, str, str]:
@@ -190,7 +191,9 @@ def _consider(best: dict, example: Example, found: dict, counts: Counter) -> Non
 def _row(example: Example, found: dict | None) -> dict:
     found = found or {"rationale": "", "prediction": None, "stage": None, "correct": False}
     row = {"id": example.id, "question": example.question, "answer": example.answer, **found}
-    return row if example.keywords is None else row | {"keywords": list(example.keywords)}
+    if example.keywords is not None:
+        row["keywords"] = list(example.keywords)
+    return row | {"history": example.history} if example.history else row
 
 
 def read_given(path: str | Path, examples: Sequence[Example]) -> tuple[dict[str, list[dict]], int]:

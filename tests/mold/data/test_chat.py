@@ -11,7 +11,7 @@ from mold.data.examples import DEFAULT_TEMPLATE, Example, text_hash
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
 from mold.evaluation.predictions import generate_predictions
-from mold.generation.prompting import prompt_ids
+from mold.generation.prompting import example_prompt_ids, prompt_ids
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
 
@@ -237,3 +237,26 @@ def test_a_chat_template_with_a_date_writes_the_same_every_day():
     assert render_for(EXAMPLE, CHAT_TEMPLATE, tokenizer).text.startswith("Today is 26 Jul 2024.\n")
     prompt = prompt_ids(tokenizer, "Think.", [], EXAMPLE.question, "", chat=True)
     assert tokenizer.decode(prompt).startswith("Today is 26 Jul 2024.\n")
+
+
+def test_a_chat_template_with_a_clock_of_its_own_writes_the_same_every_day():
+    tokenizer = make_tokenizer.__wrapped__("smollm")
+    tokenizer.chat_template = "Today is {{ strftime_now('%Y-%m-%d %H') }}.\n" + CHAT_TEMPLATES["chatml"]
+    assert render_for(EXAMPLE, CHAT_TEMPLATE, tokenizer).text.startswith("Today is 2024-07-26 00.\n")
+    prompt = prompt_ids(tokenizer, "Think.", [], EXAMPLE.question, "", chat=True)
+    assert tokenizer.decode(prompt).startswith("Today is 2024-07-26 00.\n")
+    tokenizer.chat_template = "{{ strftime_now(messages[0].role) }}" + CHAT_TEMPLATES["chatml"]
+    with pytest.raises(ValueError, match="asks strftime_now for today's date in a format that is no text"):
+        render_for(EXAMPLE, CHAT_TEMPLATE, tokenizer)
+
+
+def test_a_teacher_reads_the_messages_before_the_question():
+    tokenizer = chat_tokenizer("smollm", "chatml")
+    history = (("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "2"))
+    example = replace(EXAMPLE, history=history)
+    ids = example_prompt_ids(tokenizer, "Think.", [("one?", "one")], example, example.question, "", True)
+    said = tokenizer.decode(ids)
+    places = [said.index(text) for text in ("Be brief.", "Think.", "one?", "What is 1 + 1?", example.question)]
+    assert places == sorted(places)
+    with pytest.raises(ValueError, match=f"^example {example.id}: chat: is off.* must be on"):
+        example_prompt_ids(tokenizer, "Think.", [], example, example.question, "", False)
