@@ -36,12 +36,13 @@ POOLED = Q, K, LSE, *(spans.int() for spans in SPANS)
 
 CASES = {
     ("attention_with_lse", "aten"): HEADS,
-    ("attention_with_lse", "native"): HEADS,
+    ("attention_with_lse", "native"): (Q, K, V, MASK, RANGES, 0.3, 5.0),
     ("attention_with_lse", "triton"): (Q, K, V, MASK, RANGES, 0.3, 5.0),
+    ("attention_lse", "native"): (Q, K, MASK, RANGES, 0.3, 5.0),
     ("attention_lse", "torch"): LSE_ONLY,
     ("attention_lse", "triton"): LSE_ONLY,
     ("span_attention", "torch"): (*POOLED, None, COLUMNS, 0.3, None, False),
-    ("span_attention", "native"): (*POOLED, None, PIECES, 0.3, None, True),
+    ("span_attention", "native"): (*POOLED, RANGES, PIECES, 0.3, 5.0, True),
     ("span_attention", "triton"): (*POOLED, RANGES, PIECES, 0.3, 5.0, True),
     **{("value_pool", backend): (V, MASK, 1e-6) for backend in ("native", "torch", "triton")},
     **{("layer_mixture_kl", backend): MIXTURE for backend in ("native", "torch", "triton")},
