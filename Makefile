@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEACHER := $(VENV)/.teacher
 LOWEST := .venv-lowest
+# A worker is a process with one thread and about a gigabyte of memory.
+WORKERS := --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 .PHONY: demo test test-lowest lint bench sanitize clean
 
@@ -16,11 +18,11 @@ demo: $(INSTALLED) $(TEACHER)
 
 # pytest comes last: its summary is the last line.
 test: lint $(TEACHER)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 # The lowest versions that pyproject.toml allows: what is quick of mold's tests, as those of the kernels meet torch alone.
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest tests/mold -m "not slow" -p no:cacheprovider
+	$(LOWEST)/bin/python -m pytest $(WORKERS) tests/mold -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -55,7 +57,7 @@ $(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet "$(TORCH)"
 	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt --editable ".[report,gguf,data,peft]" \
-		pytest pytest-benchmark hypothesis \
+		pytest pytest-benchmark pytest-xdist hypothesis \
 		--config-settings=build-dir=build/lowest --config-settings=cmake.define.MOLD_CUDA=OFF
 	touch $@
 

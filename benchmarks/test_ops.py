@@ -25,17 +25,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mold_kernels
 from benchmarks.cpu_attention import make_spans
-from mold_kernels import (
-    SpanPlan,
-    _triton,
-    attention_lse,
-    attention_with_lse,
-    layer_mixture_kl,
-    span_attention,
-    tables,
-    value_pool,
-)
+from mold_kernels import SpanPlan, _triton, tables
 from mold_kernels.testing import random_qkv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,30 +50,32 @@ def attention_with_lse_case(length: int) -> Case:
     q, k, v = leaves = make_qkv(length)
     return Case(
         leaves,
-        lambda backend: attention_with_lse(q, k, v, backend=backend)[0],
+        lambda backend: mold_kernels.attention_with_lse(q, k, v, backend=backend)[0],
         lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
     )
 
 
 def attention_lse_case(length: int) -> Case:
     q, k, _ = make_qkv(length)
-    return against_torch((q, k), lambda backend: attention_lse(q, k, backend=backend))
+    return against_torch((q, k), lambda backend: mold_kernels.attention_lse(q, k, backend=backend))
 
 
 def span_attention_case(length: int) -> Case:
     q, k, _ = make_qkv(length)
     with torch.no_grad():
-        lse = attention_lse(q, k)
+        lse = mold_kernels.attention_lse(q, k)
     rows, keys = (spans.to(DEVICE) for spans in make_spans(length))
     plan = SpanPlan(rows, keys, length)  # a training step makes one for all layers
     leaves = q, k, lse.requires_grad_()
-    return against_torch(leaves, lambda backend: span_attention(*leaves, rows, keys, plan=plan, backend=backend))
+    return against_torch(
+        leaves, lambda backend: mold_kernels.span_attention(*leaves, rows, keys, plan=plan, backend=backend)
+    )
 
 
 def value_pool_case(length: int) -> Case:
     _, _, v = make_qkv(length)
     mask = torch.ones(1, length, dtype=torch.bool, device=DEVICE)
-    return against_torch((v,), lambda backend: value_pool(v, mask, 1e-6, backend=backend))
+    return against_torch((v,), lambda backend: mold_kernels.value_pool(v, mask, 1e-6, backend=backend))
 
 
 def layer_mixture_kl_case(length: int) -> Case:
@@ -90,7 +84,7 @@ def layer_mixture_kl_case(length: int) -> Case:
     weights = torch.full((1, LAYERS), 1 / LAYERS, device=DEVICE)
     counts = (torch.tensor([count], device=DEVICE) for count in (steps, keys))
     inputs = teacher, student.requires_grad_(), weights.requires_grad_(), *counts
-    return against_torch(inputs[1:3], lambda backend: layer_mixture_kl(*inputs, backend=backend))
+    return against_torch(inputs[1:3], lambda backend: mold_kernels.layer_mixture_kl(*inputs, backend=backend))
 
 
 def against_torch(leaves: tuple[torch.Tensor, ...], ours: Callable[[str], torch.Tensor]) -> Case:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mold_kernels import _triton, foreign_attention, native, reference
-from mold_kernels.backends import Backend, Op, lazily
+from mold_kernels.backends import Backend, Op
 from mold_kernels.visibility import check_heads, check_scale, check_visibility, positive_scale, visible_ranges
 
 _BLOCK_ELEMENTS = 1 << 22
@@ -195,13 +195,7 @@ ATTENTION_WITH_LSE = Op(
             dtypes=native.DTYPES,
         ),
         Backend("aten", foreign_attention.aten_forward, foreign_attention.aten_backward, options=("key_padding_mask",)),
-        Backend(
-            "triton",
-            lazily("_triton.attention", "attention_with_lse_forward"),
-            lazily("_triton.attention", "attention_with_lse_backward"),
-            dtypes=_triton.DTYPES,
-            head_dim=_triton.HEAD_DIM,
-        ),
+        Backend.of_triton("attention", "attention_with_lse", head_dim=_triton.HEAD_DIM),
         Backend("flex", foreign_attention.flex_attention_with_lse, gradient=("cuda",)),
         Backend(
             "fa4",
@@ -224,13 +218,7 @@ ATTENTION_LSE = Op(
     options=_OPTIONS,
     backends=[
         Backend("native", native.attention_lse_forward, native.attention_lse_backward, dtypes=native.DTYPES),
-        Backend(
-            "triton",
-            lazily("_triton.attention", "attention_lse_forward"),
-            lazily("_triton.attention", "attention_lse_backward"),
-            dtypes=_triton.DTYPES,
-            head_dim=_triton.HEAD_DIM,
-        ),
+        Backend.of_triton("attention", "attention_lse", head_dim=_triton.HEAD_DIM),
         Backend("torch", _torch_lse_forward, _torch_lse_backward, options=("key_padding_mask",)),
         Backend("reference", reference.attention_lse),
     ],

@@ -23,7 +23,7 @@ import functools
 import torch
 
 from mold_kernels import cuda, native, reference
-from mold_kernels.backends import Backend, Op, lazily
+from mold_kernels.backends import Backend, Op
 
 
 def teacher_layer_weights(
@@ -177,12 +177,7 @@ LAYER_MIXTURE_KL = Op(
             native.layer_mixture_kl_backward,
             dtypes=(torch.float64, torch.float32),
         ),
-        Backend(
-            "triton",
-            lazily("_triton.layer_mixture_kl", "layer_mixture_kl_forward"),
-            lazily("_triton.layer_mixture_kl", "layer_mixture_kl_backward"),
-            dtypes=(torch.float32,),
-        ),
+        Backend.of_triton("layer_mixture_kl", "layer_mixture_kl", dtypes=(torch.float32,)),
         Backend("cuda", cuda.layer_mixture_kl_forward, cuda.layer_mixture_kl_backward, dtypes=(torch.float32,)),
         Backend("torch", _torch_forward, _torch_backward, dtypes=(torch.float64, torch.float32)),
         Backend("reference", reference.layer_mixture_kl, dtypes=(torch.float64, torch.float32)),

@@ -28,7 +28,7 @@ import torch
 
 from mold_kernels import _triton, cuda, native, reference
 from mold_kernels._triton.tiles import choose_tile
-from mold_kernels.backends import Backend, Op, lazily
+from mold_kernels.backends import Backend, Op
 from mold_kernels.span_pieces import SpanPlan
 from mold_kernels.spans import row_weights
 from mold_kernels.visibility import check_heads, check_scale, check_visibility, positive_scale, visible_ranges
@@ -197,13 +197,7 @@ SPAN_ATTENTION = Op(
     options=("sliding_window", "softcap", "cu_seqlens"),
     backends=[
         Backend("native", native.span_attention_forward, native.span_attention_backward, dtypes=native.DTYPES),
-        Backend(
-            "triton",
-            lazily("_triton.span_attention", "span_attention_forward"),
-            lazily("_triton.span_attention", "span_attention_backward"),
-            dtypes=_triton.DTYPES,
-            head_dim=_triton.HEAD_DIM,
-        ),
+        Backend.of_triton("span_attention", "span_attention", head_dim=_triton.HEAD_DIM),
         Backend(
             "cuda",
             cuda.span_attention_forward,

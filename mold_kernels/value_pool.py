@@ -18,8 +18,8 @@ import math
 
 import torch
 
-from mold_kernels import _triton, native, reference
-from mold_kernels.backends import Backend, Op, lazily
+from mold_kernels import native, reference
+from mold_kernels.backends import Backend, Op
 
 
 def value_pool(v: torch.Tensor, mask: torch.Tensor, eps: float, *, backend: str = "auto") -> torch.Tensor:
@@ -86,12 +86,7 @@ VALUE_POOL = Op(
     outputs="Tensor pooled",
     backends=[
         Backend("native", native.value_pool_forward, native.value_pool_backward, dtypes=native.DTYPES),
-        Backend(
-            "triton",
-            lazily("_triton.value_pool", "value_pool_forward"),
-            lazily("_triton.value_pool", "value_pool_backward"),
-            dtypes=_triton.DTYPES,
-        ),
+        Backend.of_triton("value_pool", "value_pool"),
         Backend("torch", _torch_forward, _torch_backward),
         Backend("reference", reference.value_pool),
     ],

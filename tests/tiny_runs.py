@@ -23,6 +23,11 @@ def make_teacher():
     return make_model("gpt2", vocab=len(TEACHER_TOKENIZER), layers=5, heads=6, seed=8)
 
 
+def online_teacher(teacher=None):
+    """What a trainer takes to run the teacher beside the student."""
+    return {"teacher_model": teacher or make_teacher(), "teacher_processing_class": TEACHER_TOKENIZER}
+
+
 def make_trainer(
     folder, signals, student=None, examples=EXAMPLES, eval_examples=EXAMPLES[:5], trainer_options=None, **options
 ):

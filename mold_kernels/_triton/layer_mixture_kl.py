@@ -18,6 +18,10 @@ import triton.language as tl
 
 from mold_kernels._triton import tiles
 
+# Numbers that change with every batch, which must not make a kernel anew.
+_OF_TEACHER = ["teacher_layer", "teacher_batch", "teacher_step", "teacher_key", "S", "M"]
+_OF_STUDENT = ["weights_batch", "weights_layer", "student_layer", "student_batch", "student_step", "student_key", "M"]
+
 
 @triton.jit
 def _log_rows(values, valid, l1_epsilon, ROW_NORM: tl.constexpr):
@@ -40,7 +44,7 @@ def _counts(steps_ptr, keys_ptr, batch, S, M):
     return tl.where(keys > 0, tl.minimum(tl.load(steps_ptr + batch).to(tl.int32), S), 0), keys
 
 
-@triton.jit(do_not_specialize=["teacher_layer", "teacher_batch", "teacher_step", "teacher_key", "S", "M"])
+@triton.jit(do_not_specialize=_OF_TEACHER)
 def _layer_statistic_kernel(
     teacher_ptr,
     steps_ptr,
@@ -72,24 +76,7 @@ def _layer_statistic_kernel(
     tl.store(statistic_ptr + batch * tl.num_programs(0) + layer, mean)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "teacher_layer",
-        "teacher_batch",
-        "teacher_step",
-        "teacher_key",
-        "student_layer",
-        "student_batch",
-        "student_step",
-        "student_key",
-        "weights_batch",
-        "weights_layer",
-        "teacher_layers",
-        "student_layers",
-        "S",
-        "M",
-    ]
-)
+@triton.jit(do_not_specialize=[*_OF_TEACHER, *_OF_STUDENT, "teacher_layers", "student_layers"])
 def _layer_mixture_kl_forward_kernel(
     teacher_ptr,
     student_ptr,
@@ -162,20 +149,7 @@ def _layer_mixture_kl_forward_kernel(
     tl.store(cells, gradient.to(tl.float32), mask=(step < S)[:, None] & (key < M)[None, :])
 
 
-@triton.jit(
-    do_not_specialize=[
-        "grad_batch",
-        "student_layer",
-        "student_batch",
-        "student_step",
-        "student_key",
-        "weights_batch",
-        "weights_layer",
-        "layers",
-        "cells",
-        "M",
-    ]
-)
+@triton.jit(do_not_specialize=["grad_batch", *_OF_STUDENT, "layers", "cells"])
 def _layer_mixture_kl_backward_kernel(
     grad_ptr,
     mixture_grad_ptr,
@@ -184,12 +158,12 @@ def _layer_mixture_kl_backward_kernel(
     attention_grad_ptr,
     weights_grad_ptr,
     grad_batch,
+    weights_batch,
+    weights_layer,
     student_layer,
     student_batch,
     student_step,
     student_key,
-    weights_batch,
-    weights_layer,
     layers,
     cells,
     M,
@@ -260,7 +234,7 @@ def layer_mixture_kl_backward(
     attention_grad, weights_grad = student.new_empty(student.shape), weights.new_empty(batch, layers)
     _layer_mixture_kl_backward_kernel[layers, batch](
         *(grad, mixture_grad, student, weights, attention_grad, weights_grad),
-        *(*grad.stride(), *student.stride(), *weights.stride(), layers, steps * keys, keys),
+        *(*grad.stride(), *weights.stride(), *student.stride(), layers, steps * keys, keys),
         BLOCK=tiles.MIXTURE_CELLS,
         enable_fp_fusion=True,
     )

@@ -13,7 +13,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def with_strides(tensor: torch.Tensor | None) -> tuple | None:
-    """A kernel's argument for [B, H, T, D] tensors: (pointer, strides of batch, head, token, column); None stays."""
+    """A kernel's argument for a tensor: (pointer, strides of batch, head, token, column or fewer); None stays."""
     return None if tensor is None else (tensor, *tensor.stride())
 
 

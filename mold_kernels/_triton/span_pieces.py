@@ -49,17 +49,22 @@ def _larger(a, b):
 
 
 @triton.jit
+def _read_marks(marks_ptr, first, T, depth, BLOCK: tl.constexpr):
+    """(tokens, which are within [0, T], their marks, whether a span holds each, spans open behind them)"""
+    token = first + tl.arange(0, BLOCK)
+    inside = token <= T
+    mark = tl.load(marks_ptr + token, mask=inside, other=0)
+    change = (mark % _CLOSED).to(tl.int32) - (mark // _CLOSED).to(tl.int32)
+    return token, inside, mark, depth + tl.cumsum(change, 0) > 0, depth + tl.sum(change, 0)
+
+
+@triton.jit
 def _scan_rows(marks_ptr, piece_ptr, start_ptr, T, capacity, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     count = 0
     depth = 0
     cut = 0
     for first in range(0, T + 1, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        inside = token <= T
-        mark = tl.load(marks_ptr + token, mask=inside, other=0)
-        change = (mark % _CLOSED).to(tl.int32) - (mark // _CLOSED).to(tl.int32)
-        held = depth + tl.cumsum(change, 0) > 0
-        depth += tl.sum(change, 0)
+        token, inside, mark, held, depth = _read_marks(marks_ptr, first, T, depth, BLOCK)
         last_cut = tl.associative_scan(tl.where(mark != 0, token, cut), 0, _larger)
         cut = tl.max(last_cut, 0)
         begins = inside & ((token - last_cut) % ROWS == 0)
@@ -80,12 +85,8 @@ def _scan_keys(
     depth = 0
     columns = 0
     for first in range(0, T + 1, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        inside = token <= T
-        mark = tl.load(marks_ptr + token, mask=inside, other=0)
-        change = (mark % _CLOSED).to(tl.int32) - (mark // _CLOSED).to(tl.int32)
-        held = (depth + tl.cumsum(change, 0) > 0) & inside
-        depth += tl.sum(change, 0)
+        token, inside, mark, held, depth = _read_marks(marks_ptr, first, T, depth, BLOCK)
+        held = held & inside
         begins = held & (mark != 0)
         piece = count + tl.cumsum(begins.to(tl.int32), 0) - 1
         count += tl.sum(begins.to(tl.int32), 0)

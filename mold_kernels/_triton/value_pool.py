@@ -12,42 +12,37 @@ import triton
 import triton.language as tl
 
 from mold_kernels._triton import tiles
+from mold_kernels._triton.scores import with_strides
 
 _PROGRAMS = 1024
 
 
 @triton.jit
-def _load_tokens(v_ptr, mask_ptr, token, T, strides, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """(values [tokens, BLOCK] in float32, pointers' offsets, where they are): 0 where a token is not valid."""
+def _pointers(tensor, batch, token, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the tokens' heads side by side, [tokens, BLOCK]."""
     column = tl.arange(0, BLOCK)
-    valid = tl.load(mask_ptr + token, mask=token < T, other=0) != 0
-    offsets = token.to(tl.int64)[:, None] * strides[2]
-    offsets += (column // D).to(tl.int64)[None, :] * strides[1] + (column % D)[None, :] * strides[3]
-    inside = (column < DIM)[None, :]
-    values = tl.load(v_ptr + offsets, mask=inside & valid[:, None], other=0.0).to(tl.float32)
-    return values, offsets, inside & (token < T)[:, None], valid
+    offsets = token.to(tl.int64)[:, None] * tensor[3]
+    offsets += (column // D).to(tl.int64)[None, :] * tensor[2] + (column % D)[None, :] * tensor[4]
+    return tensor[0] + batch * tensor[1] + offsets
+
+
+@triton.jit
+def _load_tokens(v, mask_ptr, batch, token, T, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """(values [tokens, BLOCK] in float32, 0 where a token is not valid; which tokens are)"""
+    valid = tl.load(mask_ptr + batch * T + token, mask=token < T, other=0) != 0
+    mask = (tl.arange(0, BLOCK) < DIM)[None, :] & valid[:, None]
+    return tl.load(_pointers(v, batch, token, D, BLOCK), mask=mask, other=0.0).to(tl.float32), valid
 
 
 @triton.jit(do_not_specialize=["T"])
 def _value_pool_forward_kernel(
-    v_ptr,
-    mask_ptr,
-    partial_ptr,
-    v_strides,
-    T,
-    eps,
-    D: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    v, mask_ptr, partial_ptr, T, eps, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     batch = tl.program_id(1).to(tl.int64)
-    v_ptr += batch * v_strides[0]
-    mask_ptr += batch * T
     acc = tl.zeros([BLOCK_T, BLOCK], tl.float32)
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
         token = first + tl.arange(0, BLOCK_T)
-        values, _, _, _ = _load_tokens(v_ptr, mask_ptr, token, T, v_strides, D, DIM, BLOCK)
+        values, _ = _load_tokens(v, mask_ptr, batch, token, T, D, DIM, BLOCK)
         acc += values * tl.rsqrt(tl.sum(values * values, 1) / DIM + eps)[:, None]
     column = tl.arange(0, BLOCK)
     line = (tl.program_id(0) * tl.num_programs(1) + batch) * DIM
@@ -56,13 +51,10 @@ def _value_pool_forward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _value_pool_backward_kernel(
-    u_ptr,
-    v_ptr,
+    u,
+    v,
     mask_ptr,
-    dv_ptr,
-    u_strides,
-    v_strides,
-    dv_strides,
+    dv,
     T,
     eps,
     D: tl.constexpr,
@@ -73,17 +65,13 @@ def _value_pool_backward_kernel(
     batch = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK)
-    u = tl.load(u_ptr + batch * u_strides[0] + column * u_strides[1], mask=column < DIM, other=0.0)[None, :]
-    values, _, inside, valid = _load_tokens(
-        v_ptr + batch * v_strides[0], mask_ptr + batch * T, token, T, v_strides, D, DIM,
-        BLOCK,
-    )  # fmt: skip
+    gradient = tl.load(u[0] + batch * u[1] + column * u[2], mask=column < DIM, other=0.0)[None, :]
+    values, valid = _load_tokens(v, mask_ptr, batch, token, T, D, DIM, BLOCK)
     scale = tl.rsqrt(tl.sum(values * values, 1) / DIM + eps)
-    along = scale * scale * scale * tl.sum(values * u, 1) / DIM
-    dv = tl.where(valid[:, None], scale[:, None] * u - along[:, None] * values, 0.0)
-    offsets = token.to(tl.int64)[:, None] * dv_strides[2]
-    offsets += (column // D).to(tl.int64)[None, :] * dv_strides[1] + (column % D)[None, :] * dv_strides[3]
-    tl.store(dv_ptr + batch * dv_strides[0] + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    along = scale * scale * scale * tl.sum(values * gradient, 1) / DIM
+    gradient = tl.where(valid[:, None], scale[:, None] * gradient - along[:, None] * values, 0.0)
+    inside = (column < DIM)[None, :] & (token < T)[:, None]
+    tl.store(_pointers(dv, batch, token, D, BLOCK), gradient.to(dv[0].dtype.element_ty), mask=inside)
 
 
 def value_pool_forward(v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
@@ -92,7 +80,7 @@ def value_pool_forward(v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch
     mask, options = mask.contiguous(), _options(v)
     shares = min(triton.cdiv(length, options["BLOCK_T"]), triton.cdiv(_PROGRAMS, max(batch, 1)))
     partial = v.new_empty(shares, batch, heads * head_dim, dtype=torch.float32)
-    _value_pool_forward_kernel[shares, batch](v, mask, partial, v.stride(), length, eps, **options)
+    _value_pool_forward_kernel[shares, batch](with_strides(v), mask, partial, length, eps, **options)
     return partial.sum(0)
 
 
@@ -100,7 +88,7 @@ def value_pool_backward(u: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, ep
     """dv in v's dtype, from u [B, Hkv * D] in float32."""
     dv, mask, options = torch.empty_like(v), mask.contiguous(), _options(v)
     _value_pool_backward_kernel[triton.cdiv(v.shape[2], options["BLOCK_T"]), v.shape[0]](
-        u, v, mask, dv, u.stride(), v.stride(), dv.stride(), v.shape[2], eps, **options
+        *(with_strides(u), with_strides(v), mask, with_strides(dv), v.shape[2], eps), **options
     )
     return dv
 

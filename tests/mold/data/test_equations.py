@@ -101,14 +101,19 @@ def exact(text):
     return eval(re.sub(r"\d+(?:\.\d+)?", lambda n: f"Fraction('{n[0]}')", text), {"Fraction": Fraction})
 
 
-@given(EXPRESSIONS)
-def test_steps_are_exact_and_each_uses_what_is_known(expression):
+def exact_lines(expression):
+    """Python's value of an expression with an operator, and its rationale's lines; nothing where it divides by zero."""
+    assume("(" in expression)
     try:
         value = exact(expression)
     except ZeroDivisionError:
         assume(False)
-    assume("(" in expression)
-    lines = equation_rationale([expression], str(value)).split("\n")
+    return value, equation_rationale([expression], str(value)).split("\n")
+
+
+@given(EXPRESSIONS)
+def test_steps_are_exact_and_each_uses_what_is_known(expression):
+    value, lines = exact_lines(expression)
     known = {Fraction(number) for number in re.findall(r"\d+(?:\.\d+)?", expression)}
     for line in lines:
         left, sign, right, result = LINE.fullmatch(line).groups()
@@ -126,16 +131,12 @@ def test_steps_are_exact_and_each_uses_what_is_known(expression):
 
 @given(EXPRESSIONS)
 def test_every_line_is_a_step_and_all_of_its_numbers_are_key_words(expression):
-    try:
-        value = exact(expression)
-    except ZeroDivisionError:
-        assume(False)
-    assume("(" in expression)
-    rationale = equation_rationale([expression], str(value))
+    _, lines = exact_lines(expression)
+    rationale = "\n".join(lines)
     text = f"Question: How much?\nReasoning: {rationale}\nAnswer: 1"
     start = text.index(rationale)
     segments = segment(text, (10, 19), (start, start + len(rationale)))
-    assert [text[slice(*span)] for span in segments.steps[1:]] == rationale.split("\n")
+    assert [text[slice(*span)] for span in segments.steps[1:]] == lines
     assert [text[slice(*s)] for s in segments.key_words] == re.findall(r"\d+(?:\.\d+)?", rationale)
 
 

@@ -9,16 +9,7 @@ import torch
 from mold import MoldConfig
 from mold.training import config
 from mold.training.checkpoints import COMPLETE_FILE
-from tests.tiny_runs import (
-    BARE,
-    EXAMPLES,
-    TEACHER_TOKENIZER,
-    make_student,
-    make_teacher,
-    make_trainer,
-    metrics,
-    weights,
-)
+from tests.tiny_runs import BARE, EXAMPLES, make_student, make_trainer, metrics, online_teacher, weights
 
 
 def gradient(trainer, items, terms):
@@ -174,7 +165,7 @@ def test_a_preset_gives_what_is_not_given(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("online", [False, True])
 def test_key_words_of_the_question_alone(tmp_path, signals, online):
-    teaching = {"teacher_model": make_teacher(), "teacher_processing_class": TEACHER_TOKENIZER} if online else None
+    teaching = online_teacher() if online else None
     trainers = {
         scope: make_trainer(
             tmp_path / scope,

@@ -109,28 +109,18 @@ def combine(logits, ids, regions, attention):
     return ALPHA * losses[regions == 2].mean() + (1 - ALPHA) * losses[regions == 1].mean() + BETA * attention.mean()
 
 
+def fused_forward(model, ids, mask, rows, keys, **options):
+    spans = {"row_spans": rows, "key_spans": keys}
+    return model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False, **spans, **options)
+
+
 def fused_loss(student, teacher, loss_fn, student_batch, teacher_batch):
-    ids, mask, rows, keys, regions, counts = student_batch
-    teacher_ids, teacher_mask, teacher_rows, teacher_keys, _, _ = teacher_batch
+    ids, _, _, _, regions, counts = student_batch
     with torch.no_grad():
-        out = teacher(
-            input_ids=teacher_ids,
-            attention_mask=teacher_mask,
-            row_spans=teacher_rows,
-            key_spans=teacher_keys,
-            output_attentions=True,
-            use_cache=False,
+        signal = torch.stack(
+            [layer.attention for layer in fused_forward(teacher, *teacher_batch[:4]).attentions], dim=1
         )
-        signal = torch.stack([layer.attention for layer in out.attentions], dim=1)
-    out = student(
-        input_ids=ids,
-        attention_mask=mask,
-        row_spans=rows,
-        key_spans=keys,
-        value_features=True,
-        output_attentions=True,
-        use_cache=False,
-    )
+    out = fused_forward(student, *student_batch[:4], value_features=True)
     attention = loss_fn(out.attentions, signal, *counts).loss
     rationale, answer = region_cross_entropy(out.logits, ids, regions)
     counted = regions[:, 1:]

@@ -14,12 +14,9 @@ from tests.tiny_runs import (
     make_teacher,
     make_trainer,
     metrics,
+    online_teacher,
     weights,
 )
-
-
-def online(teacher=None):
-    return {"teacher_model": teacher or make_teacher(), "teacher_processing_class": TEACHER_TOKENIZER}
 
 
 @pytest.mark.parametrize("method", ["mixture", "single_layer"])
@@ -30,7 +27,7 @@ def test_training_equals_training_on_cached_signals(tmp_path, signals, method):
     teacher = make_teacher().train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     beside = make_trainer(
-        tmp_path / "online", None, make_student(dtype=torch.float64), trainer_options=online(teacher), **options
+        tmp_path / "online", None, make_student(dtype=torch.float64), trainer_options=online_teacher(teacher), **options
     )
     assert cached.evaluate() == pytest.approx(beside.evaluate(), rel=1e-6)
     for trainer in (cached, beside):
@@ -55,20 +52,22 @@ def test_a_teacher_by_name(tmp_path):
     TEACHER_TOKENIZER.save_pretrained(tmp_path / "teacher")
     trainers = [
         make_trainer(tmp_path, None, trainer_options=options)
-        for options in (online(), {"teacher_model": str(tmp_path / "teacher")})
+        for options in (online_teacher(), {"teacher_model": str(tmp_path / "teacher")})
     ]
     assert trainers[0].evaluate() == pytest.approx(trainers[1].evaluate(), rel=1e-6)
 
 
 def test_the_teacher_of_the_attention_need_not_have_written_the_rationales(tmp_path):
     foreign = [Example(e.id, e.question, f"Let us see. {e.rationale}", e.answer) for e in EXAMPLES]
-    trainer = make_trainer(tmp_path, None, examples=foreign, eval_examples=foreign[:5], trainer_options=online())
+    trainer = make_trainer(
+        tmp_path, None, examples=foreign, eval_examples=foreign[:5], trainer_options=online_teacher()
+    )
     trainer.train()
     assert all(row["loss_attention"] > 0 for row in metrics(tmp_path))
 
 
 def test_without_beta_the_teacher_runs_in_evaluation_alone(tmp_path):
-    trainer = make_trainer(tmp_path, None, beta=0.0, trainer_options=online())
+    trainer = make_trainer(tmp_path, None, beta=0.0, trainer_options=online_teacher())
     calls = []
     trainer.teacher.model.register_forward_hook(lambda *_: calls.append("whole model"))
     trainer.teacher.model.base_model.register_forward_hook(lambda *_: calls.append("backbone"))
@@ -80,7 +79,7 @@ def test_without_beta_the_teacher_runs_in_evaluation_alone(tmp_path):
 
 def test_what_is_refused(tmp_path, signals):
     with pytest.raises(ValueError, match="teacher_model: is given together with signals"):
-        make_trainer(tmp_path, signals, trainer_options=online())
+        make_trainer(tmp_path, signals, trainer_options=online_teacher())
     with pytest.raises(ValueError, match="teacher_processing_class: is None"):
         make_trainer(tmp_path, None, trainer_options={"teacher_model": make_teacher()})
     teacher = OnlineTeacher(make_teacher(), TEACHER_TOKENIZER, "{question} {rationale} {answer}", "sum")

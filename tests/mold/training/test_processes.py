@@ -10,18 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from mold.method.signals import SignalCache
+from tests import tiny_runs
 from tests.mold.command_line import flags
 from tests.mold.process_run import RUNS
-from tests.tiny_runs import (
-    BARE,
-    EXAMPLES,
-    STUDENT_TOKENIZER,
-    TEACHER_TOKENIZER,
-    make_student,
-    make_teacher,
-    make_trainer,
-    metrics,
-)
+from tests.tiny_runs import BARE, EXAMPLES, make_student, make_teacher, make_trainer, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -88,9 +80,12 @@ def test_a_checkpoint_of_two_processes_is_whole(folders, tmp_path):
 
 def test_the_command_line_in_two_processes(tmp_path):
     """Files are written once and whole, and evaluation knows what one process would."""
-    for name, model in (("teacher", make_teacher()), ("student", make_student(layers=2))):
+    for name, model, tokenizer in (
+        ("teacher", make_teacher(), tiny_runs.TEACHER_TOKENIZER),
+        ("student", make_student(layers=2), tiny_runs.STUDENT_TOKENIZER),
+    ):
         model.save_pretrained(tmp_path / name)
-        (TEACHER_TOKENIZER if name == "teacher" else STUDENT_TOKENIZER).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     both = {
         "dataset": "generated",
         "num_train": 12,
