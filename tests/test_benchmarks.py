@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 def run(name, *arguments, module="benchmarks.", environment=None):
     command = [sys.executable, "-m", module + name, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    # Not in the name of a worker, for which pytest-benchmark measures nothing.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_XDIST_WORKER": "", **(environment or {})}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

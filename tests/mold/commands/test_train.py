@@ -97,8 +97,8 @@ def test_an_adapter_is_trained_and_evaluated(mold, models, problems, tmp_path):
     taught = {"teacher_model_name_or_path": models / "teacher", "teacher_online": True}
     held_out = held_out_of(tmp_path / "run", problems)
     evaluated = eval_options(models, held_out, tmp_path / "eval", model_name_or_path=tmp_path / "run")
-    status, _, _ = mold("eval", *evaluated, *flags(taught))
-    assert status == 0
+    status, _, err = mold("eval", *evaluated, *flags(taught))
+    assert status == 0, err
     after = {r["metric"]: r["after"] for r in json.loads((tmp_path / "run/summary.json").read_text())["rows"]}
     found = json.loads((tmp_path / "eval/eval.json").read_text())
     assert found["eval_loss_attention"] == pytest.approx(after["attention KL"], rel=1e-4)

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+pytest.importorskip("lm_eval")
+
 from mold.data.problems import generate_problems
 from mold.evaluation.harness import Tasks, evaluate_tasks
 from mold.models import load_model
