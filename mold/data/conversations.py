@@ -73,7 +73,11 @@ def checked_example(row: Mapping[str, Any], require_rationale: bool = True) -> E
     if keywords is not None and (not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords)):
         raise ValueError(f"keywords is {keywords!r}, must be a list of texts")
     keywords = None if keywords is None else tuple(keywords)
-    return Example(str(row["id"]), **values, keywords=keywords, history=row.get("history", ()))
+    history, chat = row.get("history", ()), row.get("chat")
+    chat = bool(history) if chat is None else chat
+    if not isinstance(chat, bool):
+        raise ValueError(f"chat is {reprlib.repr(chat)}, must be true or false")
+    return Example(str(row["id"]), **values, keywords=keywords, history=history, chat=chat)
 
 
 def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     question, what stands before it is the history. The assistant's message is the rationale up to its answer: "Answer:
     ...", "the answer is ..." or "#### ..." at its end, or the last \\boxed{...}, which stays in its sentence; or its
     reasoning_content, thinking or <think> ... </think>, and of the rest the answer, or all of it where it is one line.
-    A row's own "answer" wins.
+    A row's own "answer" wins. Rows of messages, and those with any before the question, are chats.
 
     What other sets call prompt and completion is read as such: instruction (with input) and output, problem and
     solution, query and response, in lower or upper case; a system prompt and a history of pairs stand before them.
@@ -132,6 +136,7 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
         "rationale": rationale.strip(),
         "answer": answer.strip() if isinstance(answer, str) else answer,
         "history": before,
+        "chat": named is not None or bool(before) or row.get("chat", False),
     }
 
 
@@ -153,6 +158,7 @@ def _common_columns(row: Mapping[str, Any], place: str) -> dict[str, Any]:
         # Problems alone, to be answered; a prompt is never without a completion.
         return lower if question == "prompt" else lower | {"question": lower.pop(question)}
     prompt, context = lower.pop(question), lower.pop("input", None)
+    chat = not isinstance(prompt, str) or not isinstance(lower[completion], str)
     if isinstance(prompt, str):
         text = f"{prompt}\n\n{context}" if isinstance(context, str) and context.strip() else prompt
         system = lower.get("system") or lower.get("system_prompt")
@@ -165,7 +171,7 @@ def _common_columns(row: Mapping[str, Any], place: str) -> dict[str, Any]:
             )
             prompt += [{"role": role, "content": part} for role, part in turns]
         prompt.append({"role": "user", "content": text})
-    return lower | {"prompt": prompt, "completion": lower.pop(completion)}
+    return lower | {"prompt": prompt, "completion": lower.pop(completion), "chat": chat}
 
 
 def _only(row: Mapping[str, Any], names: Sequence[str], place: str) -> str | None:

@@ -1,10 +1,13 @@
+import json
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from mold.data.chat import CHAT_TEMPLATE, render_for
+from mold.commands.recipe_data import row_of
+from mold.data.chat import CHAT_TEMPLATE, choose_template, record_template, recorded_template, render_for
 from mold.data.conversations import example_from_row, question_row
 from mold.data.encoding import encode_example, encode_prompt
 from mold.data.examples import DEFAULT_TEMPLATE, Example, text_hash
@@ -88,6 +91,7 @@ def test_a_system_message_and_earlier_turns_are_part_of_the_prompt():
         "2 + 2 = 4.",
         "4",
         history=(("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "2")),
+        chat=True,
     )
     rendered = render_for(example, CHAT_TEMPLATE, tokenizer)
     assert "Be brief." in rendered.prompt
@@ -150,6 +154,84 @@ def test_generation_starts_from_the_chat_template(monkeypatch):
     generate_predictions(model, tokenizer, [EXAMPLE], CHAT_TEMPLATE, max_new_tokens=2, progress=False)
     expected = tokenizer(f"<s>[INST] {EXAMPLE.question} [/INST]", add_special_tokens=False)["input_ids"]
     assert seen[0].tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("row", "chat"),
+    [
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "R\n#### 4"}]}, True),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "R\n#### 4"}]}, True),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Q"}],
+                "completion": [{"role": "assistant", "content": "R\n#### 4"}],
+            },
+            True,
+        ),
+        ({"prompt": "Q", "completion": "R\n#### 4"}, False),
+        ({"instruction": "Q", "input": "I", "output": "R\n#### 4"}, False),
+        ({"problem": "Q", "solution": "R\n#### 4"}, False),
+        ({"instruction": "Q", "output": "R\n#### 4", "system": "Be brief."}, True),
+        ({"question": "Q", "rationale": "R", "answer": "4"}, False),
+        ({"question": "Q", "rationale": "R", "answer": "4", "history": [["user", "U"]]}, True),
+        ({"question": "Q", "rationale": "R", "answer": "4", "chat": True}, True),
+    ],
+)
+def test_which_rows_are_chats(tmp_path, row, chat):
+    assert example_from_row(row, "here").chat is chat
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    (example,), _ = read_examples(path)
+    assert example.chat is chat
+    # As a stage of a recipe writes it for the next one.
+    path.write_text(json.dumps(row_of(example)))
+    assert read_examples(path)[0] == [example]
+    with pytest.raises(ValueError, match="chat is 'no', must be true or false"):
+        example_from_row({"question": "Q", "rationale": "R", "answer": "4", "chat": "no"}, "here")
+
+
+CHAT, PLAIN = replace(EXAMPLE, chat=True), replace(EXAMPLE, id="plain")
+
+
+@pytest.mark.parametrize(
+    ("examples", "styles", "tasks", "expected"),
+    [
+        ([CHAT, CHAT], ["chatml"], ["joint"], CHAT_TEMPLATE),
+        ([CHAT], ["chatml", "instruct"], ["joint"], CHAT_TEMPLATE),
+        ([replace(PLAIN, history=(("system", "S"),))], ["chatml"], ["joint"], CHAT_TEMPLATE),
+        ([PLAIN], ["chatml"], ["joint"], DEFAULT_TEMPLATE),
+        ([PLAIN], ["chatml", None], ["joint"], DEFAULT_TEMPLATE),
+        ([CHAT, PLAIN], [None, None], ["joint"], DEFAULT_TEMPLATE),
+        ([CHAT, PLAIN], ["chatml"], ["explain", "predict"], DEFAULT_TEMPLATE),
+        ([CHAT], ["chatml"], ["answer"], DEFAULT_TEMPLATE),
+    ],
+)
+def test_the_template_of_a_run_is_chosen_from_its_data(examples, styles, tasks, expected):
+    tokenizers = [chat_tokenizer("smollm", style) if style else make_tokenizer("smollm") for style in styles]
+    assert choose_template(None, examples, *tokenizers, tasks=tasks) == expected
+    other = "{question}\n{rationale}\n=> {answer}"
+    assert choose_template(other, examples, *tokenizers, tasks=tasks) == other
+
+
+def test_templates_that_cannot_be_chosen_are_asked_for():
+    chatty, plain = chat_tokenizer("smollm", "chatml"), make_tokenizer("smollm")
+    with pytest.raises(ValueError, match=r"^template: is not given, must be .*: 2 examples are chats, 1 are not$"):
+        choose_template(None, [CHAT, PLAIN, CHAT], chatty)
+    for tokenizers in ((chatty, plain), (plain, chatty)):
+        with pytest.raises(ValueError, match=r"must be one without \{assistant\} such as 'Question: .* not all models"):
+            choose_template(None, [CHAT], *tokenizers)
+    with pytest.raises(ValueError, match="template: is 'x', must hold"):
+        choose_template("x", [CHAT], chatty)
+
+
+def test_a_tokenizer_keeps_the_template_of_its_student(tmp_path):
+    tokenizer = chat_tokenizer("llama3", "headers")
+    assert recorded_template(tokenizer) is None
+    record_template(tokenizer, CHAT_TEMPLATE)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert recorded_template(again) == CHAT_TEMPLATE
+    assert encode_example(EXAMPLE, again, CHAT_TEMPLATE) == encode_example(EXAMPLE, tokenizer, CHAT_TEMPLATE)
 
 
 # Refusals
