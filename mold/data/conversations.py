@@ -24,7 +24,7 @@ _CONVERSATIONS = ("messages", "conversations", "conversation")
 # What public sets call the question, and the text that holds rationale and answer.
 _QUESTIONS = ("question", "instruction", "problem", "query", "prompt")
 _COMPLETIONS = ("completion", "output", "solution", "response", "generated_solution")
-_ANSWERS = ("answer", "final_answer", "expected_answer")
+ANSWERS = ("answer", "final_answer", "expected_answer")
 COLUMNS = (
     "question, answer and rationale; messages; prompt and completion; or one of "
     f"{', '.join(_QUESTIONS)} with one of {', '.join(_COMPLETIONS)}"
@@ -54,7 +54,8 @@ def example_from_row(row: Example | Mapping[str, Any], place: str) -> Example:
 
 
 def checked_example(row: Mapping[str, Any], require_rationale: bool = True) -> Example:
-    """An example from its fields; blanks around a text are none of it, and an answer may be a number.
+    """An example from its fields; blanks around a text are none of it; an answer may be a number, or true or false
+    for yes or no.
 
     Raises:
         ValueError: a field is missing, empty or malformed; names it.
@@ -62,7 +63,9 @@ def checked_example(row: Mapping[str, Any], require_rationale: bool = True) -> E
     values = {}
     for key in ("question", "rationale", "answer"):
         value = row.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and key == "answer" and math.isfinite(value):
+        if key == "answer" and isinstance(value, bool):
+            value = "yes" if value else "no"
+        if key == "answer" and isinstance(value, int | float) and math.isfinite(value):
             value = str(int(value) if value == int(value) else value)
         if value is None and key == "rationale" and not require_rationale:
             value = ""
@@ -147,7 +150,7 @@ def _common_columns(row: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: has the columns {', '.join(map(str, row))}, must have each name once")
     if any(name in lower for name in _CONVERSATIONS):
         return lower
-    question, completion, answer = (_only(lower, names, place) for names in (_QUESTIONS, _COMPLETIONS, _ANSWERS))
+    question, completion, answer = (_only(lower, names, place) for names in (_QUESTIONS, _COMPLETIONS, ANSWERS))
     if question is None and "input" in lower:
         question = "input"
     if answer is not None:
