@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import pytest
@@ -6,13 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mold.commands.recipe_data import row_of
 from mold.data.chat import CHAT_TEMPLATE, choose_template, record_template, recorded_template, render_for
-from mold.data.conversations import example_from_row, question_row
+from mold.data.conversations import example_from_row
 from mold.data.encoding import encode_example, encode_prompt
 from mold.data.examples import DEFAULT_TEMPLATE, Example, text_hash
 from mold.data.problems import generate_problems
-from mold.data.readers import read_examples
 from mold.evaluation.predictions import generate_predictions
 from mold.generation.prompting import example_prompt_ids, prompt_ids
 from tests.tiny_models import make_model
@@ -104,47 +101,6 @@ def test_a_system_message_and_earlier_turns_are_part_of_the_prompt():
     )
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "2 + 3?", "completion": "2 + 3 = 5.\n#### 5"}, ("2 + 3?", "2 + 3 = 5.", "5")),
-        (
-            {"prompt": "Q", "completion": "The answer is 1? No. So the final answer is: 2."},
-            ("Q", "The answer is 1? No.", "2"),
-        ),
-        ({"prompt": "Q", "completion": "Half of 8.", "answer": 4}, ("Q", "Half of 8.", 4)),
-        ({"prompt": "Q", "completion": "Half of 8.\nAnswer: four", "answer": "4"}, ("Q", "Half of 8.", "4")),
-        ({"prompt": "Q", "completion": "<think>\nHalf of 8.\n</think>\n\n4"}, ("Q", "Half of 8.", "4")),
-        (
-            {
-                "prompt": [{"role": "user", "content": "Q"}],
-                "completion": [{"role": "assistant", "content": "It is 4.", "reasoning_content": "Half of 8."}],
-            },
-            ("Q", "Half of 8.", "It is 4."),
-        ),
-    ],
-)
-def test_conversations_become_question_rationale_and_answer(row, expected):
-    fields = question_row(row, "here")
-    assert (fields["question"], fields["rationale"], fields["answer"]) == expected
-    assert fields["history"] == ()
-
-
-def test_a_file_of_conversations_is_read(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(
-        '{"messages": [{"role": "user", "content": "2 + 3?"}, '
-        '{"role": "assistant", "content": "It is 5.\\nAnswer: 5"}]}\n'
-        '{"prompt": "1 + 1?", "completion": "It is 2.\\nAnswer: 2", "correct": true, "id": "second"}\n'
-    )
-    examples, report = read_examples(path)
-    assert report.kept == 2
-    assert [(e.id, e.question, e.rationale, e.answer) for e in examples] == [
-        ("chat-1", "2 + 3?", "It is 5.", "5"),
-        ("second", "1 + 1?", "It is 2.", "2"),
-    ]
-
-
 def test_generation_starts_from_the_chat_template(monkeypatch):
     tokenizer = chat_tokenizer("llama2", "instruct")
     model = make_model("llama", vocab=len(tokenizer))
@@ -154,40 +110,6 @@ def test_generation_starts_from_the_chat_template(monkeypatch):
     generate_predictions(model, tokenizer, [EXAMPLE], CHAT_TEMPLATE, max_new_tokens=2, progress=False)
     expected = tokenizer(f"<s>[INST] {EXAMPLE.question} [/INST]", add_special_tokens=False)["input_ids"]
     assert seen[0].tolist() == [expected]
-
-
-@pytest.mark.parametrize(
-    ("row", "chat"),
-    [
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "R\n#### 4"}]}, True),
-        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "R\n#### 4"}]}, True),
-        (
-            {
-                "prompt": [{"role": "user", "content": "Q"}],
-                "completion": [{"role": "assistant", "content": "R\n#### 4"}],
-            },
-            True,
-        ),
-        ({"prompt": "Q", "completion": "R\n#### 4"}, False),
-        ({"instruction": "Q", "input": "I", "output": "R\n#### 4"}, False),
-        ({"problem": "Q", "solution": "R\n#### 4"}, False),
-        ({"instruction": "Q", "output": "R\n#### 4", "system": "Be brief."}, True),
-        ({"question": "Q", "rationale": "R", "answer": "4"}, False),
-        ({"question": "Q", "rationale": "R", "answer": "4", "history": [["user", "U"]]}, True),
-        ({"question": "Q", "rationale": "R", "answer": "4", "chat": True}, True),
-    ],
-)
-def test_which_rows_are_chats(tmp_path, row, chat):
-    assert example_from_row(row, "here").chat is chat
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row))
-    (example,), _ = read_examples(path)
-    assert example.chat is chat
-    # As a stage of a recipe writes it for the next one.
-    path.write_text(json.dumps(row_of(example)))
-    assert read_examples(path)[0] == [example]
-    with pytest.raises(ValueError, match="chat is 'no', must be true or false"):
-        example_from_row({"question": "Q", "rationale": "R", "answer": "4", "chat": "no"}, "here")
 
 
 CHAT, PLAIN = replace(EXAMPLE, chat=True), replace(EXAMPLE, id="plain")
@@ -235,30 +157,6 @@ def test_a_tokenizer_keeps_the_template_of_its_student(tmp_path):
 
 
 # Refusals
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "Q"}, "here: has a prompt, must have a completion too"),
-        ({"prompt": "Q", "completion": "no idea"}, "here: no answer found in 'no idea'"),
-        ({"messages": []}, r"here: messages is \[\], must be a text or a list"),
-        (
-            {"messages": [{"role": "user"}]},
-            "here: messages holds .* must hold messages with the texts role and content",
-        ),
-        ({"messages": [{"role": "user", "content": "Q"}]}, "here: has messages of user; must end with user, assistant"),
-        (
-            {"prompt": "Q", "completion": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "here: completion holds tool calls",
-        ),
-        ({"question": "Q", "history": "no"}, r"here: history is 'no', must be a list of \[role, text\]"),
-        ({"question": "Q", "rationale": "R"}, "here: has the keys question, rationale"),
-    ],
-)
-def test_malformed_rows_are_refused_by_their_place(row, message):
-    with pytest.raises(ValueError, match=message):
-        example_from_row(row, "here")
 
 
 def test_chat_templates_that_cannot_be_used_are_refused():
