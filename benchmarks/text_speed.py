@@ -12,7 +12,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import get_args
 
+from mold.data.answers import AnswerKind, answer_kind, answers_match, extract_answer, split_completion
+from mold.data.conversations import question_row
+from mold.data.quantities import boxes, find_quantities, last_math, stated
 from mold.data.segmentation import find_keywords, find_numbers, split_sentences, token_spans
 
 KEYWORDS = ["cat", "ice cream", "...", "a a"]
@@ -31,11 +35,33 @@ def tokens(text: str) -> None:
     token_spans(split_sentences(text), [(place, min(place + 4, len(text))) for place in range(0, len(text), 4)], text)
 
 
+def answers(text: str) -> None:
+    for kind in get_args(AnswerKind):
+        extract_answer(text, kind=kind)
+
+
+def matched(text: str) -> None:
+    answers_match(text, "72")
+
+
+def message(text: str) -> None:
+    question_row({"prompt": "Q", "completion": text, "answer": "72"}, "here")
+
+
 FUNCTIONS = [
     ("split_sentences", split_sentences),
     ("find_numbers", find_numbers),
     ("find_keywords", keywords),
     ("token_spans", tokens),
+    ("extract_answer", answers),
+    ("split_completion", split_completion),
+    ("answers_match", matched),
+    ("answer_kind", answer_kind),
+    ("stated", stated),
+    ("find_quantities", find_quantities),
+    ("boxes", boxes),
+    ("last_math", last_math),
+    ("question_row", message),
 ]
 TEXTS = {
     "rationale": "Mr. Tom has 12 apples and 3.5 pens, i.e. 1/2 of 31. ",
@@ -62,6 +88,14 @@ TEXTS = {
     "environments": "\\begin{",
     "tags": "<a",
     "keywords": "cat ",
+    "boxed": "\\boxed{",
+    "answers": "Answer: 7\n",
+    "announcements": "The answer is ",
+    "thoughts": "<think>",
+    "choices": "(A) or ",
+    "number words": "twenty one ",
+    "denials": "not 5 ",
+    "dollars": "$",
 }
 # (name, function of a text, maker of a text of n characters)
 TABLE = [

@@ -11,9 +11,10 @@ from rich.table import Table
 from mold.commands.inputs import labels, read_data
 from mold.commands.options import Options
 from mold.commands.parsing import parse
+from mold.data.chat import choose_template
 from mold.evaluation.analysis import key_word_mass
 from mold.files import write_atomically
-from mold.models import load_model
+from mold.models import load_model, load_tokenizer
 from mold.report import plots
 
 
@@ -46,6 +47,8 @@ def analyse(options: Options) -> dict[str, dict]:
     if not names:
         raise ValueError("models: is not given, must name the models to analyse (or a teacher, a student)")
     examples = read_data(options.data, rationales=options.data.rationales)[: options.evaluation.eval_limit]
+    tokenizers = [load_tokenizer(name) for name in names]
+    template = choose_template(options.training.template, examples, *tokenizers)
     found = {}
     for name, label in zip(names, labels(names), strict=True):
         model, tokenizer = load_model(name, dtype=options.teacher.teacher_dtype)
@@ -53,7 +56,7 @@ def analyse(options: Options) -> dict[str, dict]:
             model.to(options.training.device),
             tokenizer,
             examples,
-            options.training.template,
+            template,
             batch_size=options.teacher.extract_batch_size,
             max_length=options.training.max_length,
             progress=not options.training.disable_tqdm,

@@ -15,6 +15,7 @@ from mold.commands.inputs import load_models, load_teacher, make_student, read_d
 from mold.commands.options import Options
 from mold.commands.parsing import parse
 from mold.commands.train import likelihoods, measure, predict, write_once
+from mold.data.chat import choose_template, recorded_template
 from mold.data.examples import Example, question_key
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
@@ -92,20 +93,22 @@ def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
     for label, model, tokenizer in load_models(options):
         for set_name, examples in sets.items():
             stem = options.folder / "predictions" / f"{label}--{set_name}"
+            given = options.training.template or recorded_template(tokenizer)
+            template = choose_template(given, examples, tokenizer, tasks=options.training.tasks)
             settings = {
                 "stage": "eval",
                 "weights": weights_fingerprint(model),
                 "examples": digest([(e.id, e.question, e.answer) for e in examples]),
-                "template": options.training.template,
+                "template": template,
                 "task": options.training.tasks[-1],
                 "batch_size": options.generation.generate_batch_size,
                 "max_new_tokens": options.generation.max_new_tokens,
             }
-            predictions = predict(options, model, tokenizer, examples, Journal(f"{stem}.journal", settings))
+            predictions = predict(options, model, tokenizer, examples, template, Journal(f"{stem}.journal", settings))
             write_jsonl(f"{stem}.jsonl", predictions)
             measured = options.folder / "likelihoods" / f"{label}--{set_name}.jsonl"
             measured.parent.mkdir(exist_ok=True)
-            write_jsonl(measured, likelihoods(options, model, tokenizer, examples))
+            write_jsonl(measured, likelihoods(options, model, tokenizer, examples, template))
             repeated = sum(question_key(example.question) in seen for example in examples)
             about = {"model": label, "set": set_name, "tasks": list(options.training.tasks), "seen": repeated}
             results.append(about | score(predictions))

@@ -10,6 +10,7 @@ from rich import get_console
 from mold.commands.inputs import load_split, load_teacher, read_data
 from mold.commands.options import DataOptions, Options
 from mold.commands.parsing import parse
+from mold.data.chat import choose_template
 from mold.data.examples import Example
 from mold.method.extraction import extract_signals
 from mold.method.signals import SignalCache, SignalSettings
@@ -46,7 +47,7 @@ def extract(options: Options, examples: Sequence[Example], teacher=None) -> Sign
     settings = SignalSettings.of(
         model,
         options.teacher.teacher_model_name_or_path,
-        options.training.template,
+        choose_template(options.training.template, examples, tokenizer),
         options.training.row_reduction,
         options.teacher.teacher_model_revision,
     )

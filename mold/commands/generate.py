@@ -17,6 +17,7 @@ from rich.table import Table
 from mold.commands.inputs import load_teacher, read_data
 from mold.commands.options import Options
 from mold.commands.parsing import parse
+from mold.data.examples import DEFAULT_TEMPLATE
 from mold.files import digest, write_atomically, write_jsonl
 from mold.generation.batches import Journal
 from mold.generation.prompting import load_prompt, prompt_for, use_chat
@@ -51,7 +52,8 @@ def generate(options: Options) -> Counter:
     sampling = _sampling(options)
     teacher = prompt = None
     chat = False
-    settings = {"sampling": asdict(sampling), "template": options.training.template}
+    template = options.training.template or DEFAULT_TEMPLATE
+    settings = {"sampling": asdict(sampling), "template": template}
     settings |= {
         "questions": digest([(e.id, e.question, e.answer, e.history) for e in examples]),
         "given": digest(given),
@@ -69,7 +71,7 @@ def generate(options: Options) -> Counter:
         teacher=teacher,
         prompt=prompt,
         chat=chat,
-        template=options.training.template,
+        template=template,
         given=given,
         progress=not options.training.disable_tqdm,
     )

@@ -214,7 +214,9 @@ def load_signals(options: Options) -> SignalCache:
     A teacher that is called otherwise than by `mold extract` is loaded: its weights say whether it is the same.
     """
     signals = SignalCache(options.signals_folder)
-    signals.require(template=options.training.template, row_reduction=options.training.row_reduction)
+    signals.require(row_reduction=options.training.row_reduction)
+    if options.training.template is not None and options.training.trains_attention:
+        signals.require_template(options.training.template)
     name, revision = options.teacher.teacher_model_name_or_path, options.teacher.teacher_model_revision
     if name is not None and name != signals.settings.teacher:
         dtype = signals.settings.dtype.removeprefix("torch.")

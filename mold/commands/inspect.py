@@ -12,7 +12,7 @@ from rich.text import Text
 from mold.commands.inputs import load_signals, read_data
 from mold.commands.options import Options
 from mold.commands.parsing import parse
-from mold.data.chat import render_for
+from mold.data.chat import choose_template, render_for
 from mold.data.encoding import encode_example
 from mold.data.examples import Example
 from mold.models import load_tokenizer
@@ -44,11 +44,12 @@ def describe(options: Options) -> Iterator[Text | Table]:
         raise ValueError(
             "teacher_model_name_or_path: is not given, must name a model (or model_name_or_path) to inspect"
         )
-    example = _find(read_data(options.data, rationales=options.data.rationales), options.inspection.example)
-    tokenizer = load_tokenizer(name, revision=revision)
-    encoded = encode_example(example, tokenizer, options.training.template, max_length=options.training.max_length)
+    examples = read_data(options.data, rationales=options.data.rationales)
+    example, tokenizer = _find(examples, options.inspection.example), load_tokenizer(name, revision=revision)
+    template = options.training.template = choose_template(options.training.template, examples, tokenizer)
+    encoded = encode_example(example, tokenizer, template, max_length=options.training.max_length)
     yield Text(f"{example.id}: {len(encoded.input_ids)} tokens of {name}", style="bold")
-    yield Text(render_for(example, options.training.template, tokenizer).text)
+    yield Text(render_for(example, template, tokenizer).text)
     for title, texts, spans in (
         ("step", encoded.step_texts, encoded.row_spans),
         ("key word", encoded.key_word_texts, encoded.key_spans),

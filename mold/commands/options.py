@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from mold.data.conversations import COLUMNS
+from mold.data.readers import FORMATS, SUFFIXES
 from mold.training.config import MoldConfig, check_choices
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -32,13 +34,14 @@ class DataOptions(_Group):
 
     dataset: str | None = field(
         default=None,
-        metadata={"help": 'File, folder, hub name, or "generated".'},
+        metadata={
+            "help": f'File ({", ".join(SUFFIXES)}), folder, hub name, or "generated"; columns: {COLUMNS}; or as '
+            "dataset_format."
+        },
     )
     dataset_format: str = field(
         default="auto",
-        metadata={
-            "help": "auto, plain, gsm8k, svamp, asdiv, singleeq, multiarith, commonsense_qa or strategyqa.",
-        },
+        metadata={"help": f"auto, {', '.join(FORMATS)}."},
     )
     dataset_split: str | None = field(default=None, metadata={"help": "train, ...: of a folder's files or of the hub."})
     rationales: str | None = field(default=None, metadata={"help": "JSONL, in place of those in the data set."})

@@ -112,5 +112,5 @@ def _remark_overlaps(tests: Mapping[str, list[Example]], remarks: list[str]) -> 
 
 def row_of(example: Example) -> dict:
     """The example as a row of a JSON-lines file."""
-    row = vars(example)
-    return row if example.keywords is not None else {k: v for k, v in row.items() if k != "keywords"}
+    left_out = [name for name, value in (("keywords", None), ("chat", False)) if getattr(example, name) is value]
+    return {key: value for key, value in vars(example).items() if key not in left_out}

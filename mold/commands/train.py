@@ -85,7 +85,10 @@ def _train(
         **taught_by,
     )
     if not (folder / CONFIG).is_file():
-        write_once(folder / CONFIG, yaml.safe_dump(options.chosen, allow_unicode=True).encode())
+        write_once(
+            folder / CONFIG,
+            yaml.safe_dump(options.chosen | {"template": trainer.template}, allow_unicode=True).encode(),
+        )
     start = time.perf_counter()
     before_file = folder / "before.json"
     if before_file.is_file():
@@ -117,10 +120,13 @@ def write_once(path: Path, data: bytes) -> None:
 
 def _check_folder(options: Options) -> None:
     """Refuse a folder that holds a run of other options; it may lie elsewhere than when the run began."""
-    path, mine = options.folder / CONFIG, options.chosen
+    path = options.folder / CONFIG
     if not path.is_file():
         return
     theirs = read_yaml(path, "output_dir")
+    if options.training.template is None:  # chosen from the data when the run began
+        options.training.template = theirs.get("template")
+    mine = options.chosen | {"template": options.training.template}
     for key in sorted((mine.keys() | theirs.keys()) - {"output_dir"}):
         if mine.get(key) != theirs.get(key):
             raise ValueError(
@@ -138,12 +144,12 @@ def measure(options: Options, trainer: MoldTrainer, examples: list[Example], whe
     metrics = trainer.evaluate()
     if when == "before" and not options.student.predict_before:
         return {"metrics": metrics, "accuracy": None}
-    predictions = predict(options, trainer.model, trainer.processing_class, examples)
+    about = options, trainer.model, trainer.processing_class, examples, trainer.template
+    predictions = predict(*about)
     if PartialState().is_main_process:
         write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
         if when != "before":
-            found = likelihoods(options, trainer.model, trainer.processing_class, examples)
-            write_jsonl(options.folder / f"likelihoods_{when}.jsonl", found)
+            write_jsonl(options.folder / f"likelihoods_{when}.jsonl", likelihoods(*about))
     return {"metrics": metrics, "accuracy": accuracy(predictions)}
 
 
@@ -153,13 +159,15 @@ def _maps(options: Options, trainer: MoldTrainer) -> list[dict]:
     return trainer.attention_maps(with_signal[: options.student.num_maps])
 
 
-def predict(options: Options, model, tokenizer, examples: list[Example], journal: Journal | None = None) -> list[dict]:
+def predict(
+    options: Options, model, tokenizer, examples: list[Example], template: str, journal: Journal | None = None
+) -> list[dict]:
     """The model's answers, generated as the options say; see `mold.evaluation.predictions.generate_predictions`."""
     return generate_predictions(
         model,
         tokenizer,
         examples,
-        options.training.template,
+        template,
         task=options.training.tasks[-1],
         batch_size=options.generation.generate_batch_size,
         max_new_tokens=options.generation.max_new_tokens,
@@ -169,13 +177,13 @@ def predict(options: Options, model, tokenizer, examples: list[Example], journal
     )
 
 
-def likelihoods(options: Options, model, tokenizer, examples: list[Example]) -> list[dict]:
+def likelihoods(options: Options, model, tokenizer, examples: list[Example], template: str) -> list[dict]:
     """Log-likelihoods of the examples as the model was trained on them; see `mold.evaluation.likelihoods`."""
     return log_likelihoods(
         model,
         tokenizer,
         examples,
-        options.training.template,
+        template,
         options.training.tasks,
         batch_size=options.training.per_device_eval_batch_size,
         max_length=options.training.max_length,

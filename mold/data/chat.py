@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from mold.data.examples import ASSISTANT, Example, RenderedText, check_template, render
+from mold.data.examples import ASSISTANT, DEFAULT_TEMPLATE, Example, RenderedText, check_template, render
 from mold.data.tokens import check_no_special_tokens
+
+logger = logging.get_logger(__name__)
 
 CHAT_TEMPLATE = "{question}{assistant}{rationale}\nAnswer: {answer}"
 """The template for models with a chat template: the question is the user's message."""
@@ -23,7 +26,64 @@ CHAT_TEMPLATE = "{question}{assistant}{rationale}\nAnswer: {answer}"
 TODAY = datetime(2024, 7, 26)
 """The date and time that every chat template is told, so that what is extracted today is trained on tomorrow: the date
 that Llama's templates have without a clock."""
+_RECORD = "mold_template"
 _NOW = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def choose_template(
+    template: str | None,
+    examples: Sequence[Example],
+    *tokenizers: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = ("joint",),
+) -> str:
+    """The one template of all texts of a run: the given one, else that of the chats, else `DEFAULT_TEMPLATE`.
+
+    Args:
+        template: None: chosen from the data, `CHAT_TEMPLATE` where they are chats.
+        examples: the training examples.
+        tokenizers: of the models that read the texts, the student's, the teacher's.
+        tasks: what the texts are for (see `mold.data.examples.render`); only "joint" can be a chat.
+
+    Raises:
+        ValueError: the given one does not fit; none is given and some of the examples are chats, but not all, or some
+            of the tokenizers have a chat template, but not all.
+    """
+    if template is not None:
+        check_template(template)
+        return template
+    chats = sum(example.chat or bool(example.history) for example in examples)
+    if not chats:
+        return DEFAULT_TEMPLATE
+    can_chat = [bool(tokenizer.chat_template) for tokenizer in tokenizers]
+    plain = "the tokenizer has no chat template" if not any(can_chat) else ""
+    if tuple(tasks) != ("joint",):
+        plain = f"texts of the task {tasks[0]!r} are no chats"
+    if plain:
+        logger.warning(
+            f"template: {chats} of {len(examples)} examples are chats, written as {DEFAULT_TEMPLATE!r}: {plain}"
+        )
+        return DEFAULT_TEMPLATE
+    if not all(can_chat):
+        raise ValueError(
+            f"template: is not given, must be one without {ASSISTANT} such as {DEFAULT_TEMPLATE!r}: {chats} examples "
+            "are chats, but not all models' tokenizers have a chat template"
+        )
+    if chats < len(examples):
+        raise ValueError(
+            f"template: is not given, must be {CHAT_TEMPLATE!r}, {DEFAULT_TEMPLATE!r} or another: {chats} examples are "
+            f"chats, {len(examples) - chats} are not"
+        )
+    return CHAT_TEMPLATE
+
+
+def record_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Note with a student's tokenizer, which is saved with it, which texts it is trained on."""
+    tokenizer.init_kwargs[_RECORD] = template
+
+
+def recorded_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template that the tokenizer's model was trained with, None where nothing says it."""
+    return tokenizer.init_kwargs.get(_RECORD)
 
 
 def render_for(

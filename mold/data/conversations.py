@@ -24,7 +24,7 @@ _CONVERSATIONS = ("messages", "conversations", "conversation")
 # What public sets call the question, and the text that holds rationale and answer.
 _QUESTIONS = ("question", "instruction", "problem", "query", "prompt")
 _COMPLETIONS = ("completion", "output", "solution", "response", "generated_solution")
-_ANSWERS = ("answer", "final_answer", "expected_answer")
+ANSWERS = ("answer", "final_answer", "expected_answer")
 COLUMNS = (
     "question, answer and rationale; messages; prompt and completion; or one of "
     f"{', '.join(_QUESTIONS)} with one of {', '.join(_COMPLETIONS)}"
@@ -54,7 +54,8 @@ def example_from_row(row: Example | Mapping[str, Any], place: str) -> Example:
 
 
 def checked_example(row: Mapping[str, Any], require_rationale: bool = True) -> Example:
-    """An example from its fields; blanks around a text are none of it, and an answer may be a number.
+    """An example from its fields; blanks around a text are none of it; an answer may be a number, or true or false
+    for yes or no.
 
     Raises:
         ValueError: a field is missing, empty or malformed; names it.
@@ -62,7 +63,9 @@ def checked_example(row: Mapping[str, Any], require_rationale: bool = True) -> E
     values = {}
     for key in ("question", "rationale", "answer"):
         value = row.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and key == "answer" and math.isfinite(value):
+        if key == "answer" and isinstance(value, bool):
+            value = "yes" if value else "no"
+        if key == "answer" and isinstance(value, int | float) and math.isfinite(value):
             value = str(int(value) if value == int(value) else value)
         if value is None and key == "rationale" and not require_rationale:
             value = ""
@@ -73,7 +76,11 @@ def checked_example(row: Mapping[str, Any], require_rationale: bool = True) -> E
     if keywords is not None and (not isinstance(keywords, list) or not all(isinstance(k, str) for k in keywords)):
         raise ValueError(f"keywords is {keywords!r}, must be a list of texts")
     keywords = None if keywords is None else tuple(keywords)
-    return Example(str(row["id"]), **values, keywords=keywords, history=row.get("history", ()))
+    history, chat = row.get("history", ()), row.get("chat")
+    chat = bool(history) if chat is None else chat
+    if not isinstance(chat, bool):
+        raise ValueError(f"chat is {reprlib.repr(chat)}, must be true or false")
+    return Example(str(row["id"]), **values, keywords=keywords, history=history, chat=chat)
 
 
 def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -84,7 +91,7 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     question, what stands before it is the history. The assistant's message is the rationale up to its answer: "Answer:
     ...", "the answer is ..." or "#### ..." at its end, or the last \\boxed{...}, which stays in its sentence; or its
     reasoning_content, thinking or <think> ... </think>, and of the rest the answer, or all of it where it is one line.
-    A row's own "answer" wins.
+    A row's own "answer" wins. Rows of messages, and those with any before the question, are chats.
 
     What other sets call prompt and completion is read as such: instruction (with input) and output, problem and
     solution, query and response, in lower or upper case; a system prompt and a history of pairs stand before them.
@@ -132,6 +139,7 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
         "rationale": rationale.strip(),
         "answer": answer.strip() if isinstance(answer, str) else answer,
         "history": before,
+        "chat": named is not None or bool(before) or row.get("chat", False),
     }
 
 
@@ -142,7 +150,7 @@ def _common_columns(row: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: has the columns {', '.join(map(str, row))}, must have each name once")
     if any(name in lower for name in _CONVERSATIONS):
         return lower
-    question, completion, answer = (_only(lower, names, place) for names in (_QUESTIONS, _COMPLETIONS, _ANSWERS))
+    question, completion, answer = (_only(lower, names, place) for names in (_QUESTIONS, _COMPLETIONS, ANSWERS))
     if question is None and "input" in lower:
         question = "input"
     if answer is not None:
@@ -153,6 +161,7 @@ def _common_columns(row: Mapping[str, Any], place: str) -> dict[str, Any]:
         # Problems alone, to be answered; a prompt is never without a completion.
         return lower if question == "prompt" else lower | {"question": lower.pop(question)}
     prompt, context = lower.pop(question), lower.pop("input", None)
+    chat = not isinstance(prompt, str) or not isinstance(lower[completion], str)
     if isinstance(prompt, str):
         text = f"{prompt}\n\n{context}" if isinstance(context, str) and context.strip() else prompt
         system = lower.get("system") or lower.get("system_prompt")
@@ -165,7 +174,7 @@ def _common_columns(row: Mapping[str, Any], place: str) -> dict[str, Any]:
             )
             prompt += [{"role": role, "content": part} for role, part in turns]
         prompt.append({"role": "user", "content": text})
-    return lower | {"prompt": prompt, "completion": lower.pop(completion)}
+    return lower | {"prompt": prompt, "completion": lower.pop(completion), "chat": chat}
 
 
 def _only(row: Mapping[str, Any], names: Sequence[str], place: str) -> str | None:

@@ -30,6 +30,7 @@ class Example:
 
     keywords: the key information of a commonsense question; None where it is every number.
     history: (role, text) of the messages before the question, where the example is a conversation.
+    chat: whether its row was a conversation; that decides the template where none is given.
 
     Raises:
         ValueError: a text is none of Unicode (it holds one half of a surrogate pair).
@@ -41,6 +42,7 @@ class Example:
     answer: str
     keywords: tuple[str, ...] | None = None
     history: tuple[tuple[str, str], ...] = ()
+    chat: bool = False
 
     def __post_init__(self):
         texts = [(name, getattr(self, name)) for name in ("id", "question", "rationale", "answer")]

@@ -2,7 +2,7 @@
 
 At the start of a line a marker is known by its form. In the middle of a line, behind a finished sentence, a number may
 be anything ("Is it 3 or 4? 4. So ..."): there it is a marker if it counts on from the marker before it, or begins at
-one and the second one follows.
+one and the second one follows, or answers the question of its number ("Q2. ... A2.").
 """
 # ruff: noqa: RUF001 - the look-alike signs below are the ones that texts hold
 
@@ -64,7 +64,9 @@ def _items(text: str) -> list[tuple[int, int]]:
     for place, (match, readings) in enumerate(found):
         inside = bool(match["end"] or match["colon"])
         begins = any(count == 1 and last_second.get(kind, -1) > place for kind, count in readings)
-        counts_on = not match["colon"] and any(last.get(kind) == count - 1 for kind, count in readings)
+        counts_on = not match["colon"] and any(
+            last.get(kind) == count - 1 or (kind == "a" and last.get("q") == count) for kind, count in readings
+        )
         if not inside or begins or counts_on:
             last.update(readings)
             if inside:
@@ -74,7 +76,7 @@ def _items(text: str) -> list[tuple[int, int]]:
 
 def _readings(match: re.Match) -> list[tuple[str, int]]:
     """What a marker counts and how far: "ii" is the second, "i" the first or, as a letter, the ninth."""
-    kind = (match["heading"] or match["kind"] or "").casefold()
+    kind = (match["heading"] or match["kind"] or "").casefold().rstrip(". ")
     count = (match["count"] or match["number"] or "").casefold()
     readings = []
     if digits := re.match(r"\d{1,9}", count):

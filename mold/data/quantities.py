@@ -495,7 +495,8 @@ def stated(text: str) -> Statement | None:
     Of an equation the last side that is a number counts ("3 + 4 = 7 apples", "72 = 48 + 24"), of a sentence the number
     that it starts with, else the last one that is free: not denied ("not 5 but 6"), compared with ("more than 5"), in
     brackets, or an aside ("in 2 months", "of the 10"). Two free numbers joined by "or", "and", "to" or a comma leave
-    it open.
+    it open. The clause of a purpose stays free: 72 is meant in "Ann needs 72 clips to fill 3 boxes" and in "She uses 24
+    clips to make 72 bags" alike, and only the question says which.
 
     Args:
         text: an answer, in one or a few lines; of a \boxed{...} in it only that counts.

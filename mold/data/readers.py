@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from mold.data.conversations import COLUMNS, checked_example, question_row
+from mold.data.conversations import ANSWERS, COLUMNS, checked_example, question_row
 from mold.data.equations import EquationError, equation_rationale, find_equations
 from mold.data.examples import Example, question_key
 from mold.extras import missing_extra
@@ -253,8 +253,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _cell(place: str, column: str, text: str):
-    if column == "correct" and text.strip().lower() in ("true", "false"):
-        return text.strip().lower() == "true"
+    value, is_answer = text.strip(), column.lower() in (*ANSWERS, "final_ans")
+    if (is_answer or column == "correct") and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if is_answer and re.fullmatch(r"-?\d{1,15}\.0", value):  # a whole number in a column that has a gap
+        return int(value.partition(".")[0])
     if column not in _LISTS:
         return text
     try:

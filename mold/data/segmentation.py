@@ -17,7 +17,7 @@ from mold.data.sentence_ends import LETTER, REACH, SENTENCE_END, UNSPACED, VULGA
 
 Span = tuple[int, int]  # half-open [start, end)
 
-SEGMENTATION_VERSION = 2
+SEGMENTATION_VERSION = 3
 """Of the rules below. Teacher signals of another version are refused: their steps may be other ones."""
 
 _ALPHANUMERIC = rf"[^\W_{UNSPACED}]"
@@ -46,8 +46,9 @@ _OPERATOR_COMMAND = re.compile(r"\\(?:cdot|times|div|ast)(?![A-Za-z])")
 # TeX takes a digit for each argument: \frac12 is 1/2.
 _DIGIT_ARGUMENTS = re.compile(r"(?P<command>\\(?:[dtc]?frac|[dt]?binom)[ \t]*)(?P<first>\d)[ \t]*(?P<second>\d)")
 
-# A word is consumed whole, so that the digits glued behind its letters are never seen; the x of "3x4" is no word.
-_WORD = rf"(?!(?<=[\d{VULGAR}])x\.?\d){LETTER}[^\W{UNSPACED}]*(?:(?<=\d)\.\d+)*"
+# A word is consumed whole, so that the digits glued behind its letters are never seen; the x of "3x4" is no word,
+# and the sign of "Nº5" ends one.
+_WORD = rf"(?!(?<=[\d{VULGAR}])x\.?\d){LETTER}(?:[^\W\d{UNSPACED}]|(?<!º)\d)*(?:(?<=\d)\.\d+)*"
 # A full stop is a decimal point where no word stands before it: not in "No.5".
 _BARE_DECIMAL = rf"(?:(?<![^\W_])(?<!\.)|(?<=[\d{VULGAR}]x))\.\d+"
 _PLAIN = rf"(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?: ?[{VULGAR}])?|{_BARE_DECIMAL}|[{VULGAR}]"

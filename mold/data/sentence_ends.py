@@ -59,6 +59,8 @@ _LAST_BEFORE_CAPITAL = words(
 _BEFORE_NUMBER = words(
     "No Nos no nos Nº p pp Rs rs Re Fr fr Kr kr Tk tk Dh Dhs Sh sh Ksh KSh Tsh Ush Rp Bs Php max Max"
 )
+# "Q. 7 is easy", "see Q. 7", but "from P to Q. 7 km".
+_BEFORE_QUESTION = frozenset(("", "in", "see", "of", "for", "cf"))
 _REFERENCES = words(
     "Fig Figs fig figs Eq Eqs Eqn eq eqs eqn Vol Vols vol vols Ch Chs ch chs Chap chap Sec Sect sec sect Tab Thm thm "
     "Lem Prop Def Cor Ex ex Ref Refs ref refs Alg Art App Bk Ed Pt pt Rm Apt Bldg Hwy Rte Par par Para para Prob prob "
@@ -112,6 +114,8 @@ def _abbreviates(before: str, following: str, after: str) -> bool:
         # "John Smith Sr. Tom": a suffix; "el Sr. Luna": a title.
         return name != "Sr" or not previous[:1].isupper()
     if name in _BEFORE_NUMBER | _REFERENCES | _DATES and _NUMBER_AFTER.match(after):
+        return True
+    if word == "Q" and previous.lower() in _BEFORE_QUESTION and _NUMBER_AFTER.match(after):
         return True
     if name in _REFERENCES and _LABEL_AFTER.match(after):
         return True

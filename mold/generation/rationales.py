@@ -193,7 +193,7 @@ def _row(example: Example, found: dict | None) -> dict:
     row = {"id": example.id, "question": example.question, "answer": example.answer, **found}
     if example.keywords is not None:
         row["keywords"] = list(example.keywords)
-    return row | {"history": example.history} if example.history else row
+    return row | {name: value for name in ("history", "chat") if (value := getattr(example, name))}
 
 
 def read_given(path: str | Path, examples: Sequence[Example]) -> tuple[dict[str, list[dict]], int]:

@@ -24,7 +24,7 @@ from safetensors.torch import load
 from transformers import PreTrainedModel
 
 from mold.data.encoding import EncodedExample
-from mold.data.examples import Example, text_hash
+from mold.data.examples import ASSISTANT, Example, text_hash
 from mold.data.segmentation import SEGMENTATION_VERSION
 from mold.files import json_object, read_json
 from mold.models import weights_fingerprint
@@ -140,6 +140,15 @@ class SignalCache:
                     f"signals: {self.folder} was extracted with {name}={found!r}, must be {value!r}; "
                     "change the option or extract into another folder"
                 )
+
+    def require_template(self, template: str) -> None:
+        """Raise a ValueError that says what to pass unless the signals' texts are of this template."""
+        if (found := self.settings.template) != template:
+            fitting = template if ASSISTANT in found and ASSISTANT not in template else found
+            raise ValueError(
+                f"signals: {self.folder} was extracted with template={found!r}, must be {template!r} as the student's "
+                f"texts are; give teacher and student one template, for instance {fitting!r}"
+            )
 
     def require_same(self, settings: SignalSettings) -> None:
         """Raise a ValueError that names the first setting that is another; what the teacher is called is none."""

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from mold.data.examples import DEFAULT_TEMPLATE, check_template
+from mold.data.examples import check_template
 from mold.method.loss import check_rows
 from mold.training.training_options import REFUSED, check_followed
 
@@ -121,7 +121,10 @@ class MoldConfig(TrainingArguments):
     )
     mol_teacher_layer: int = field(default=-1, metadata={"help": "single_layer: the teacher's."})
     mol_student_layer: int = field(default=-1, metadata={"help": "single_layer: the student's."})
-    template: str = field(default=DEFAULT_TEMPLATE, metadata={"help": "With {question}, {rationale} and {answer}."})
+    template: str | None = field(
+        default=None,
+        metadata={"help": "With {question}, {rationale}, {answer}, a chat's {assistant}; chosen from the data."},
+    )
     max_length: int | None = field(default=1024, metadata={"help": "Most tokens of an example, or it is refused."})
     cross_entropy: str = field(
         default="full",
@@ -219,7 +222,8 @@ class MoldConfig(TrainingArguments):
         check_followed(self, REFUSED)
         if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
             raise ValueError("fp16: is True, must be False on a CPU, which trains in float32 or with bf16")
-        check_template(self.template)
+        if self.template is not None:
+            check_template(self.template)
         self.model_init_kwargs = _json_object("model_init_kwargs", self.model_init_kwargs)
         for name in self._VALID_DICT_FIELDS:
             _json_object(name, getattr(self, name))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mold.data.chat import record_template
 from mold.data.conversations import example_from_row
 from mold.data.encoding import Collator, encode_example
 from mold.data.examples import PROMPT
@@ -71,6 +72,7 @@ class StepwiseAttentionMixin(RouterTraining):
         self.signals, self.beta, self.mol_router_learning_rate = signals, beta, mol_router_learning_rate
         self._items: list[dict] = []
         super().__init__(*args, data_collator=self._collate, **kwargs)
+        record_template(self.processing_class, signals.settings.template)
         self.method_options = {"beta": beta, "tau_1": tau_1, "tau_2": tau_2, "row_norm": row_norm}
         student = without_adapter(self.model)
         use_mold_attention(student)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
+from mold.data.chat import choose_template, record_template, recorded_template
 from mold.data.conversations import example_from_row
 from mold.data.encoding import Collator, encode_example, has_signal, with_question_keys
 from mold.data.examples import Example
@@ -104,11 +105,23 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         if teacher_model is not None and teacher_processing_class is None:
             raise ValueError("teacher_processing_class: is None, must be the teacher's tokenizer")
         self.signals, self.teacher = signals, None
+        train, held_out = (
+            None if rows is None else _examples(rows, name)
+            for rows, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
+        )
+        self.template = choose_template(
+            recorded_template(processing_class) if train is None and args.template is None else args.template,
+            held_out or () if train is None else train,
+            *(one for one in (processing_class, teacher_processing_class) if one is not None),
+            tasks=args.tasks,
+        )
+        if train is not None:
+            record_template(processing_class, self.template)
         if teacher_model is not None:
             self.teacher = OnlineTeacher(
                 teacher.to(args.device),
                 teacher_processing_class,
-                args.template,
+                self.template,
                 args.row_reduction,
                 args.max_length,
             )
@@ -123,6 +136,8 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
             check_attention_dropout(model.config)
         if signals is not None:
             signals.require(row_reduction=args.row_reduction)
+            if args.trains_attention:
+                signals.require_template(self.template)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         check_adapter(model)
@@ -143,8 +158,8 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         pad_token_id = processing_class.pad_token_id
         self._tokenizer, self._options = processing_class, args
         names = ("method", "alpha", "beta", "tau_1", "tau_2", "tau_row", "row_norm", "row_reduction", "row_keys")
-        names += ("key_scope", "mol_teacher_layers_left_out", "mol_student_layers_left_out", "template")
-        self.method_options = {name: getattr(args, name) for name in names}
+        names += ("key_scope", "mol_teacher_layers_left_out", "mol_student_layers_left_out")
+        self.method_options = {name: getattr(args, name) for name in names} | {"template": self.template}
         super().__init__(
             model=model,
             args=args,
@@ -155,8 +170,8 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
                 args.padding_free,
                 None if self.teacher is None else self.teacher.collator,
             ),
-            train_dataset=None if train_dataset is None else self.encode(train_dataset, "train_dataset"),
-            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
+            train_dataset=None if train is None else self.encode(train, "train_dataset"),
+            eval_dataset=None if held_out is None else self.encode(held_out, "eval_dataset"),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -189,19 +204,12 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
 
     def encode(self, examples: Sequence[Example | Mapping], name: str = "dataset") -> list[dict]:
         """Items for the collator: each example encoded, with what teaches it. Counts the examples without a signal."""
-        if not hasattr(examples, "__len__"):
-            raise ValueError(
-                f"{name}: is {type(examples).__name__}, must have a length: every example is encoded first"
-            )
-        if not len(examples):
-            raise ValueError(f"{name}: is empty, must hold at least one example")
         options, items = self._options, []
         taught = options.method != "answers" and (self.signals is not None or self.teacher is not None)
-        rows = tqdm(examples, desc=f"Encoding {name}", disable=options.disable_tqdm, leave=False)
-        for index, row in enumerate(rows):
-            example = example_from_row(row, f"{name}-{index}")
+        rows = _examples(examples, name)
+        for example in tqdm(rows, desc=f"Encoding {name}", disable=options.disable_tqdm, leave=False):
             encoded = [
-                encode_example(example, self._tokenizer, options.template, task=task, max_length=options.max_length)
+                encode_example(example, self._tokenizer, self.template, task=task, max_length=options.max_length)
                 for task in options.tasks
             ]
             item: dict[str, Any] = {"example": encoded[0], "signal": None}
@@ -470,6 +478,14 @@ class _BestCheckpoint(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._find_best_checkpoint()
+
+
+def _examples(rows: Sequence[Example | Mapping], name: str) -> list[Example]:
+    if not hasattr(rows, "__len__"):
+        raise ValueError(f"{name}: is {type(rows).__name__}, must have a length: every example is encoded first")
+    if not len(rows):
+        raise ValueError(f"{name}: is empty, must hold at least one example")
+    return [example_from_row(row, f"{name}-{index}") for index, row in enumerate(rows)]
 
 
 def _listed(found: dict | list) -> list:

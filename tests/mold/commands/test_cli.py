@@ -9,6 +9,8 @@ import torch
 
 from mold.commands import cli
 from mold.commands.options import TAKES
+from mold.data import conversations
+from mold.data.readers import FORMATS, SUFFIXES
 from tests.mold.command_line import extract_options, refusal
 
 
@@ -108,6 +110,14 @@ def test_help_of_a_command(mold, command, monkeypatch):
         assert f"\n  --{option}" in out
     trains = command == "train"
     assert ("--learning_rate" in out) == trains
-    assert trains or len(out.splitlines()) < 80
+    assert trains or len(out.splitlines()) < 90
     # transformers' options come last.
     assert not trains or out.index("--learning_rate") > out.index("--beta")
+
+
+def test_help_says_which_files_and_columns_are_read(mold, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ("train", "extract", "eval", "generate"):
+        said = " ".join(mold(command, "--help")[1].split())
+        assert all(name in said for name in (*SUFFIXES, *FORMATS)), command
+        assert conversations.COLUMNS in said, command

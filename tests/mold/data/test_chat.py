@@ -3,13 +3,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from mold.data.chat import CHAT_TEMPLATE, render_for
-from mold.data.conversations import example_from_row, question_row
+from mold.data.chat import CHAT_TEMPLATE, choose_template, record_template, recorded_template, render_for
+from mold.data.conversations import example_from_row
 from mold.data.encoding import encode_example, encode_prompt
 from mold.data.examples import DEFAULT_TEMPLATE, Example, text_hash
 from mold.data.problems import generate_problems
-from mold.data.readers import read_examples
 from mold.evaluation.predictions import generate_predictions
 from mold.generation.prompting import example_prompt_ids, prompt_ids
 from tests.tiny_models import make_model
@@ -88,6 +88,7 @@ def test_a_system_message_and_earlier_turns_are_part_of_the_prompt():
         "2 + 2 = 4.",
         "4",
         history=(("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "2")),
+        chat=True,
     )
     rendered = render_for(example, CHAT_TEMPLATE, tokenizer)
     assert "Be brief." in rendered.prompt
@@ -98,47 +99,6 @@ def test_a_system_message_and_earlier_turns_are_part_of_the_prompt():
     assert text_hash(example, CHAT_TEMPLATE) != text_hash(
         example_from_row({**row, "messages": row["messages"][3:]}, "x"), CHAT_TEMPLATE
     )
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "2 + 3?", "completion": "2 + 3 = 5.\n#### 5"}, ("2 + 3?", "2 + 3 = 5.", "5")),
-        (
-            {"prompt": "Q", "completion": "The answer is 1? No. So the final answer is: 2."},
-            ("Q", "The answer is 1? No.", "2"),
-        ),
-        ({"prompt": "Q", "completion": "Half of 8.", "answer": 4}, ("Q", "Half of 8.", 4)),
-        ({"prompt": "Q", "completion": "Half of 8.\nAnswer: four", "answer": "4"}, ("Q", "Half of 8.", "4")),
-        ({"prompt": "Q", "completion": "<think>\nHalf of 8.\n</think>\n\n4"}, ("Q", "Half of 8.", "4")),
-        (
-            {
-                "prompt": [{"role": "user", "content": "Q"}],
-                "completion": [{"role": "assistant", "content": "It is 4.", "reasoning_content": "Half of 8."}],
-            },
-            ("Q", "Half of 8.", "It is 4."),
-        ),
-    ],
-)
-def test_conversations_become_question_rationale_and_answer(row, expected):
-    fields = question_row(row, "here")
-    assert (fields["question"], fields["rationale"], fields["answer"]) == expected
-    assert fields["history"] == ()
-
-
-def test_a_file_of_conversations_is_read(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(
-        '{"messages": [{"role": "user", "content": "2 + 3?"}, '
-        '{"role": "assistant", "content": "It is 5.\\nAnswer: 5"}]}\n'
-        '{"prompt": "1 + 1?", "completion": "It is 2.\\nAnswer: 2", "correct": true, "id": "second"}\n'
-    )
-    examples, report = read_examples(path)
-    assert report.kept == 2
-    assert [(e.id, e.question, e.rationale, e.answer) for e in examples] == [
-        ("chat-1", "2 + 3?", "It is 5.", "5"),
-        ("second", "1 + 1?", "It is 2.", "2"),
-    ]
 
 
 def test_generation_starts_from_the_chat_template(monkeypatch):
@@ -152,31 +112,51 @@ def test_generation_starts_from_the_chat_template(monkeypatch):
     assert seen[0].tolist() == [expected]
 
 
-# Refusals
+CHAT, PLAIN = replace(EXAMPLE, chat=True), replace(EXAMPLE, id="plain")
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("examples", "styles", "tasks", "expected"),
     [
-        ({"prompt": "Q"}, "here: has a prompt, must have a completion too"),
-        ({"prompt": "Q", "completion": "no idea"}, "here: no answer found in 'no idea'"),
-        ({"messages": []}, r"here: messages is \[\], must be a text or a list"),
-        (
-            {"messages": [{"role": "user"}]},
-            "here: messages holds .* must hold messages with the texts role and content",
-        ),
-        ({"messages": [{"role": "user", "content": "Q"}]}, "here: has messages of user; must end with user, assistant"),
-        (
-            {"prompt": "Q", "completion": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "here: completion holds tool calls",
-        ),
-        ({"question": "Q", "history": "no"}, r"here: history is 'no', must be a list of \[role, text\]"),
-        ({"question": "Q", "rationale": "R"}, "here: has the keys question, rationale"),
+        ([CHAT, CHAT], ["chatml"], ["joint"], CHAT_TEMPLATE),
+        ([CHAT], ["chatml", "instruct"], ["joint"], CHAT_TEMPLATE),
+        ([replace(PLAIN, history=(("system", "S"),))], ["chatml"], ["joint"], CHAT_TEMPLATE),
+        ([PLAIN], ["chatml"], ["joint"], DEFAULT_TEMPLATE),
+        ([PLAIN], ["chatml", None], ["joint"], DEFAULT_TEMPLATE),
+        ([CHAT, PLAIN], [None, None], ["joint"], DEFAULT_TEMPLATE),
+        ([CHAT, PLAIN], ["chatml"], ["explain", "predict"], DEFAULT_TEMPLATE),
+        ([CHAT], ["chatml"], ["answer"], DEFAULT_TEMPLATE),
     ],
 )
-def test_malformed_rows_are_refused_by_their_place(row, message):
-    with pytest.raises(ValueError, match=message):
-        example_from_row(row, "here")
+def test_the_template_of_a_run_is_chosen_from_its_data(examples, styles, tasks, expected):
+    tokenizers = [chat_tokenizer("smollm", style) if style else make_tokenizer("smollm") for style in styles]
+    assert choose_template(None, examples, *tokenizers, tasks=tasks) == expected
+    other = "{question}\n{rationale}\n=> {answer}"
+    assert choose_template(other, examples, *tokenizers, tasks=tasks) == other
+
+
+def test_templates_that_cannot_be_chosen_are_asked_for():
+    chatty, plain = chat_tokenizer("smollm", "chatml"), make_tokenizer("smollm")
+    with pytest.raises(ValueError, match=r"^template: is not given, must be .*: 2 examples are chats, 1 are not$"):
+        choose_template(None, [CHAT, PLAIN, CHAT], chatty)
+    for tokenizers in ((chatty, plain), (plain, chatty)):
+        with pytest.raises(ValueError, match=r"must be one without \{assistant\} such as 'Question: .* not all models"):
+            choose_template(None, [CHAT], *tokenizers)
+    with pytest.raises(ValueError, match="template: is 'x', must hold"):
+        choose_template("x", [CHAT], chatty)
+
+
+def test_a_tokenizer_keeps_the_template_of_its_student(tmp_path):
+    tokenizer = chat_tokenizer("llama3", "headers")
+    assert recorded_template(tokenizer) is None
+    record_template(tokenizer, CHAT_TEMPLATE)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert recorded_template(again) == CHAT_TEMPLATE
+    assert encode_example(EXAMPLE, again, CHAT_TEMPLATE) == encode_example(EXAMPLE, tokenizer, CHAT_TEMPLATE)
+
+
+# Refusals
 
 
 def test_chat_templates_that_cannot_be_used_are_refused():

@@ -43,12 +43,27 @@ def test_formulas_are_compared(found, expected, same):
     assert formulas.same_formula(found, expected) is same
 
 
-def test_hostile_formulas_end_and_memory_is_bounded():
+def test_hostile_formulas_end():
     begun = time.process_time()
     for number in range(1000 // len(HOSTILE)):
         for formula in HOSTILE:
             assert judge_answer(formula, str(number)) is not True
     assert time.process_time() - begun < 60
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks for another process's limits")
+def test_what_gets_past_the_check_ends_and_the_judges_memory_is_bounded():
+    formulas_past = [HOSTILE[0], HOSTILE[1], HOSTILE[3], HOSTILE[8], "10^{10^{11}}"]
+    code = (
+        "import resource; from mold.data import formulas; formulas.is_small = lambda formula: True\n"
+        f"for formula in {formulas_past!r}: assert formulas.same_formula(formula, '5') is not True\n"
+        "assert formulas.same_formula('4^{2}', '16')\n"
+        "limit = resource.prlimit(formulas._JUDGE._process.pid, resource.RLIMIT_AS)[0]; formulas._JUDGE.end()\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, limit, formulas.MEMORY_BYTES)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=300, capture_output=True, text=True)
+    most, limit, told = map(int, done.stdout.split())
+    assert 0 < most <= limit == told
 
 
 def test_a_formula_that_takes_too_long_is_not_judged_and_the_next_one_is(monkeypatch):

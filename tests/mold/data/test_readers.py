@@ -1,5 +1,6 @@
 """Readers, on rows written by hand in the format of each data set."""
 
+import csv
 import json
 import sys
 from types import SimpleNamespace
@@ -186,6 +187,29 @@ def test_strategyqa(tmp_path):
     assert read_examples(write(tmp_path / "train.json", STRATEGY))[0] == [
         Example("q1", "Does snow burn?", "Snow is water. Water does not burn.", "no", ("Snow",))
     ]
+
+
+@pytest.mark.parametrize("column", ["answer", "Answer", "final_answer", "expected_answer"])
+def test_answers_that_csv_writes_otherwise(tmp_path, column):
+    """As pandas writes a column of whole numbers with a gap, and one of booleans."""
+    written = ["21.0", " 21.0 ", "-7.0", "0.50", "1,200.0", "True", "FALSE", "21.05", "true north"]
+    path = tmp_path / "a.csv"
+    with path.open("w") as file:
+        csv.writer(file).writerows([["question", "rationale", column], *([f"Q{a}", "R", a] for a in written)])
+    answers = [example.answer for example in read_examples(path)[0]]
+    assert answers == ["21", "21", "-7", "0.50", "1,200.0", "yes", "no", "21.05", "true north"]
+
+
+def test_questions_of_true_or_false(tmp_path):
+    rows = [{"question": f"Is it {a}?", "rationale": "So.", "answer": a} for a in (True, False)]
+    assert [e.answer for e in read_examples(write(tmp_path / "a.jsonl", rows))[0]] == ["yes", "no"]
+    (row,) = STRATEGY
+    path = tmp_path / "s.csv"
+    with path.open("w") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
+    assert read_examples(path)[0] == read_examples(write(tmp_path / "s.json", STRATEGY))[0]
 
 
 def test_plain_rows(tmp_path):
@@ -418,7 +442,7 @@ GOOD = '{"question": "a", "rationale": "b", "answer": "c"}'
         ("a.jsonl", f'{GOOD}\n{{"question": "d", "rationale": "e"}}', r"a\.jsonl:2: answer is None, must be a text"),
         ("a.jsonl", '{"question": "d", "rationale": " ", "answer": "1"}', r"a\.jsonl:1: rationale is ' '"),
         ("a.jsonl", '{"question": "d", "rationale": "e", "answer": NaN}', r"a\.jsonl:1: answer is nan"),
-        ("a.jsonl", '{"question": "d", "rationale": "e", "answer": true}', r"a\.jsonl:1: answer is True"),
+        ("a.jsonl", '{"question": "d", "rationale": "e", "answer": [true]}', r"a\.jsonl:1: answer is \[True\]"),
         ("a.jsonl", '{"question": 5, "rationale": "e", "answer": "1"}', r"a\.jsonl:1: question is 5"),
         ("a.jsonl", '{"question": "d", "rationale": "e", "answer": "1", "keywords": "x"}', "keywords is 'x'"),
         ("a.jsonl", '{"messages": [], "prompt": "x"}', r"a\.jsonl:1: .*messages is \[\], must be a text or a list"),

@@ -68,6 +68,7 @@ ABBREVIATIONS = [
     "He lives on Main St.|He has 5 of the St. Mary pens.|Dr. No is 3.",
     "Roe v. Wade was in 1973.|It is v.|Then we go.|MR. ROE HAS RS. 15.|SEE FIG. 3.",
     "John Roe Sr. has 5.|Luego el Sr. Luna llega.|She has an M.Sc. in maths.|He has a B.A.|Tom has none.",
+    "We see.|Q. 7 is easy.|In Q. 8 (see Q. 9) we add.|He goes from P to Q.|7 km are left.|Choose Q.|So 5.",
 ]
 MARKUP = [
     "We have $n \\ge 7.$|Then $m = 8.$|We get $$x = 5.$$|So \\(y = 6.\\)|Then 7.",
@@ -85,10 +86,15 @@ LISTS = [
     "a. Add 5.|b. Add 6.|c) Stop.|D. Go.",
     "i. Add 5.|ii. Add 6.|iii. Add 7.|iv. Add 8.|(v) Stop.",
     "Q1. What is 5?|Q2. What is 6?\n|Q3: Go.",
+    "Q1. What is 5?|A1. It is 5.|Q2. And 6?|A2. It is 6.",
+    "Q. 3. What is 5?|A3. It is 5.",
+    "Q2) What is 5?|A2) It is 5.",
     "Step One. Add 5.|Step Two. Add 6.\n|Step III: Add 7.\n|Part 2. Add 8.|Part 3. Stop.",
     "**1.** Add 5.|**2.** Add 6.\n|### 3. Stop.\n|- 4. Go.|5. End.",
     "1.1. Add 5.\n|1\\. Add 6.\n|1: Add 7.\n|3️⃣ Add 8.",
     # No markers: nothing counts on from one to the next.
+    "Q1. What is 5?|A12.|It is a road.",
+    "He takes the A1.|It is long.|Q1.|So.",
     "Is it 3 or 4?|4.|So he has 4.|It is 1.|It is 2.|So 3.",
     "Tom: 1.|Ann: 2.|So 3.|See Fig. 1.|Then No. 2.|Go.",
 ]
@@ -211,6 +217,7 @@ NUMBERS = {
     "\\frac12 and \\dfrac 3 4, \\binom5{6}, \\theta_1 = 7, \\mathrm{R2D2}": "1 2 3 4 5 6 7",
     "1/2\\cdot 8, 3\\div 1/2 and 1/2 of": "1 2 8 3 1 2 1/2",
     "No.5, Rs.1,500.50, Fig.3, p.7 and is.5": "5 1,500.50 3 7 5",
+    "Nº5, nº 6, N.º7, Nr.8, Nr. 9, №10, N°11 and no12": "5 6 7 8 9 10 11",
     "$.75, (.5), =.25, \\cdot.6 and _.7_": ".75 .5 .25 .6 .7",
     "1.) Add 5\n(2) Add 6. (3) Add 7\n[4] 8": "5 6 7 8",
     "1. Add 5. 2. Add 6. 3.Stop": "5 6",

@@ -1,9 +1,11 @@
+import dataclasses
+
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mold import StepwiseAttentionMixin
+from mold import MoldConfig, MoldTrainer, StepwiseAttentionMixin
 from mold.data.chat import CHAT_TEMPLATE
 from mold.data.examples import Example
 from mold.data.problems import generate_problems
@@ -195,6 +197,52 @@ def test_signals_are_found_whatever_the_rows_are_called(tmp_path, signals):
     for one, other, example in zip(trainer._items, plain._items, examples, strict=False):
         assert (one["signal"] is None) == (other["signal"] is None) == (example is BARE)
         assert one["signal"] is None or torch.equal(one["signal"], other["signal"])
+
+
+def solution(example):
+    return f"{example.rationale}\nAnswer: {example.answer}"
+
+
+FORMS = {
+    "problem": lambda e: {"problem": e.question, "solution": solution(e)},
+    "instruction": lambda e: {"instruction": e.question, "output": solution(e)},
+    "alpaca": lambda e: {"instruction": e.question, "input": "", "output": solution(e)},
+    "query": lambda e: {"query": e.question, "response": solution(e)},
+    "capitals": lambda e: {"Problem": e.question, "Solution": e.rationale, "Answer": e.answer},
+    "prompt": lambda e: {"prompt": e.question, "completion": solution(e)},
+    "prompt of messages": lambda e: {
+        "prompt": [{"role": "user", "content": e.question}],
+        "completion": [{"role": "assistant", "content": solution(e)}],
+    },
+    "conversations": lambda e: {
+        "conversations": [{"from": "human", "value": e.question}, {"from": "gpt", "value": solution(e)}]
+    },
+    "question": lambda e: {"question": e.question, "rationale": e.rationale, "answer": e.answer},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_columns_of_common_sets_are_trained_as_in_mold_trainer(tmp_path, signals, form):
+    data = [FORMS[form](example) for example in EXAMPLES[:4]]
+    trainer = make_trainer(tmp_path, signals, examples=EXAMPLES[:4], max_steps=2)
+    trained = Trainer(
+        trainer.model,
+        trainer.args,
+        train_dataset=datasets.Dataset.from_list(data),
+        processing_class=tokenizer(),
+        signals=signals,
+        row_norm="l1",
+    )
+    options = MoldConfig(output_dir=str(tmp_path), template=CHAT_TEMPLATE, use_cpu=True, disable_tqdm=True)
+    student = make_model("llama", vocab=len(tokenizer()), initializer_range=0.05, attention="sdpa")
+    expected = MoldTrainer(student, options, data, processing_class=tokenizer(), signals=signals).train_dataset
+    for mine, theirs in zip(trained._items, expected, strict=True):
+        assert dataclasses.replace(mine["example"], id="") == dataclasses.replace(theirs["example"], id="")
+        assert torch.equal(mine["signal"], theirs["signal"])
+    before = parameters(trained)
+    trained.train()
+    assert losses(trained, "loss_attention")[0] > 0
+    assert all(not torch.equal(value, before[name]) for name, value in parameters(trained).items())
 
 
 def test_data_without_signals_is_refused(tmp_path, signals):

@@ -8,7 +8,14 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    EarlyStoppingCallback,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from mold import MoldConfig, MoldTrainer
 from mold.training.checkpoints import last_complete_checkpoint
@@ -107,6 +114,28 @@ def test_the_side_of_the_padding_changes_nothing(tmp_path, signals):
     for side in ("right", "left"):
         trainer = make_trainer(tmp_path / side, signals, padding_side=side, pad_to_multiple_of=16)
         losses.append(trainer.evaluate())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def wide(config, model, **options):
+    """Weights wide enough for positions to count."""
+    return lambda: model(config(vocab_size=len(STUDENT_TOKENIZER), initializer_range=0.2, **options)).eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(wide(BloomConfig, BloomForCausalLM, hidden_size=32, n_layer=2, n_head=2), id="alibi by the mask"),
+        pytest.param(wide(MptConfig, MptForCausalLM, d_model=32, n_layers=2, n_heads=2), id="alibi by the length"),
+        pytest.param(lambda: make_student("gpt2", initializer_range=0.2), id="learned positions"),
+    ],
+)
+def test_the_side_of_the_padding_changes_nothing_for_other_positions(tmp_path, make):
+    torch.manual_seed(0)
+    model, losses = make(), []
+    for side in ("right", "left"):
+        options = {"method": "rationales", "beta": None, "padding_side": side, "pad_to_multiple_of": 16}
+        losses.append(make_trainer(tmp_path / side, None, model, **options).evaluate()["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
