@@ -65,8 +65,10 @@ RECIPE = {
 def prepare(folder: Path) -> None:
     """A teacher, a student, data, the teacher's signals and a recipe."""
     tokenizer = make_tokenizer("smollm")
-    for name, family, layers in (("teacher", "qwen3", 5), ("student", "llama", 3)):
-        model = make_model(family, layers=layers, vocab=len(tokenizer), initializer_range=0.05, attention="eager")
+    # With dropout the random generator's state decides what is learned.
+    student = {"layers": 3, "resid_pdrop": 0.1}
+    for name, family, options in (("teacher", "qwen3", {"layers": 5}), ("student", "gpt2", student)):
+        model = make_model(family, vocab=len(tokenizer), initializer_range=0.05, attention="eager", **options)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     rows = [json.dumps(vars(example)) + "\n" for example in generate_problems(39, seed=6)]
@@ -115,9 +117,7 @@ def content(path: Path):
 
 def different(one: Path, other: Path) -> list[str]:
     """The files that differ, or are in one folder alone."""
-    files = [
-        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} for folder in (one, other)
-    ]
+    files = [{str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} for folder in (one, other)]
     timed = (LOCK, DONE, "report.html")
     return sorted(
         name
@@ -138,12 +138,15 @@ def kill(kind: str, folder: Path, kills: int, rng: random.Random) -> int:
     start = time.perf_counter()
     ends(kind, folder / f"{kind}-undisturbed")
     seconds = time.perf_counter() - start
-    killed, wrong, ended = 0, 0, 0
+    killed, wrong, ended, finished = 0, 0, 0, False
     print(f"{kind}: {seconds:.1f} s undisturbed", flush=True)
     while killed < kills or not finished:
         place = folder / f"{kind}-killed-{ended}"
-        moment = rng.uniform(0, seconds) if killed < kills else None
+        begun = place.exists()
+        moment, start = rng.uniform(0, seconds) if killed < kills else None, time.perf_counter()
         if finished := ends(kind, place, moment):
+            if not begun:  # how loaded the machine is changes
+                seconds = time.perf_counter() - start
             differs = different(folder / f"{kind}-undisturbed" / "out", place / "out")
             ended, wrong = ended + 1, wrong + bool(differs)
             print(f"{kind}: ended, {', '.join(differs) + ' differ' if differs else 'equal'}", flush=True)
@@ -159,11 +162,13 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--kills", type=int, default=20, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="of the runs, to look at what differs; a temporary one if not given")
     chosen = parser.parse_args()
     rng = random.Random(chosen.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
-        return int(any([kill(kind, Path(folder), chosen.kills, rng) for kind in chosen.kinds]))
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(chosen.folder or made)
+        prepare(folder)
+        return int(any([kill(kind, folder, chosen.kills, rng) for kind in chosen.kinds]))
 
 
 if __name__ == "__main__":
