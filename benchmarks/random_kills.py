@@ -46,8 +46,8 @@ _TRAIN = _TAUGHT | {
 # The last batch of an epoch is a small one, and a window of two does not divide the batches.
 _EPOCHS = {"gradient_accumulation_steps": 2, "save_strategy": "epoch", "eval_strategy": "epoch"}
 KINDS = {
-    "max_steps": ["train", *flags(_TRAIN | {"max_steps": 120, "save_steps": 3})],
-    "epochs": ["train", *flags(_TRAIN | _EPOCHS | {"num_train_epochs": 30, "load_best_model_at_end": True})],
+    "max_steps": ["train", *flags(_TRAIN | {"max_steps": 60, "save_steps": 3})],
+    "epochs": ["train", *flags(_TRAIN | _EPOCHS | {"num_train_epochs": 16, "load_best_model_at_end": True})],
     "extract": ["extract", *flags(_EXTRACT)],
     "run": ["run", "../recipe.yaml"],
 }

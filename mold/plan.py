@@ -290,8 +290,7 @@ def _repeated(few: list[_Operator], more: list[_Operator], times: float) -> list
 
 @functools.cache
 def _like_layers(text: str) -> bool:
-    values = json.loads(text)
-    model = _model(AutoConfig.for_model(values["model_type"], **values), "float32", _PLANNED)
+    model = _model(AutoConfig.for_model(**json.loads(text)), "float32", _PLANNED)
     shapes = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in _layers(model)]
     return len(shapes) > _RUN[1] and all(one == shapes[0] for one in shapes)
 

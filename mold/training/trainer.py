@@ -371,6 +371,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         align_special_tokens(self.model, self.processing_class)  # as a training does before its first step
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        self.log({"train_runtime": 0.0})  # where the model card finds the end of a training
         self._find_best_checkpoint()
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
