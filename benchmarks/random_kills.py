@@ -63,7 +63,7 @@ RECIPE = {
 
 
 def prepare(folder: Path) -> None:
-    """A teacher, a student, data, the teacher's signals and a recipe."""
+    """A teacher, a student, data and a recipe."""
     tokenizer = make_tokenizer("smollm")
     # With dropout the random generator's state decides what is learned.
     student = {"layers": 3, "resid_pdrop": 0.1}
@@ -74,7 +74,6 @@ def prepare(folder: Path) -> None:
     rows = [json.dumps(vars(example)) + "\n" for example in generate_problems(39, seed=6)]
     (folder / "problems.jsonl").write_text("".join(rows))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    ends("extract", folder / "taught")
 
 
 def ends(kind: str, folder: Path, kill_after: float | None = None) -> bool:
@@ -168,6 +167,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(chosen.folder or made)
         prepare(folder)
+        if {"max_steps", "epochs"} & set(chosen.kinds):
+            ends("extract", folder / "taught")
         return int(any([kill(kind, folder, chosen.kills, rng) for kind in chosen.kinds]))
 
 
