@@ -20,6 +20,10 @@ written down here: the step is run on fake tensors, which have shapes and no val
 model's own code, and every storage is counted from the operator that makes it until it dies. live(t) is exact but for
 what happens inside a single operator. It holds for every family and every saver alike.
 
+What repeats is not run again and again. Of L layers of the same shapes three and four are run: everything is linear in
+L, the highest moments of the forward, of the backward's first layer and of its last one each for itself (between those
+it goes on as from one to the other). Of the chunks of a cross-entropy two are run.
+
 **Time.** Operator by operator the roofline max(FLOPs / rate, bytes / bandwidth), with matrix products and attention
 counted by torch's FLOP counter and causal attention at half of T^2, and the bytes of clipping and of the optimizer's
 update. Rates and bandwidth are measured on this machine; for a named GPU they are its peaks times an assumed efficiency
@@ -39,10 +43,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
+import json
 import statistics
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,14 +58,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from mold.method.attention_interface import mold_mask
+from mold.models import config_of_layers
 from mold.training.adapters import add_adapter, without_adapter
+from mold.training.chunked_cross_entropy import ChunkedCrossEntropy
 from mold.training.config import MoldConfig, check_choices
 from mold.training.heads import ChunkedHead, FullHead, make_head
 from mold_kernels import attention_with_lse
@@ -68,6 +85,11 @@ EFFICIENCY = 0.5
 """Share of a GPU's peak rate and bandwidth that training reaches: assumed."""
 
 _PLANNED = "mold_planned"
+_RUN = (3, 4)
+"""Layers that are run in place of more like them."""
+_MIDDLE = 3
+"""The phase of the backward between its first layers and its last ones."""
+_Operator = tuple[float, float, str]
 _TRAINING = MoldConfig.__dataclass_fields__
 _STATE_BYTES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0, "lion_32bit": 1.0, "sgd": 0.0}
 """Optimizer state, in parameters of the same dtype."""
@@ -195,8 +217,9 @@ class Plan:
     """A step's predicted memory (bytes) and cost.
 
     parameters, trainable: how many; activations: what the forward keeps for the backward, logits included;
-    step: the highest sum of gradients, activations and buffers of a moment; operators: of a batch (FLOPs, bytes moved,
-    kind: a key of Machine.flops).
+    phases: the highest sums of gradients, activations and buffers while a teacher's forward, the student's, the head
+    and last layer of the backward, its layers between and its first layer run; operators: of a batch (FLOPs, bytes
+    moved, kind: a key of Machine.flops).
     """
 
     setup: Setup
@@ -206,8 +229,13 @@ class Plan:
     gradients: float
     optimizer: float
     activations: float
-    step: float
-    operators: list[tuple[float, float, str]] = dataclasses.field(repr=False)
+    phases: list[float]
+    operators: list[_Operator] = dataclasses.field(repr=False)
+
+    @property
+    def step(self) -> float:
+        """The highest sum of gradients, activations and buffers of a moment."""
+        return max(self.phases)
 
     @property
     def flops(self) -> float:
@@ -238,6 +266,50 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
 
     Source: the derivation at the top of this module.
     """
+    if not _has_like_layers(config):
+        return _plan(config, setup)
+    few, more = (_plan(config_of_layers(config, range(layers)), setup) for layers in _RUN)
+    times = config.num_hidden_layers - _RUN[0]
+    linear = ("parameters", "trainable", "weights", "gradients", "optimizer", "activations")
+    values: dict[str, Any] = {name: _extended(getattr(few, name), getattr(more, name), times) for name in linear}
+    phases = [_extended(one, other, times) for one, other in zip(few.phases, more.phases, strict=True)]
+    del phases[_MIDDLE]
+    return dataclasses.replace(few, **values, phases=phases, operators=_repeated(few.operators, more.operators, times))
+
+
+def _extended(few, more, times):
+    """Of a value that grows by the same with every further layer."""
+    return few + times * (more - few)
+
+
+def _repeated(few: list[_Operator], more: list[_Operator], times: float) -> list[_Operator]:
+    """The operators of `few` and so many times those that `more` has beyond them."""
+    beyond = (Counter(more) - Counter(few)).elements()
+    return few + [(flops * times, moved * times, kind) for flops, moved, kind in beyond]
+
+
+@functools.cache
+def _like_layers(text: str) -> bool:
+    model = _model(AutoConfig.for_model(**json.loads(text)), "float32", _PLANNED)
+    shapes = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in _layers(model)]
+    return len(shapes) > _RUN[1] and all(one == shapes[0] for one in shapes)
+
+
+def _has_like_layers(config: PretrainedConfig) -> bool:
+    """Whether the model is more layers than are run anyway, all of the same shapes."""
+    if getattr(config, "num_hidden_layers", 0) <= _RUN[1]:
+        return False
+    return _like_layers(config.to_json_string(use_diff=False))
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Of a decoder."""
+    count = model.config.num_hidden_layers
+    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), nn.ModuleList())
+
+
+def _plan(config: PretrainedConfig, setup: Setup) -> Plan:
+    """`plan_step` of all layers, operator by operator."""
     tracker = _Tracker()
     model = _model(config, setup.dtype, _PLANNED if setup.attention == "mold" else "eager").train()
     parameters = sum(p.numel() for p in model.parameters())
@@ -252,14 +324,19 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
         weights = tracker.live
         # liger-kernel's is planned as ours; neither is compared with logits, which have no values here.
         kind = "full" if setup.cross_entropy == "full" else "chunked"
-        head = make_head(without_adapter(model), kind, check=False)
+        head: Any = make_head(without_adapter(model), kind, check=False)
+        if kind == "chunked":
+            head.losses = functools.partial(head.losses, function=_PlannedCrossEntropy)
+        _mark_layers(model, tracker)
         # Gradients of an earlier batch of the window are there when the next one starts.
         for _ in range(min(2, setup.gradient_accumulation_steps)):
             tracker.restart()
             if teacher is not None and setup.trains_attention:
                 _observe(teacher, setup.texts, setup.length)
+            tracker.next_phase()
             loss = _loss(model, head, setup)
             activations = tracker.live - weights
+            tracker.next_phase()
             loss.backward()
             del loss
     optimizer = sum(
@@ -276,7 +353,7 @@ def plan_step(config: PretrainedConfig, setup: Setup) -> Plan:
         gradients=sum(p.nbytes for p in trained),
         optimizer=optimizer,
         activations=activations,
-        step=tracker.peak - weights,
+        phases=[peak - weights for peak in tracker.peaks],
         operators=tracker.operators,
     )
 
@@ -291,6 +368,11 @@ def inference_peak(config: PretrainedConfig, dtype: str, batch: int, length: int
         cache: whether keys and values are kept, as in generation; without, the output layer is left out, as in an
             extraction of signals.
     """
+    if _has_like_layers(config):
+        few, more = (
+            inference_peak(config_of_layers(config, range(n)), dtype, batch, length, cache=cache) for n in _RUN
+        )
+        return _extended(few, more, config.num_hidden_layers - _RUN[0])
     tracker = _Tracker()
     model = _model(config, dtype, _PLANNED)
     with FakeTensorMode(), tracker, torch.no_grad():
@@ -299,7 +381,7 @@ def inference_peak(config: PretrainedConfig, dtype: str, batch: int, length: int
             model(input_ids=torch.zeros(batch, length, dtype=torch.int64), use_cache=True, logits_to_keep=1)
         else:
             _observe(model, batch, length)
-    return tracker.peak
+    return max(tracker.peaks)
 
 
 def _model(config, dtype, attention):
@@ -420,12 +502,17 @@ class _Tracker(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
-        self.operators: list[tuple[float, float, str]] = []
+        self.live = 0
+        self.peaks = [0]
+        """Of the phases so far."""
+        self.operators: list[_Operator] = []
         self._alive: dict[int, weakref.ref] = {}
 
     def restart(self):
-        self.peak, self.operators = self.live, []
+        self.peaks, self.operators = [self.live], []
+
+    def next_phase(self):
+        self.peaks.append(self.live)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -456,7 +543,69 @@ class _Tracker(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, gone)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self.peaks[-1] = max(self.peaks[-1], self.live)
+
+
+def _tracker() -> _Tracker:
+    stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return next(mode for mode in stack if isinstance(mode, _Tracker))
+
+
+def _mark_layers(model: PreTrainedModel, tracker: _Tracker) -> None:
+    """The backward's phases end where the last layer but one and the second one have their gradients."""
+    layers = _layers(without_adapter(model))
+    for place in (-2, 1) if len(layers) > 2 else ():
+        trained = next((p for p in layers[place].parameters() if p.requires_grad), None)
+        if trained is not None:
+            trained.register_post_accumulate_grad_hook(lambda _: tracker.next_phase())
+
+
+class _PlannedCrossEntropy(ChunkedCrossEntropy):
+    """Two chunks stand for all: hidden states and their gradient are whole, the others' operators are as theirs."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, softcap, chunk_size):
+        ctx.hidden = hidden.shape
+
+        def run(rows):
+            ChunkedCrossEntropy.forward(ctx, hidden[:rows], weight, bias, targets[:rows], softcap, chunk_size)
+
+        _run_chunks(run, len(hidden), chunk_size)
+        return torch.empty(len(hidden))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        dhidden = torch.empty(ctx.hidden, dtype=hidden.dtype) if ctx.needs_input_grad[0] else None
+
+        def run(rows):
+            few = _Saved(ctx, (hidden[:rows], weight, bias, targets[:rows]))
+            return ChunkedCrossEntropy.backward(few, grad[:rows])
+
+        return dhidden, *_run_chunks(run, ctx.hidden[0], ctx.chunk_size)[1:]
+
+
+class _Saved:
+    """What the backward of a chunked cross-entropy reads."""
+
+    def __init__(self, ctx, tensors):
+        self.saved_tensors, self.needs_input_grad = tensors, ctx.needs_input_grad
+        self.softcap, self.chunk_size = ctx.softcap, ctx.chunk_size
+
+
+def _run_chunks(run: Callable[[int], Any], tokens: int, chunk_size: int):
+    """Run one chunk of tokens, then two, and count the operators of all."""
+    chunks, tracker = tokens / chunk_size, _tracker()
+    if chunks <= 2:
+        return run(tokens)
+    start = len(tracker.operators)
+    run(chunk_size)
+    one = tracker.operators[start:]
+    del tracker.operators[start:]
+    result = run(2 * chunk_size)
+    tracker.operators[start:] = _repeated(one, tracker.operators[start:], chunks - 1)
+    return result
 
 
 class _PlannedAttention(torch.autograd.Function):
@@ -489,10 +638,7 @@ def _attention_flops(q, products):
 
 
 def _count_attention(q, k, products):
-    tracker = next(
-        mode for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack() if isinstance(mode, _Tracker)
-    )
-    tracker.add(_attention_flops(q, products), q.nbytes + k.nbytes, q.dtype, "attention ")
+    _tracker().add(_attention_flops(q, products), q.nbytes + k.nbytes, q.dtype, "attention ")
 
 
 def _planned_attention(module, query, key, value, attention_mask, pooled=False, cu_seqlens=None, **kwargs):

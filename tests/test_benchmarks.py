@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,12 @@ def test_plan(tmp_path):
     run("plan", "--cases", 0, "--output", output)  # its exit status says how good the prediction was
     (row,) = json.loads(output.read_text())["rows"]
     assert min(row["peak"], row["predicted_peak"], row["seconds"], row["predicted_seconds"]) > 0
+
+
+def test_random_kills():
+    printed = output_of("random_kills", "--kinds", "extract", "--kills", 1)
+    assert re.search(r"^extract: killed after +[0-9.]+ s, last written: ", printed, re.MULTILINE)
+    assert re.search(r"^extract: 1 kills, \d+ starts, \d+ ended, 0 of them different$", printed, re.MULTILINE)
 
 
 def test_text_speed():

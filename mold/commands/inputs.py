@@ -208,20 +208,34 @@ def labels(names: Sequence[str]) -> list[str]:
     raise ValueError(f"models: is {', '.join(names)}, must name different ones")
 
 
-def load_signals(options: Options) -> SignalCache:
+def load_signals(options: Options, teacher=None) -> SignalCache:
     """The cache that `mold extract` made, if it is of the teacher and settings of these options.
 
     A teacher that is called otherwise than by `mold extract` is loaded: its weights say whether it is the same.
+
+    Args:
+        options: say where the cache is, and what it must have been made with.
+        teacher: (model, tokenizer) if it is loaded already: its weights are compared too.
+
+    Raises:
+        ValueError: a setting or the teacher is another.
     """
     signals = SignalCache(options.signals_folder)
     signals.require(row_reduction=options.training.row_reduction)
     if options.training.template is not None and options.training.trains_attention:
         signals.require_template(options.training.template)
     name, revision = options.teacher.teacher_model_name_or_path, options.teacher.teacher_model_revision
-    if name is not None and name != signals.settings.teacher:
-        dtype = signals.settings.dtype.removeprefix("torch.")
-        if weights_fingerprint(load_model(name, revision=revision, dtype=dtype)[0]) != signals.settings.weights:
-            signals.require(teacher=name)
+    loaded = None
+    if teacher is not None and str(teacher[0].dtype) == signals.settings.dtype:
+        loaded = teacher[0]
+    elif name is not None and name != signals.settings.teacher:
+        loaded = load_model(name, revision=revision, dtype=signals.settings.dtype.removeprefix("torch."))[0]
+    if loaded is not None and weights_fingerprint(loaded) != signals.settings.weights:
+        signals.require(teacher=name)
+        raise ValueError(
+            f"teacher_model_name_or_path: {name} has other weights than the teacher of {signals.folder} had; extract "
+            "into another folder, or name that teacher"
+        )
     return signals
 
 
@@ -230,9 +244,9 @@ def teaching(options: Options, teacher, needed: bool) -> dict:
 
     Args:
         options: say which, and where the cache is.
-        teacher: (model, tokenizer), with teacher_online.
+        teacher: (model, tokenizer) if it is loaded; needed with teacher_online.
         needed: whether a missing cache is an error.
     """
     if options.teacher.teacher_online:
         return {"teacher_model": teacher[0], "teacher_processing_class": teacher[1]}
-    return {"signals": load_signals(options) if needed or options.signals_folder.exists() else None}
+    return {"signals": load_signals(options, teacher) if needed or options.signals_folder.exists() else None}

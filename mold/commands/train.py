@@ -19,6 +19,7 @@ import yaml
 from accelerate import PartialState
 from rich import get_console
 from rich.table import Table
+from transformers import set_seed
 
 import mold
 from mold.commands.inputs import load_split, load_teacher, lora_config, make_student, student_config, teaching
@@ -71,7 +72,7 @@ def _train(
     options: Options, train_examples: list[Example], held_out: list[Example], teacher, seconds: dict[str, float]
 ) -> dict:
     folder = options.folder
-    if options.teacher.teacher_online:
+    if options.teacher.teacher_online or options.student.model_name_or_path is None:
         teacher = teacher or load_teacher(options)
     taught_by = teaching(options, teacher, needed=options.training.trains_attention)
     student, tokenizer = make_student(options, teacher)
@@ -101,6 +102,7 @@ def _train(
         )
         write_once(before_file, json.dumps(before).encode())
     evaluated = time.perf_counter()
+    set_seed(options.training.seed)  # what is random from here on is so whether anything was measured before or not
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     seconds["train"] = time.perf_counter() - evaluated

@@ -26,6 +26,7 @@ def chunked_cross_entropy(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    function: type[torch.autograd.Function] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each token, ``F.cross_entropy(hidden @ weight.T + bias, targets, reduction="none")``.
 
@@ -36,6 +37,7 @@ def chunked_cross_entropy(
         bias: [V] or None.
         softcap: logits become softcap tanh(logits / softcap), as in Gemma 2; None: they stay.
         chunk_size: tokens at once; None: CHUNK_ELEMENTS / V.
+        function: what stands in for `ChunkedCrossEntropy`, as in a plan.
 
     Returns:
         [N] float32 (float64 with float64 hidden), differentiable in hidden, weight and bias.
@@ -43,7 +45,7 @@ def chunked_cross_entropy(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     chunk_size = chunk_size or max(1, CHUNK_ELEMENTS // weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, softcap, chunk_size)
+        return (function or ChunkedCrossEntropy).apply(hidden, weight, bias, targets, softcap, chunk_size)
 
 
 def liger_cross_entropy(
@@ -72,7 +74,7 @@ def _autocast(*tensors):
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, softcap, chunk_size):
         losses = [

@@ -89,7 +89,7 @@ class ChunkedHead:
             _check_liger(self._layer.weight.device, self._softcap)
         chunked = functools.partial(chunked_cross_entropy, softcap=self._softcap)
         losses: dict[str, Callable[..., torch.Tensor]] = {"chunked": chunked, "liger": liger_cross_entropy}
-        self._losses = losses[kind]
+        self.losses = losses[kind]
         if type(self._layer) is not nn.Linear:
             raise ValueError(
                 f"cross_entropy: is {kind!r}, must be 'full' with an output layer {type(self._layer).__name__}: an "
@@ -120,7 +120,7 @@ class ChunkedHead:
     ) -> torch.Tensor:
         """As `region_cross_entropy`, of the model's last forward."""
         rows, positions = learned
-        losses = self._losses(
+        losses = self.losses(
             self._take_hidden()[rows, positions],
             self._layer.weight,
             input_ids[rows, positions + 1],

@@ -92,6 +92,8 @@ class RouterTraining(TrainerMixin):
         card = Path(self.args.output_dir) / "README.md"
         if self.is_world_process_zero():
             card.parent.mkdir(parents=True, exist_ok=True)
+            # In the order that a checkpoint gives them: a resumed training's table is no other.
+            self.state.log_history = [dict(sorted(row.items())) for row in self.state.log_history]
             super().create_model_card(*args, **kwargs)
             add_method_section(card, self.method_options, self.signals, self.layer_weights)
         return card

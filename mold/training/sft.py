@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from mold.data.chat import record_template
 from mold.data.conversations import example_from_row
 from mold.data.encoding import Collator, encode_example
 from mold.data.examples import PROMPT
+from mold.files import sole_use
 from mold.method.attention_interface import check_attention_dropout, use_mold_attention
 from mold.method.loss import MoldLoss
 from mold.method.signals import SignalCache
@@ -122,6 +125,15 @@ class StepwiseAttentionMixin(RouterTraining):
         batch = collator([self._items[row[_INDEX]] for row in rows])
         batch["labels"] = batch["input_ids"].masked_fill(batch.pop("regions") == PROMPT, IGNORED_LABEL)
         return batch
+
+    def train(self, *args, **kwargs):
+        """SFTTrainer's.
+
+        Raises:
+            ValueError: another process trains in args.output_dir.
+        """
+        with sole_use(Path(self.args.output_dir), "output_dir") if self.args.should_save else nullcontext():
+            return super().train(*args, **kwargs)
 
     # The loss
 

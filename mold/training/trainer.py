@@ -21,7 +21,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, align_special_tokens, rotate_checkpoints
 from transformers.utils import logging
 
 from mold.data.chat import choose_template, record_template, recorded_template
@@ -354,6 +354,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
                 note = read_seal(checkpoint)
             except ValueError as error:
                 raise ValueError(f"resume_from_checkpoint: {error}") from error
+            self.layer_weights = note.get("layer_weights")
             if self._has_ended(state := TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))):
                 self.settle_beta(note, checkpoint)
                 return self._take_up(checkpoint, state)
@@ -375,8 +376,10 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
     def _take_up(self, checkpoint: str, state: TrainerState) -> TrainOutput:
         """Load what a training that has ended left behind."""
         logger.info(f"{checkpoint}: the training has ended at step {state.global_step}")
+        align_special_tokens(self.model, self.processing_class)  # as a training does before its first step
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        self.log({"train_runtime": 0.0})  # where the model card finds the end of a training
         self._find_best_checkpoint()
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
@@ -397,7 +400,8 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
-            seal(folder / f"checkpoint-{self.state.global_step}", step=self.state.global_step, beta=self.beta)
+            note = {"step": self.state.global_step, "beta": self.beta, "layer_weights": self.layer_weights}
+            seal(folder / f"checkpoint-{self.state.global_step}", **note)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(
                 output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=False

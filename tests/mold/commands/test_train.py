@@ -4,8 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mold.data.problems import generate_problems
+from mold.training.trainer import MoldTrainer
 from tests.mold.command_line import eval_options, extract_options, flags, options_of, refusal
 from tests.mold.conftest import rows_of, write_rows
 
@@ -141,6 +144,41 @@ def test_signals_that_do_not_fit(mold, models, problems, tmp_path):
         ),
     ):
         assert message in refusal(mold("train", *options_of(models, problems, run, **option)))
+
+
+def test_signals_of_other_weights_than_the_loaded_teachers(mold, models, problems, tmp_path):
+    """By the same name: the student is made from it, so that it is loaded."""
+    run, teacher = tmp_path / "run", tmp_path / "teacher"
+    shutil.copytree(models / "teacher", teacher)
+    options = {"teacher_model_name_or_path": teacher}
+    assert mold("extract", *extract_options(models, problems, run, **options))[0] == 0
+    layers = options_of(models, problems, run, student_num_layers=2, **options)
+    place = layers.index("--model_name_or_path")
+    del layers[place : place + 2]
+    weights = load_file(teacher / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: weights[name] + 1}, teacher / "model.safetensors", {"format": "pt"})
+    assert f"teacher_model_name_or_path: {teacher} has other weights" in refusal(mold("train", *layers))
+    save_file(weights, teacher / "model.safetensors", {"format": "pt"})
+    assert mold("train", *layers)[0] == 0
+
+
+def test_a_run_that_was_measured_before_it_was_killed_draws_the_same(mold, models, problems, tmp_path):
+    states = []
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        options = options_of(models, problems, folder, method="rationales", max_steps=1)
+        if folder.name == "killed":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(MoldTrainer, "train", interrupt)
+                assert mold("train", *options)[0] not in (0, None)
+            assert (folder / "before.json").is_file()
+        assert mold("train", *options)[0] == 0
+        states.append(torch.load(folder / "checkpoint-1" / "rng_state.pth", weights_only=False)["cpu"])
+    assert torch.equal(*states)
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 def test_other_places_of_the_same_things(mold, models, problems, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 
 import datasets
 import pytest
@@ -9,6 +10,7 @@ from mold import MoldConfig, MoldTrainer, StepwiseAttentionMixin
 from mold.data.chat import CHAT_TEMPLATE
 from mold.data.examples import Example
 from mold.data.problems import generate_problems
+from mold.files import LOCK
 from mold.method.extraction import extract_signals
 from mold.method.signals import SignalSettings
 from tests.tiny_models import make_model
@@ -107,6 +109,15 @@ def test_the_loss_is_that_of_sft_and_beta_times_the_attention_loss(tmp_path, sig
     assert attention > 0
     assert losses(trainer, "loss")[0] == pytest.approx(losses(plain, "loss")[0] + 2 * attention, rel=1e-4)
     assert trainer.evaluate()["eval_loss_attention"] > 0
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(tmp_path, signals):
+    trainer = make_trainer(tmp_path, signals)
+    with open(tmp_path / LOCK, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"output_dir: .* is in use by another process"):
+            trainer.train()
+    trainer.train()
 
 
 def test_every_parameter_of_student_and_router_moves_and_the_loss_goes_down(tmp_path, signals):

@@ -186,6 +186,7 @@ def test_what_has_ended_stays_as_it_is(tmp_path, signals, length):
     options |= {"per_device_train_batch_size": 2}
     ended = make_trainer(tmp_path, signals, **options)
     ended.train()
+    ended.save_model()
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for _ in range(2):
         again = make_trainer(tmp_path, signals, make_student(seed=99), **options)
@@ -193,6 +194,7 @@ def test_what_has_ended_stays_as_it_is(tmp_path, signals, length):
         assert result.global_step == ended.state.global_step == again.state.global_step
         for name, value in weights(ended).items():
             assert torch.equal(weights(again)[name], value), name
+        again.save_model()  # its card and its special tokens too
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
     assert again.evaluate() == ended.evaluate()
     # More steps than it had: it goes on.
