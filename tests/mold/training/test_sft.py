@@ -193,18 +193,19 @@ def test_what_the_loss_cannot_follow_is_refused(tmp_path, signals, options, kwar
         make_trainer(tmp_path, signals, kwargs=kwargs, **options)
 
 
+def trainer_of_rows(like, rows, signals, **options):
+    """A trainer of other rows, with the model and the arguments of one that there is."""
+    data = datasets.Dataset.from_list(rows)
+    options |= {"processing_class": tokenizer(), "signals": signals}
+    return Trainer(like.model, like.args, train_dataset=data, **options)
+
+
 def test_signals_are_found_whatever_the_rows_are_called(tmp_path, signals):
     """The cache was made of examples with other ids, in another order and without blanks around their texts."""
     examples = [*EXAMPLES[:7], BARE][::-1]
     trainer = make_trainer(tmp_path, signals, examples=examples)
     padded = [{k: f" {getattr(e, k)}\n" for k in ("question", "rationale", "answer")} for e in examples]
-    plain = Trainer(
-        trainer.model,
-        trainer.args,
-        train_dataset=datasets.Dataset.from_list(padded),
-        processing_class=tokenizer(),
-        signals=signals,
-    )
+    plain = trainer_of_rows(trainer, padded, signals)
     for one, other, example in zip(trainer._items, plain._items, examples, strict=False):
         assert (one["signal"] is None) == (other["signal"] is None) == (example is BARE)
         assert one["signal"] is None or torch.equal(one["signal"], other["signal"])
@@ -236,14 +237,7 @@ FORMS = {
 def test_columns_of_common_sets_are_trained_as_in_mold_trainer(tmp_path, signals, form):
     data = [FORMS[form](example) for example in EXAMPLES[:4]]
     trainer = make_trainer(tmp_path, signals, examples=EXAMPLES[:4], max_steps=2)
-    trained = Trainer(
-        trainer.model,
-        trainer.args,
-        train_dataset=datasets.Dataset.from_list(data),
-        processing_class=tokenizer(),
-        signals=signals,
-        row_norm="l1",
-    )
+    trained = trainer_of_rows(trainer, data, signals, row_norm="l1")
     options = MoldConfig(output_dir=str(tmp_path), template=CHAT_TEMPLATE, use_cpu=True, disable_tqdm=True)
     student = make_model("llama", vocab=len(tokenizer()), initializer_range=0.05, attention="sdpa")
     expected = MoldTrainer(student, options, data, processing_class=tokenizer(), signals=signals).train_dataset
