@@ -9,7 +9,6 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from mold.data.conversations import COLUMNS
 from mold.data.readers import FORMATS, SUFFIXES
 from mold.training.config import MoldConfig, check_choices
 
@@ -34,10 +33,7 @@ class DataOptions(_Group):
 
     dataset: str | None = field(
         default=None,
-        metadata={
-            "help": f'File ({", ".join(SUFFIXES)}), folder, hub name, or "generated"; columns: {COLUMNS}; or as '
-            "dataset_format."
-        },
+        metadata={"help": f'File ({", ".join(SUFFIXES)}), folder, hub name, or "generated".'},
     )
     dataset_format: str = field(
         default="auto",
@@ -145,10 +141,7 @@ class EvalOptions(_Group):
 
     eval_sets: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Data sets, NAME=PATH or NAME=PATH@SPLIT, for accuracy alone; questions that `dataset` asks too "
-            "are counted. Not given: `dataset` itself, with losses."
-        },
+        metadata={"help": "Data sets, NAME=PATH or NAME=PATH@SPLIT, for accuracy alone; else `dataset`, with losses."},
     )
     models: list[str] | None = field(default=None, metadata={"help": "Several, in place of model_name_or_path."})
     eval_limit: int | None = field(

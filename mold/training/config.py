@@ -73,7 +73,7 @@ class MoldConfig(TrainingArguments):
     )
     beta: None | str | float = field(  # noqa: RUF036 - HfArgumentParser reads this order alone
         default=None,
-        metadata={"help": 'Weight of the attention; "auto": as attention_share says, before the first step.'},
+        metadata={"help": 'Weight of the attention; "auto": attention_share.'},
     )
     attention_share: float = field(
         default=0.1,
@@ -123,7 +123,7 @@ class MoldConfig(TrainingArguments):
     mol_student_layer: int = field(default=-1, metadata={"help": "single_layer: the student's."})
     template: str | None = field(
         default=None,
-        metadata={"help": "With {question}, {rationale}, {answer}, a chat's {assistant}; chosen from the data."},
+        metadata={"help": "Of the texts (docs/training.md); by the data."},
     )
     max_length: int | None = field(default=1024, metadata={"help": "Most tokens of an example, or it is refused."})
     cross_entropy: str = field(
