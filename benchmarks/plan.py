@@ -141,6 +141,9 @@ class _Teacher:
     def require(self, **settings):
         pass
 
+    def require_template(self, template):
+        pass
+
 
 class _TrainerOfItems(MoldTrainer):
     def __init__(self, *args, items, **kwargs):
