@@ -85,6 +85,7 @@ def _train(
         peft_config=lora_config(options.student),
         **taught_by,
     )
+    options.training.template = trainer.template  # as a resumed run reads it from the config: no checkpoint differs
     if not (folder / CONFIG).is_file():
         write_once(
             folder / CONFIG,
