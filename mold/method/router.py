@@ -39,8 +39,17 @@ class LayerRouter(nn.Module):
 
     @classmethod
     def for_config(cls, config: PretrainedConfig, tau: float = 0.5, num_layers: int | None = None) -> LayerRouter:
-        """The router that fits a model's configuration, over so many of its layers; None: over all."""
+        """The router that fits a model's configuration, over so many of its layers; None: over all.
+
+        Raises:
+            ValueError: the model has no attention.
+        """
         config = config.get_text_config()
+        if not getattr(config, "num_attention_heads", None):
+            raise ValueError(
+                f"model: is a {config.model_type} without attention heads (num_attention_heads), must have some: the "
+                "router looks at their values"
+            )
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(config.num_hidden_layers if num_layers is None else num_layers, heads * head_dim, tau)

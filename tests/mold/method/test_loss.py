@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import MambaConfig
 
 from mold.method.attention_interface import LayerAttention
 from mold.method.loss import MoldLoss, visible_keys
@@ -166,3 +167,8 @@ def test_what_is_missing_is_named():
         MoldLoss(make_router(), row_keys="visible")(layers, teacher, *COUNTS)
     with pytest.raises(ValueError, match="teacher_layers_left_out: is 3, must be from -3 to 2"):
         MoldLoss(make_router(), teacher_layers_left_out=[3])(layers, teacher, *COUNTS)
+
+
+def test_a_student_without_attention_is_refused():
+    with pytest.raises(ValueError, match="model: is a mamba without attention heads"):
+        MoldLoss.for_config(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2))
