@@ -26,7 +26,7 @@ import yaml
 from mold.commands.run import DONE
 from mold.data.problems import generate_problems
 from mold.files import LOCK
-from mold.report.page import _merged
+from mold.report.page import merged_metrics
 from tests.mold.command_line import flags
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
@@ -108,7 +108,7 @@ def _timeless(value):
 def content(path: Path):
     """What must be the same of a file, whenever and however often it was written."""
     if path.name == "metrics.jsonl":
-        return _timeless(_merged(path, []))
+        return _timeless(merged_metrics(path, []))
     if path.suffix == ".json":
         return _timeless(json.loads(path.read_bytes()))
     return path.read_bytes()

@@ -44,7 +44,7 @@ def write_report(run_folder: str | Path) -> Path:
     summary = _read_json(folder / "summary.json")
     there = {name: folder / name for name in WHAT_IS_IN if (folder / name).is_file()}
     notes = [f"{name} is not in this folder: no {what}." for name, what in WHAT_IS_IN.items() if name not in there]
-    metrics = _merged(there.get("metrics.jsonl"), notes)
+    metrics = merged_metrics(there.get("metrics.jsonl"), notes)
     maps = _read_json(there["attention_maps.json"]) if "attention_maps.json" in there else []
     shown = []
     for entry in maps[:MAPS_SHOWN]:
@@ -152,7 +152,7 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path}: is no JSON ({error})") from error
 
 
-def _merged(path: Path | None, notes: list[str]) -> list[dict]:
+def merged_metrics(path: Path | None, notes: list[str]) -> list[dict]:
     """Rows in the order of their steps. A resumed run logs steps again: its last row counts, training and evaluation
     apart, because both may be logged at one step."""
     last = {}

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from mold.data.problems import generate_problems
-from mold.report.page import _merged
+from mold.report.page import merged_metrics
 from tests.mold.command_line import flags
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
@@ -88,6 +88,6 @@ def test_killed_at_random_moments(options, tmp_path, seed):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("undisturbed", "killed")]
     assert summaries[0]["rows"] == summaries[1]["rows"]
-    metrics = [_merged(tmp_path / name / "metrics.jsonl", []) for name in ("undisturbed", "killed")]
+    metrics = [merged_metrics(tmp_path / name / "metrics.jsonl", []) for name in ("undisturbed", "killed")]
     assert metrics[0] == metrics[1]
     assert not list((tmp_path / "killed").rglob("*.tmp"))
