@@ -47,7 +47,8 @@ View make_view(
     const std::vector<std::int64_t>& strides) {
     static const std::map<std::string, mold::Dtype> dtypes = {
         {"float32", mold::Dtype::float32}, {"float64", mold::Dtype::float64}, {"bfloat16", mold::Dtype::bfloat16},
-        {"bool", mold::Dtype::boolean},    {"int32", mold::Dtype::int32},     {"int64", mold::Dtype::int64},
+        {"float16", mold::Dtype::float16}, {"bool", mold::Dtype::boolean},    {"int32", mold::Dtype::int32},
+        {"int64", mold::Dtype::int64},
     };
     View view{address, dtypes.at(dtype), {1, 1, 1, 1}, {0, 0, 0, 0}};
     std::copy(sizes.begin(), sizes.end(), view.sizes);

@@ -44,8 +44,8 @@ def attention_with_lse(
         k: [B, Hkv, T, D] keys; Hq is a multiple of Hkv.
         v: [B, Hkv, T, D] values.
         scale: of the scores; 1 / sqrt(D) where None.
-        key_padding_mask: bool [B, T], True at real tokens, False at padding (as transformers' attention_mask).
-            None: no padding.
+        key_padding_mask: bool [B, T], True at real tokens, False at padding (as transformers' attention_mask), whose
+            rows see no key and which no row sees. None: no padding.
         sliding_window: how many keys a row sees, itself included; None: all before it.
         softcap: scores become softcap tanh(scores / softcap), as in Gemma 2; None: they stay.
         cu_seqlens: int32 [sequences + 1], where packed sequences begin in the one row of a batch of 1, and T at the
@@ -53,7 +53,7 @@ def attention_with_lse(
         backend: "auto" or a name of the README's table, which is used or refused, never replaced.
 
     Returns:
-        out: [B, Hq, T, D] in q's dtype. Zero in a row that sees no key (padding on the left).
+        out: [B, Hq, T, D] in q's dtype. Zero in a row that sees no key (padding).
         lse: [B, Hq, T], float32 (float64 with float64 q). +inf in a row that sees no key, so that
             exp(score - lse) is 0 there.
 
@@ -167,7 +167,7 @@ def _score_blocks(q, k, mask, scale):
         token = torch.arange(block.stop, device=q.device)
         hidden = token > token[block.start :, None]
         if mask is not None:
-            hidden = hidden | ~mask[:, None, None, None, : block.stop]
+            hidden = hidden | ~(mask[:, None, None, None, : block.stop] & mask[:, None, None, block, None])
         yield block, queries, keys, (queries @ keys.mT).mul_(scale).masked_fill_(hidden, -torch.inf)
 
 

@@ -25,8 +25,9 @@ def aten_forward(q, k, v, mask, ranges, scale, softcap):
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, True, attn_mask=_bias(mask, q.dtype), scale=scale
     )
-    if mask is not None:  # aten leaves a finite number in rows that see no key
-        lse = lse.masked_fill((mask.cumsum(-1) == 0)[:, None], torch.inf)
+    if mask is not None:  # its mask hides keys alone
+        out.masked_fill_(~mask[:, None, :, None], 0)
+        lse = lse.masked_fill(~mask[:, None], torch.inf)
     return out.to(dtype), lse.contiguous()
 
 
@@ -81,7 +82,7 @@ def flex_attention_with_lse(q, k, v, *, scale, key_padding_mask, sliding_window,
         if ranges is not None:
             seen = seen & (key >= ranges[0, row])
         if key_padding_mask is not None:
-            seen = seen & key_padding_mask[batch, key]
+            seen = seen & key_padding_mask[batch, key] & key_padding_mask[batch, row]
         return seen
 
     def capped(score, batch, head, row, key):

@@ -14,7 +14,7 @@ except ImportError as error:  # not built, built for another Python, or a librar
     _native = None
     _why_missing = f"the compiled module mold_kernels._native cannot be imported: {error}"
 
-DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16)
+DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_available() -> bool:

@@ -32,7 +32,7 @@ def causal_scores(q, k, scale=None, key_padding_mask=None, *, sliding_window=Non
     if ranges is not None:
         visible = visible & (torch.arange(length, device=q.device) >= ranges[0, :, None])
     if key_padding_mask is not None:
-        visible = visible & key_padding_mask[:, None, None, :]
+        visible = visible & (key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None])
     return scores.masked_fill(~visible, -torch.inf)
 
 

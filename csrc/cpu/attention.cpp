@@ -4,40 +4,39 @@
 // Flash attention whose backward takes the gradient of the log-sum-exp; formulas in mold_kernels/attention.py. A task is
 // a block of rows, the last ones first: without a window they see the most columns. Nothing of size T is stored beside
 // inputs and outputs. Five products a block and column block in the backward, two in the forward, each 2 rows columns D
-// FLOPs; three and one where v is null and the log-sum-exp alone is wanted.
+// FLOPs; three and one where v is null and the log-sum-exp alone is wanted. Padding is neither read nor walked: its rows
+// see no key, and no row sees it.
 namespace mold::MOLD_LEVEL {
 namespace {
 
 // A block stacks the heads that share a key head: at most this many rows, at least one token.
 constexpr int64_t block_rows = 192;
 
+// Rows of numbers are `width` wide, and of sums `sum_width`; their products have `depth` numbers.
 struct Sizes {
-    int64_t batch, kv_heads, group, length, depth, width, tokens, rows, blocks;
+    int64_t batch, kv_heads, group, length, head_dim, depth, width, sum_width, tokens, rows, blocks;
 };
 
-template <typename T>
+template <typename N>
 Sizes sizes_of(const View& q, const View& k) {
-    const int64_t group = q.sizes[1] / k.sizes[1], tokens = larger(1, block_rows / group);
+    constexpr int64_t vector = lanes<Sum<N>>;
+    const int64_t group = q.sizes[1] / k.sizes[1], tokens = larger(1, block_rows / group), head_dim = q.sizes[3];
     return {
-        q.sizes[0], k.sizes[1], group, q.sizes[2], q.sizes[3], round_up(q.sizes[3], lanes<T>), tokens,
-        round_up(tokens * group, lanes<T>), (q.sizes[2] + tokens - 1) / tokens};
+        q.sizes[0], k.sizes[1], group, q.sizes[2], head_dim, round_up(head_dim, pack<N>),
+        round_up(head_dim, vector * pack<N>), round_up(head_dim, vector), tokens, round_up(tokens * group, vector),
+        (q.sizes[2] + tokens - 1) / tokens};
 }
 
 // Tasks of one key head follow each other at this distance.
 int64_t stride_of(const Sizes& sizes) { return sizes.batch * sizes.kv_heads; }
 
-RowBlock block_of_task(const Sizes& sizes, int64_t task) {
-    const int64_t index = sizes.blocks - 1 - task / stride_of(sizes), head = task % stride_of(sizes);
-    const int64_t first = index * sizes.tokens;
-    return {head / sizes.kv_heads, head % sizes.kv_heads, sizes.group, first, smaller(sizes.tokens, sizes.length - first)};
-}
-
-template <typename Element, typename T>
+template <typename Element, typename N>
 void load_columns(
-    const View& source, const RowBlock& block, int64_t first, int64_t columns, const Sizes& sizes, T* target) {
+    const View& source, const RowBlock& block, int64_t first, int64_t columns, const Sizes& sizes, N* target) {
     for (int64_t n = 0; n < columns; ++n) {
+        const int64_t count = block.real.is_real(first + n) ? sizes.head_dim : 0;
         const Element* row = source.at<const Element>(block.example, block.kv_head, first + n);
-        load_row(row, source.strides[3], sizes.depth, target + n * sizes.width, sizes.width);
+        load_row(row, source.strides[3], count, target + n * sizes.width, sizes.width);
     }
 }
 
@@ -49,20 +48,44 @@ struct Sight {
     T scale, softcap;  // softcap 0: none
     int64_t length;
 
-    // Of the columns that the block sees, the first of the first column block.
+    RealTokens real_tokens(int64_t example) const {
+        RealTokens real{nullptr, 0, 0, length};
+        if (!mask) return real;
+        real.mask = mask->at<const bool>(example);
+        real.stride = mask->strides[1];
+        while (real.begin < real.end && !real.mask[real.begin * real.stride]) ++real.begin;
+        if (real.begin == real.end) real.begin = real.end = 0;
+        while (real.begin < real.end && !real.mask[(real.end - 1) * real.stride]) --real.end;
+        return real;
+    }
+
+    RowBlock block_of_task(const Sizes& sizes, int64_t task) const {
+        const int64_t index = sizes.blocks - 1 - task / stride_of(sizes), head = task % stride_of(sizes);
+        const int64_t first = index * sizes.tokens, example = head / sizes.kv_heads;
+        const int64_t tokens = smaller(sizes.tokens, length - first);
+        return {example, head % sizes.kv_heads, sizes.group, first, tokens, real_tokens(example)};
+    }
+
+    // The columns that the block sees lie between these; the first one begins a column block.
     int64_t first_column(const RowBlock& block) const {
-        return ranges.start(block.first_token) / block_columns * block_columns;
+        return larger(ranges.start(block.first_token), block.real.begin) / block_columns * block_columns;
+    }
+    int64_t last_column(const RowBlock& block) const {
+        return block.first_token + block.tokens > block.real.begin
+            ? smaller(block.first_token + block.tokens, block.real.end)
+            : 0;
     }
 
     // Whether a later row block sees the column block at n, which is then the one that begins its sums.
     bool seen_later(const RowBlock& block, int64_t n) const {
         const int64_t next = block.first_token + block.tokens;
-        return next < length && ranges.start(next) / block_columns * block_columns <= n;
+        return next < block.real.end && ranges.start(next) / block_columns * block_columns <= n;
     }
 
     // Behind the last row that sees any of the columns from n on, up to whole vectors.
     int64_t last_row(const RowBlock& block, int64_t n, int64_t columns) const {
-        return round_up(block.rows_before(ranges.end(n + columns - 1, length)), lanes<T>);
+        const int64_t end = smaller(ranges.end(n + columns - 1, length), block.real.end);
+        return round_up(block.rows_before(end), lanes<T>);
     }
 
     // Products of the rows from `first` to `last` with column `token`: -infinity where a row must not see it, and what
@@ -74,8 +97,7 @@ struct Sight {
                 store<T>(hyperbolic_tangent<T>(load(products + r) * inward) * outward, products + r);
             }
         }
-        const bool padding = mask && !mask->at<const bool>(block.example)[token * mask->strides[1]];
-        hide(products, first, padding ? last : smaller(block.rows_before(token), last));
+        hide(products, first, block.real.is_real(token) ? smaller(block.rows_before(token), last) : last);
         if (ranges.ends) hide(products, larger(first, block.rows_before(ranges.ends[token])), last);
     }
 
@@ -97,27 +119,33 @@ template <typename Element, typename T>
 void forward(
     const View& q, const View& k, const View* v, const Sight<T>& sight, const View* out, const View& lse,
     int threads) {
-    const Sizes sizes = sizes_of<T>(q, k);
+    using N = Number<Element, T>;
+    const Sizes sizes = sizes_of<N>(q, k);
 
     struct Buffers {
-        T *panels, *products, *columns, *out, *most, *total, *factor;
+        N *rows, *panels, *columns, *stacked, *probabilities;
+        T *products, *out, *most, *total, *factor;
     };
     const auto make = [&](Scratch& scratch) {
-        return Buffers{
-            scratch.take<T>(round_up(sizes.rows, tile_width<T>) * sizes.depth),
+        Buffers buffers{
+            scratch.take<N>(sizes.rows * sizes.width),
+            scratch.take<N>(round_up(sizes.rows, tile_width<T>) * sizes.depth),
+            scratch.take<N>(block_columns * sizes.width),
+            scratch.take<N>(block_columns * sizes.width),
+            scratch.take<N>(block_columns * sizes.rows),
             scratch.take<T>(block_columns * sizes.rows),
-            scratch.take<T>(block_columns * sizes.width),
-            scratch.take<T>(sizes.rows * sizes.width),
+            scratch.take<T>(sizes.rows * sizes.sum_width),
             scratch.take<T>(sizes.rows),
             scratch.take<T>(sizes.rows),
             scratch.take<T>(sizes.rows)};
+        return buffers;
     };
     parallel(threads, sizes.blocks * stride_of(sizes), make, [&](int64_t task, Buffers& buffers) {
-        const RowBlock block = block_of_task(sizes, task);
-        const int64_t rows = round_up(block.rows(), lanes<T>), end = block.first_token + block.tokens;
-        load_rows<Element>(q, block, buffers.out, sizes.width);
-        transpose(buffers.out, rows, sizes.depth, sizes.width, buffers.panels);
-        for (int64_t i = 0; i < rows * sizes.width; ++i) buffers.out[i] = 0;
+        const RowBlock block = sight.block_of_task(sizes, task);
+        const int64_t rows = round_up(block.rows(), lanes<T>), end = sight.last_column(block);
+        load_rows<Element, T>(q, block, buffers.rows, sizes.width);
+        transpose(buffers.rows, rows, sizes.depth, sizes.width, buffers.panels);
+        for (int64_t i = 0; i < rows * sizes.sum_width; ++i) buffers.out[i] = 0;
         for (int64_t r = 0; r < rows; ++r) {
             buffers.most[r] = static_cast<T>(-HUGE_VAL);
             buffers.total[r] = 0;
@@ -126,6 +154,7 @@ void forward(
         for (int64_t n = sight.first_column(block); n < end; n += block_columns) {
             const int64_t columns = smaller(block_columns, end - n), last = sight.last_row(block, n, columns);
             const int64_t first = block.rows_before(n) / tile_width<T> * tile_width<T>;
+            const int64_t packed = round_up(columns, pack<N>);
             load_columns<Element>(k, block, n, columns, sizes, buffers.columns);
             multiply_panels(
                 columns, sizes.depth, buffers.columns, sizes.width, buffers.panels, first, last, buffers.products,
@@ -133,10 +162,11 @@ void forward(
             for (int64_t i = 0; i < columns; ++i) {
                 sight.look(block, n + i, first, last, buffers.products + i * rows);
             }
+            for (int64_t i = columns; i < packed; ++i) hide(buffers.products + i * rows, first, last);
             for (int64_t r = first; r < last; r += lanes<T>) {
                 const Vector<T> before = load(buffers.most + r);
                 Vector<T> most = before;
-                for (int64_t i = 0; i < columns; ++i) {
+                for (int64_t i = 0; i < packed; ++i) {
                     T* entry = buffers.products + i * rows + r;
                     const Vector<T> score = load(entry) * sight.scale;
                     store<T>(score, entry);
@@ -147,33 +177,39 @@ void forward(
                 const Vector<T> shift = most == static_cast<T>(-HUGE_VAL) ? Vector<T>{} : most;
                 const Vector<T> factor = exponential<T>(before - shift);
                 Vector<T> total = load(buffers.total + r) * factor;
-                for (int64_t i = 0; i < columns; ++i) {
-                    T* entry = buffers.products + i * rows + r;
-                    const Vector<T> probability = exponential<T>(load(entry) - shift);
-                    store<T>(probability, entry);
-                    total += probability;
+                for (int64_t i = 0; i < packed; i += pack<N>) {
+                    Vector<T> probabilities[pack<N>];
+#pragma GCC unroll 2
+                    for (int64_t e = 0; e < pack<N>; ++e) {
+                        probabilities[e] = exponential<T>(load(buffers.products + (i + e) * rows + r) - shift);
+                        total += probabilities[e];
+                    }
+                    store_numbers<N>(probabilities, nullptr, 0, buffers.probabilities + i * rows + r * pack<N>);
                 }
                 store<T>(total, buffers.total + r);
                 store<T>(factor, buffers.factor + r);
             }
             if (!v) continue;
             for (int64_t r = first; r < last; ++r) {
-                T* row = buffers.out + r * sizes.width;
-                for (int64_t d = 0; d < sizes.width; d += lanes<T>) store<T>(load(row + d) * buffers.factor[r], row + d);
+                T* row = buffers.out + r * sizes.sum_width;
+                for (int64_t d = 0; d < sizes.sum_width; d += lanes<T>) {
+                    store<T>(load(row + d) * buffers.factor[r], row + d);
+                }
             }
             load_columns<Element>(*v, block, n, columns, sizes, buffers.columns);
-            multiply<T>(
-                last - first, sizes.width, columns, {buffers.products + first, 1, rows}, buffers.columns, sizes.width,
-                buffers.out + first * sizes.width, sizes.width, true);
+            const N* values = stack(buffers.columns, columns, sizes.width, sizes.sum_width, buffers.stacked);
+            multiply<N>(
+                last - first, sizes.sum_width, packed, {buffers.probabilities + first * pack<N>, pack<N>, rows}, values,
+                sizes.sum_width, buffers.out + first * sizes.sum_width, sizes.sum_width, true);
         }
 
         for (int64_t r = 0; r < block.rows(); ++r) {
-            const T total = buffers.total[r];
             const int64_t head = block.head(r), token = block.token(r);
+            const T total = block.real.is_real(token) ? buffers.total[r] : T{0};
             if (out) {
                 Element* target = out->at<Element>(block.example, head, token);
                 const T factor = total > 0 ? 1 / total : total;  // NaN stays NaN
-                store_row(buffers.out + r * sizes.width, out->strides[3], sizes.depth, factor, target);
+                store_row(buffers.out + r * sizes.sum_width, out->strides[3], sizes.head_dim, factor, target);
             }
             *lse.at<T>(block.example, head, token) =
                 total == 0 ? static_cast<T>(HUGE_VAL) : buffers.most[r] + std::log(total);
@@ -181,24 +217,39 @@ void forward(
     });
 }
 
-template <typename T>
-T row_product(const T* a, const T* b, int64_t width) {
-    Vector<T> total{};
-    for (int64_t d = 0; d < width; d += lanes<T>) total += load(a + d) * load(b + d);
-    return sum<T>(total);
+// <a, b> of rows of a tensor.
+template <typename T, typename Element>
+T row_product(const Element* a, int64_t a_stride, const Element* b, int64_t b_stride, int64_t count) {
+    T total = 0;
+    if (a_stride == 1 && b_stride == 1) {
+#pragma omp simd reduction(+ : total)
+        for (int64_t d = 0; d < count; ++d) total += widen(a[d]) * widen(b[d]);
+    } else {
+        for (int64_t d = 0; d < count; ++d) total += widen(a[d * a_stride]) * widen(b[d * b_stride]);
+    }
+    return total;
 }
 
-// Rows of [columns, width] times a factor into a gradient's rows, or added to them where these have begun.
+// Rows of [columns, sum_width] times a factor into a gradient's rows, or added to them where these have begun.
 template <typename T>
 void add_columns(
     const T* source, const RowBlock& block, int64_t first, int64_t columns, const Sizes& sizes, T factor, bool begun,
     const View& gradient) {
     for (int64_t n = 0; n < columns; ++n) {
         T* row = gradient.at<T>(block.example, block.kv_head, first + n);
-        for (int64_t d = 0; d < sizes.depth; ++d) {
-            const T value = factor * source[n * sizes.width + d];
+        for (int64_t d = 0; d < sizes.head_dim; ++d) {
+            const T value = factor * source[n * sizes.sum_width + d];
             row[d] = begun ? row[d] + value : value;
         }
+    }
+}
+
+// Zeros in the rows from `first` to `last`.
+template <typename T>
+void clear_columns(const RowBlock& block, int64_t first, int64_t last, const View& gradient) {
+    for (int64_t n = first; n < last; ++n) {
+        T* row = gradient.at<T>(block.example, block.kv_head, n);
+        for (int64_t d = 0; d < gradient.sizes[3]; ++d) row[d] = 0;
     }
 }
 
@@ -206,78 +257,115 @@ template <typename Element, typename T>
 void backward(
     const View* grad_out, const View& grad_lse, const View& q, const View& k, const View* v, const Sight<T>& sight,
     const View* out, const View& lse, const View& dq, const View& dk, const View* dv, int threads) {
-    const Sizes sizes = sizes_of<T>(q, k);
+    using N = Number<Element, T>;
+    const Sizes sizes = sizes_of<N>(q, k);
     const int64_t tasks = sizes.blocks * stride_of(sizes);
     Turns turns(tasks);
 
+    // `weights` and `probabilities` have the columns' rows, `stacked_weights` has the columns stacked.
     struct Buffers {
-        T *q, *grad, *dq, *q_panels, *grad_panels, *lse, *delta, *probabilities, *weights, *keys, *values, *dk, *dv;
+        N *q, *grad, *stacked_q, *stacked_grad, *q_panels, *grad_panels, *keys, *stacked_keys, *values, *weights,
+            *stacked_weights, *probabilities;
+        T *products, *value_products, *lse, *delta, *dq, *dk, *dv;
     };
     const auto make = [&](Scratch& scratch) {
         const int64_t panels = round_up(sizes.rows, tile_width<T>) * sizes.depth, of_rows = sizes.rows * sizes.width;
         const int64_t products = block_columns * sizes.rows, of_columns = block_columns * sizes.width;
-        return Buffers{
-            scratch.take<T>(of_rows),    scratch.take<T>(of_rows),    scratch.take<T>(of_rows),
-            scratch.take<T>(panels),     scratch.take<T>(panels),     scratch.take<T>(sizes.rows),
-            scratch.take<T>(sizes.rows), scratch.take<T>(products),   scratch.take<T>(products),
-            scratch.take<T>(of_columns), scratch.take<T>(of_columns), scratch.take<T>(of_columns),
-            scratch.take<T>(of_columns)};
+        Buffers buffers{};
+        const auto stacked = [&](N* numbers, int64_t count) { return pack<N> == 1 ? numbers : scratch.take<N>(count); };
+        buffers.q = scratch.take<N>(of_rows);
+        buffers.grad = scratch.take<N>(of_rows);
+        buffers.stacked_q = stacked(buffers.q, of_rows);
+        buffers.stacked_grad = stacked(buffers.grad, of_rows);
+        buffers.q_panels = scratch.take<N>(panels);
+        buffers.grad_panels = scratch.take<N>(panels);
+        buffers.keys = scratch.take<N>(of_columns);
+        buffers.stacked_keys = stacked(buffers.keys, of_columns);
+        buffers.values = scratch.take<N>(of_columns);
+        buffers.weights = scratch.take<N>(products);
+        buffers.stacked_weights = stacked(buffers.weights, products);
+        buffers.probabilities = scratch.take<N>(products);
+        buffers.products = scratch.take<T>(products);
+        buffers.value_products = scratch.take<T>(products);
+        buffers.lse = scratch.take<T>(sizes.rows);
+        buffers.delta = scratch.take<T>(sizes.rows);
+        buffers.dq = scratch.take<T>(sizes.rows * sizes.sum_width);
+        buffers.dk = scratch.take<T>(block_columns * sizes.sum_width);
+        buffers.dv = scratch.take<T>(block_columns * sizes.sum_width);
+        return buffers;
     };
     parallel(threads, tasks, make, [&](int64_t task, Buffers& buffers) {
-        const RowBlock block = block_of_task(sizes, task);
-        const int64_t rows = round_up(block.rows(), lanes<T>), end = block.first_token + block.tokens;
-        load_rows<Element>(q, block, buffers.q, sizes.width);
+        const RowBlock block = sight.block_of_task(sizes, task);
+        const int64_t rows = round_up(block.rows(), lanes<T>), end = sight.last_column(block);
+        load_rows<Element, T>(q, block, buffers.q, sizes.width);
         transpose(buffers.q, rows, sizes.depth, sizes.width, buffers.q_panels);
+        stack(buffers.q, rows, sizes.width, sizes.sum_width, buffers.stacked_q);
         load_entries(grad_lse, block, T{0}, buffers.delta);
+        for (int64_t r = 0; r < rows; ++r) buffers.delta[r] = -buffers.delta[r];
         if (v) {
-            load_rows<Element>(*grad_out, block, buffers.grad, sizes.width);
+            load_rows<Element, T>(*grad_out, block, buffers.grad, sizes.width);
             transpose(buffers.grad, rows, sizes.depth, sizes.width, buffers.grad_panels);
-            load_rows<Element>(*out, block, buffers.dq, sizes.width);
+            stack(buffers.grad, rows, sizes.width, sizes.sum_width, buffers.stacked_grad);
+            for (int64_t r = 0; r < block.rows(); ++r) {
+                const int64_t head = block.head(r), token = block.token(r);
+                if (!block.real.is_real(token)) continue;
+                buffers.delta[r] += row_product<T>(
+                    grad_out->at<const Element>(block.example, head, token), grad_out->strides[3],
+                    out->at<const Element>(block.example, head, token), out->strides[3], sizes.head_dim);
+            }
         }
-        for (int64_t r = 0; r < rows; ++r) {
-            const T* at = buffers.grad + r * sizes.width;
-            buffers.delta[r] = (v ? row_product(at, buffers.dq + r * sizes.width, sizes.width) : T{0}) - buffers.delta[r];
-        }
-        load_entries(lse, block, static_cast<T>(HUGE_VAL), buffers.lse);  // padded rows: exp(0 - infinity) = 0
-        for (int64_t i = 0; i < rows * sizes.width; ++i) buffers.dq[i] = 0;
+        // Padded rows, and those of padding: exp(0 - infinity) = 0.
+        load_entries(lse, block, static_cast<T>(HUGE_VAL), buffers.lse);
+        for (int64_t i = 0; i < rows * sizes.sum_width; ++i) buffers.dq[i] = 0;
 
         for (int64_t n = sight.first_column(block); n < end; n += block_columns) {
             const int64_t columns = smaller(block_columns, end - n), chunk = n / block_columns;
             const int64_t first = block.rows_before(n) / tile_width<T> * tile_width<T>;
             const int64_t last = sight.last_row(block, n, columns), seen = last - first;
+            const int64_t packed = round_up(columns, pack<N>);
             load_columns<Element>(k, block, n, columns, sizes, buffers.keys);
             multiply_panels(
-                columns, sizes.depth, buffers.keys, sizes.width, buffers.q_panels, first, last, buffers.probabilities,
-                rows);
+                columns, sizes.depth, buffers.keys, sizes.width, buffers.q_panels, first, last, buffers.products, rows);
             if (v) {
                 load_columns<Element>(*v, block, n, columns, sizes, buffers.values);
                 multiply_panels(
                     columns, sizes.depth, buffers.values, sizes.width, buffers.grad_panels, first, last,
-                    buffers.weights, rows);
+                    buffers.value_products, rows);
             }
             for (int64_t i = 0; i < columns; ++i) {
-                T *probabilities = buffers.probabilities + i * rows, *weights = buffers.weights + i * rows;
-                sight.look(block, n + i, first, last, probabilities);
+                sight.look(block, n + i, first, last, buffers.products + i * rows);
+            }
+            for (int64_t i = columns; i < packed; ++i) {
+                hide(buffers.products + i * rows, first, last);
+                for (int64_t r = first; r < last; ++r) buffers.value_products[i * rows + r] = 0;
+            }
+            for (int64_t i = 0; i < packed; i += pack<N>) {
                 for (int64_t r = first; r < last; r += lanes<T>) {
-                    const Vector<T> product = load(probabilities + r), delta = load(buffers.delta + r);
-                    const Vector<T> probability = exponential<T>(product * sight.scale - load(buffers.lse + r));
-                    Vector<T> weight = probability * (v ? load(weights + r) - delta : -delta);
-                    if (sight.softcap > 0) weight *= sight.slope(product);
-                    store<T>(probability, probabilities + r);
-                    store<T>(weight, weights + r);
+                    Vector<T> probabilities[pack<N>], weights[pack<N>];
+#pragma GCC unroll 2
+                    for (int64_t e = 0; e < pack<N>; ++e) {
+                        const int64_t at = (i + e) * rows + r;
+                        const Vector<T> product = load(buffers.products + at), delta = load(buffers.delta + r);
+                        probabilities[e] = exponential<T>(product * sight.scale - load(buffers.lse + r));
+                        weights[e] = probabilities[e] * (v ? load(buffers.value_products + at) - delta : -delta);
+                        if (sight.softcap > 0) weights[e] *= sight.slope(product);
+                    }
+                    const int64_t at = i * rows + r, stacked = i * rows + r * pack<N>;
+                    store_numbers<N>(weights, buffers.weights + at, rows, buffers.stacked_weights + stacked);
+                    store_numbers<N>(probabilities, buffers.probabilities + at, rows, nullptr);
                 }
             }
-            const T *probabilities = buffers.probabilities + first, *weights = buffers.weights + first;
-            multiply<T>(
-                seen, sizes.width, columns, {weights, 1, rows}, buffers.keys, sizes.width,
-                buffers.dq + first * sizes.width, sizes.width, true);
-            multiply<T>(
-                columns, sizes.width, seen, {weights, rows, 1}, buffers.q + first * sizes.width, sizes.width,
-                buffers.dk, sizes.width, false);
+            stack(buffers.keys, columns, sizes.width, sizes.sum_width, buffers.stacked_keys);
+            multiply<N>(
+                seen, sizes.sum_width, packed, {buffers.stacked_weights + first * pack<N>, pack<N>, rows},
+                buffers.stacked_keys, sizes.sum_width, buffers.dq + first * sizes.sum_width, sizes.sum_width, true);
+            multiply<N>(
+                columns, sizes.sum_width, seen, {buffers.weights + first, rows, 1},
+                buffers.stacked_q + first * sizes.sum_width, sizes.sum_width, buffers.dk, sizes.sum_width, false);
             if (v) {
-                multiply<T>(
-                    columns, sizes.width, seen, {probabilities, rows, 1}, buffers.grad + first * sizes.width,
-                    sizes.width, buffers.dv, sizes.width, false);
+                multiply<N>(
+                    columns, sizes.sum_width, seen, {buffers.probabilities + first, rows, 1},
+                    buffers.stacked_grad + first * sizes.sum_width, sizes.sum_width, buffers.dv, sizes.sum_width, false);
             }
             const bool begun = sight.seen_later(block, n);
             if (begun) turns.wait(task - stride_of(sizes), chunk);
@@ -286,9 +374,19 @@ void backward(
             turns.finish(task, chunk);
         }
 
+        // Of the block's own columns those of padding that no column block holds.
+        const int64_t own = block.first_token + block.tokens;
+        const int64_t before = smaller(block.real.begin / block_columns * block_columns, own);
+        const int64_t after = larger(larger(block.first_token, before), block.real.end);
+        clear_columns<T>(block, block.first_token, before, dk);
+        clear_columns<T>(block, after, own, dk);
+        if (v) {
+            clear_columns<T>(block, block.first_token, before, *dv);
+            clear_columns<T>(block, after, own, *dv);
+        }
         for (int64_t r = 0; r < block.rows(); ++r) {
             Element* target = dq.at<Element>(block.example, block.head(r), block.token(r));
-            store_row(buffers.dq + r * sizes.width, dq.strides[3], sizes.depth, sight.scale, target);
+            store_row(buffers.dq + r * sizes.sum_width, dq.strides[3], sizes.head_dim, sight.scale, target);
         }
     });
 }

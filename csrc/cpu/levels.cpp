@@ -14,18 +14,22 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 const std::vector<Level>& levels() {
+#ifdef MOLD_X86
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#endif
     static const std::vector<Level> all = {
         {"portable", true, &portable::kernels},
 #ifdef MOLD_X86
         {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &avx2::kernels},
-        {"avx512",
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("fma"),
-         &avx512::kernels},
+        {"avx512", avx512, &avx512::kernels},
+        {"avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"), &avx512_bf16::kernels},
 #endif
     };
     return all;

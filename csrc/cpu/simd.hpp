@@ -1,6 +1,9 @@
 #pragma once
 
 #include <sched.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include <atomic>
 #include <cmath>
@@ -22,24 +25,43 @@ using std::int64_t;
 
 // ---- elements and vectors
 
-enum class bfloat16 : std::uint16_t {};  // an enum, not a struct: GCC vectorises loops over it
+enum class bfloat16 : std::uint16_t {};  // enums, not structs: GCC vectorises loops over them
+enum class float16 : std::uint16_t {};
+
+template <typename To, typename From>
+inline To bits_of(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    To bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
-inline float widen(bfloat16 value) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
+inline float widen(bfloat16 value) { return bits_of<float>(static_cast<std::uint32_t>(value) << 16); }
+
+// 2^112 is what the biases of the exponents differ by; it makes subnormal numbers normal too.
+inline float widen(float16 value) {
+    const std::uint32_t half = static_cast<std::uint32_t>(value), size = (half & 0x7fff) << 13;
+    const float finite = bits_of<float>(size) * 0x1p112f;
+    const std::uint32_t wide = size < 0x0f800000 ? bits_of<std::uint32_t>(finite) : size | 0x7f800000;
+    return bits_of<float>(wide | (half & 0x8000) << 16);
 }
 
 template <typename Element, typename T>
 inline Element narrow(T value) {
     if constexpr (std::is_same_v<Element, bfloat16>) {
-        std::uint32_t bits;
-        std::memcpy(&bits, &value, sizeof bits);
+        const std::uint32_t bits = bits_of<std::uint32_t>(value);
         const std::uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
         return bfloat16(value == value ? nearest_even : 0x7fc0);  // NaN: rounding could carry it into infinity
+    } else if constexpr (std::is_same_v<Element, float16>) {
+        const std::uint32_t bits = bits_of<std::uint32_t>(value), size = bits & 0x7fffffff;
+        // Below 2^-14 the spacing is that of the numbers around 1/2: adding 1/2 rounds.
+        const std::uint32_t small = bits_of<std::uint32_t>(bits_of<float>(size) + 0.5f) - 0x3f000000;
+        const std::uint32_t normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
+        const std::uint32_t finite = size < 0x38800000 ? small : normal;
+        const std::uint32_t special = size > 0x7f800000 ? 0x7e00 : 0x7c00;
+        return float16((size < 0x477ff000 ? finite : special) | (bits >> 16 & 0x8000));  // from 65520 on: infinity
     } else {
         return static_cast<Element>(value);
     }
@@ -51,6 +73,7 @@ inline void dispatch(Dtype dtype, Function function) {
     switch (dtype) {
         case Dtype::float32: return function(float{}, float{});
         case Dtype::bfloat16: return function(bfloat16{}, float{});
+        case Dtype::float16: return function(float16{}, float{});
         default: return function(double{}, double{});
     }
 }
@@ -200,10 +223,68 @@ struct Ranges {
 
 // ---- matrix product
 
-// Element (i, j) is at data[i * row + j * column].
-template <typename T>
+// What products are made of: numbers of type T, or bfloat16 as it is where the machine adds products of two pairs to a
+// float32 at once. `pack` numbers that follow each other in a sum then lie side by side, in a word: a matrix [n, width]
+// that is summed over n is stacked as [n / pack][width][pack], with zeros where n is odd.
+#ifdef __AVX512BF16__
+template <typename Element, typename T>
+using Number = std::conditional_t<std::is_same_v<Element, bfloat16>, bfloat16, T>;
+#else
+template <typename Element, typename T>
+using Number = T;
+#endif
+template <typename N>
+constexpr int64_t pack = std::is_same_v<N, bfloat16> ? 2 : 1;
+template <typename N>
+using Sum = std::conditional_t<std::is_same_v<N, bfloat16>, float, N>;
+
+template <typename N>
+inline Vector<Sum<N>> load_words(const N* source) {
+    Vector<Sum<N>> words;
+    std::memcpy(&words, source, sizeof words);
+    return words;
+}
+
+template <typename N>
+inline void multiply_add(Vector<Sum<N>>& sums, Vector<Sum<N>> row, const N* factor) {
+    if constexpr (pack<N> == 1) {
+        sums += row * *factor;
+    } else {
+#ifdef __AVX512BF16__
+        std::int32_t word;
+        std::memcpy(&word, factor, sizeof word);
+        sums = (Vector<float>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)row, (__m512bh)_mm512_set1_epi32(word));
+#endif
+    }
+}
+
+// Stores the sums of a row and of those after it in the pack as numbers: as rows at that distance, stacked, or both (null:
+// not). With a pack of one both are the same.
+template <typename N>
+inline void store_numbers(const Vector<Sum<N>>* sums, N* rows, [[maybe_unused]] int64_t row, N* stacked) {
+    if constexpr (pack<N> == 1) {
+        store<N>(sums[0], rows ? rows : stacked);
+    } else {
+#ifdef __AVX512BF16__
+        typedef std::uint16_t Half __attribute__((vector_size(32)));
+        typedef std::uint32_t Whole __attribute__((vector_size(64)));
+        Half numbers[2];
+        for (int e = 0; e < 2; ++e) {
+            const __m256bh rounded = _mm512_cvtneps_pbh((__m512)sums[e]);
+            std::memcpy(numbers + e, &rounded, sizeof rounded);
+            if (rows) std::memcpy(rows + e * row, numbers + e, sizeof rounded);
+        }
+        const Whole words =
+            __builtin_convertvector(numbers[0], Whole) | __builtin_convertvector(numbers[1], Whole) << 16;
+        if (stacked) std::memcpy(stacked, &words, sizeof words);
+#endif
+    }
+}
+
+// Element (i, j) is at data[i * row + j * column]; of a word, its first number is.
+template <typename N>
 struct Matrix {
-    const T* data;
+    const N* data;
     int64_t row, column;
 };
 
@@ -218,54 +299,55 @@ constexpr int tile_vectors = 2;
 template <typename T>
 constexpr int64_t tile_width = tile_vectors * lanes<T>;
 
-template <typename T, int Rows, int Vectors>
-inline void multiply_tile(int64_t depth, Matrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool add) {
-    Vector<T> sums[Rows][Vectors];
+template <typename N, int Rows, int Vectors>
+inline void multiply_tile(int64_t depth, Matrix<N> a, const N* b, int64_t b_row, Sum<N>* c, int64_t c_row, bool add) {
+    constexpr int64_t step = lanes<Sum<N>>;
+    Vector<Sum<N>> sums[Rows][Vectors];
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 8
-        for (int j = 0; j < Vectors; ++j) sums[i][j] = add ? load(c + i * c_row + j * lanes<T>) : Vector<T>{};
+        for (int j = 0; j < Vectors; ++j) sums[i][j] = add ? load(c + i * c_row + j * step) : Vector<Sum<N>>{};
     }
-    for (int64_t p = 0; p < depth; ++p) {
-        Vector<T> row[Vectors];
+    for (int64_t p = 0; p < depth; p += pack<N>) {
+        Vector<Sum<N>> row[Vectors];
 #pragma GCC unroll 8
-        for (int j = 0; j < Vectors; ++j) row[j] = load(b + p * b_row + j * lanes<T>);
+        for (int j = 0; j < Vectors; ++j) row[j] = load_words(b + p * b_row + j * step * pack<N>);
 #pragma GCC unroll 8
         for (int i = 0; i < Rows; ++i) {
-            const T factor = a.data[i * a.row + p * a.column];
 #pragma GCC unroll 8
-            for (int j = 0; j < Vectors; ++j) sums[i][j] += row[j] * factor;
+            for (int j = 0; j < Vectors; ++j) multiply_add(sums[i][j], row[j], a.data + i * a.row + p * a.column);
         }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 8
-        for (int j = 0; j < Vectors; ++j) store(sums[i][j], c + i * c_row + j * lanes<T>);
+        for (int j = 0; j < Vectors; ++j) store(sums[i][j], c + i * c_row + j * step);
     }
 }
 
-template <typename T, int Vectors, int Rows = tile_rows>
+template <typename N, int Vectors, int Rows = tile_rows>
 inline void multiply_rows(
-    int64_t rows, int64_t depth, Matrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool add) {
+    int64_t rows, int64_t depth, Matrix<N> a, const N* b, int64_t b_row, Sum<N>* c, int64_t c_row, bool add) {
     for (; rows >= Rows; rows -= Rows, a.data += Rows * a.row, c += Rows * c_row) {
-        multiply_tile<T, Rows, Vectors>(depth, a, b, b_row, c, c_row, add);
+        multiply_tile<N, Rows, Vectors>(depth, a, b, b_row, c, c_row, add);
     }
     if constexpr (Rows > 1) {
-        if (rows) multiply_rows<T, Vectors, Rows - 1>(rows, depth, a, b, b_row, c, c_row, add);
+        if (rows) multiply_rows<N, Vectors, Rows - 1>(rows, depth, a, b, b_row, c, c_row, add);
     }
 }
 
 // c[i, j] = sum_p a[i, p] b[p, j], added to what c holds if `add`: i < rows, j < width (a multiple of the lanes),
-// p < depth.
-template <typename T, int Vectors = tile_vectors>
+// p < depth (a multiple of the pack). b is stacked.
+template <typename N, int Vectors = tile_vectors>
 inline void multiply(
-    int64_t rows, int64_t width, int64_t depth, Matrix<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool add) {
-    constexpr int64_t step = Vectors * lanes<T>;
-    for (; width >= step; width -= step, b += step, c += step) {
-        multiply_rows<T, Vectors>(rows, depth, a, b, b_row, c, c_row, add);
+    int64_t rows, int64_t width, int64_t depth, Matrix<N> a, const N* b, int64_t b_row, Sum<N>* c, int64_t c_row,
+    bool add) {
+    constexpr int64_t step = Vectors * lanes<Sum<N>>;
+    for (; width >= step; width -= step, b += step * pack<N>, c += step) {
+        multiply_rows<N, Vectors>(rows, depth, a, b, b_row, c, c_row, add);
     }
     if constexpr (Vectors > 1) {
-        if (width) multiply<T, Vectors - 1>(rows, width, depth, a, b, b_row, c, c_row, add);
+        if (width) multiply<N, Vectors - 1>(rows, width, depth, a, b, b_row, c, c_row, add);
     }
 }
 

@@ -8,53 +8,64 @@
 namespace mold::MOLD_LEVEL {
 namespace {
 
+// Rows of numbers are `width` wide, and of sums `sum_width`; their products have `depth` numbers. most_tokens are whole
+// packs, most_columns whole blocks.
 struct Sizes {
-    int64_t batch, kv_heads, group, depth, width, most_tokens, most_columns, key_words;  // most_columns: whole blocks
+    int64_t batch, kv_heads, group, head_dim, depth, width, sum_width, most_tokens, most_columns, key_words;
 };
 
-template <typename T>
+template <typename N>
 Sizes sizes_of(const View& q, const View& k, const SpanPlan* plans, int64_t key_words) {
-    Sizes sizes{q.sizes[0], k.sizes[1], q.sizes[1] / k.sizes[1], q.sizes[3], round_up(q.sizes[3], lanes<T>), 0, 0,
-                key_words};
+    constexpr int64_t vector = lanes<Sum<N>>;
+    const int64_t head_dim = q.sizes[3];
+    Sizes sizes{
+        q.sizes[0], k.sizes[1], q.sizes[1] / k.sizes[1], head_dim, round_up(head_dim, pack<N>),
+        round_up(head_dim, vector * pack<N>), round_up(head_dim, vector), 0, 0, key_words};
     for (int64_t b = 0; b < sizes.batch; ++b) {
         sizes.most_columns = larger(sizes.most_columns, round_up(plans[b].column_count, block_columns));
         for (const Range& piece : plans[b].pieces) {
-            sizes.most_tokens = larger(sizes.most_tokens, piece.end - piece.begin);
+            sizes.most_tokens = larger(sizes.most_tokens, round_up(piece.end - piece.begin, pack<N>));
         }
     }
     return sizes;
 }
 
-// The key vectors of the columns: rows [B, Hkv, N, width] and panels [B, Hkv, N / block_columns][depth, block_columns].
-// What a block has beyond an example's columns is zero up to whole vectors and unset from there on.
-template <typename Element, typename T>
+// The key vectors of the columns: rows [B, Hkv, columns, width], stacked rows [B, Hkv, columns / pack, sum_width, pack]
+// and panels [B, Hkv, columns / block_columns], each stacked [depth / pack, block_columns, pack]. What a block has beyond
+// an example's columns is zero up to whole vectors and unset from there on.
+template <typename Element, typename N>
 struct Keys {
     Sizes sizes;
     Memory memory;
-    T* data;
+    N* data;
 
     Keys(const View& k, const SpanPlan* plans, const Sizes& sizes, int threads)
         : sizes(sizes),
-          memory(sizes.batch * sizes.kv_heads * size() * static_cast<int64_t>(sizeof(T))),
-          data(reinterpret_cast<T*>(memory.data)) {
+          memory(sizes.batch * sizes.kv_heads * size() * static_cast<int64_t>(sizeof(N))),
+          data(reinterpret_cast<N*>(memory.data)) {
         const auto gather = [&](int64_t i, int) {
             const int64_t b = i / sizes.kv_heads, head = i % sizes.kv_heads;
-            const int64_t count = plans[b].column_count, padded = round_up(count, lanes<T>);
-            T* target = rows(b, head);
+            const int64_t count = plans[b].column_count, padded = round_up(count, lanes<Sum<N>>);
+            N* target = rows(b, head);
             for (int64_t n = 0; n < count; ++n) {
                 const Element* key = k.at<const Element>(b, head, plans[b].columns[n]);
-                load_row(key, k.strides[3], sizes.depth, target + n * sizes.width, sizes.width);
+                load_row(key, k.strides[3], sizes.head_dim, target + n * sizes.width, sizes.width);
             }
-            for (int64_t j = count * sizes.width; j < padded * sizes.width; ++j) target[j] = 0;
-            transpose<T, block_columns>(target, padded, sizes.depth, sizes.width, panels(b, head));
+            for (int64_t j = count * sizes.width; j < padded * sizes.width; ++j) target[j] = N{};
+            transpose<N, block_columns>(target, padded, sizes.depth, sizes.width, panels(b, head));
+            stack(target, padded, sizes.width, sizes.sum_width, stacked(b, head));
         };
         parallel(threads, sizes.batch * sizes.kv_heads, [](Scratch&) { return 0; }, gather);
     }
 
-    int64_t size() const { return sizes.most_columns * (sizes.width + sizes.depth); }
-    T* rows(int64_t example, int64_t kv_head) const { return data + (example * sizes.kv_heads + kv_head) * size(); }
-    T* panels(int64_t example, int64_t kv_head) const {
+    int64_t stacked_size() const { return pack<N> == 1 ? 0 : sizes.most_columns * sizes.sum_width; }
+    int64_t size() const { return sizes.most_columns * (sizes.width + sizes.depth) + stacked_size(); }
+    N* rows(int64_t example, int64_t kv_head) const { return data + (example * sizes.kv_heads + kv_head) * size(); }
+    N* panels(int64_t example, int64_t kv_head) const {
         return rows(example, kv_head) + sizes.most_columns * sizes.width;
+    }
+    N* stacked(int64_t example, int64_t kv_head) const {
+        return pack<N> == 1 ? rows(example, kv_head) : panels(example, kv_head) + sizes.most_columns * sizes.depth;
     }
 };
 
@@ -103,23 +114,27 @@ struct Sight {
         return n / block_columns * block_columns;
     }
 
-    // The rows that see any column of the block at n.
-    int64_t first_row(int64_t n) const { return larger(0, tokens[n]); }
+    // The rows that see any column of the block at n, from a whole pack on.
+    template <typename N>
+    int64_t first_row(int64_t n) const {
+        return larger(0, tokens[n]) / pack<N> * pack<N>;
+    }
+    template <typename N>
     int64_t last_row(int64_t n) const {
         const Integer token = tokens[smaller(n + block_columns, columns) - 1];
         int64_t last = rows;
         while (last > 0 && starts[last - 1] > token) --last;
-        return larger(last, first_row(n));
+        return larger(last, first_row<N>(n));
     }
 
     // Products of the rows of q that see any of the block's columns with these; then visit(c, seen) for each of its
     // vectors, where seen(r) is what row r has of the columns from n + c on: a probability of 0 where hidden.
-    template <typename Visit>
-    void visit_vectors(int64_t n, Matrix<T> q, int64_t depth, const T* panel, const T* lse, Visit visit) {
+    template <typename N, typename Visit>
+    void visit_vectors(int64_t n, Matrix<N> q, int64_t depth, const N* panel, const T* lse, Visit visit) {
         using Integers = typename VectorOf<T>::integers;
-        const int64_t first = first_row(n), width = smaller(block_columns, round_up(columns - n, lanes<T>));
-        multiply<T>(
-            last_row(n) - first, width, depth, {q.data + first * q.row, q.row, q.column}, panel, block_columns,
+        const int64_t first = first_row<N>(n), width = smaller(block_columns, round_up(columns - n, lanes<T>));
+        multiply<N>(
+            last_row<N>(n) - first, width, depth, {q.data + first * q.row, q.row, q.column}, panel, block_columns,
             scores + first * block_columns, block_columns, false);
         for (int64_t c = 0; c < width; c += lanes<T>) {
             Integers token;
@@ -141,14 +156,14 @@ struct Sight {
 };
 
 // A piece's rows of one head of source [B, Hq, T, D]: as they lie where vectors can be read from them, else copied.
-template <typename Element, typename T>
-Matrix<T> rows_of(const View& source, int64_t example, int64_t head, const Range& piece, const Sizes& sizes, T* copy) {
+template <typename Element, typename N>
+Matrix<N> rows_of(const View& source, int64_t example, int64_t head, const Range& piece, const Sizes& sizes, N* copy) {
     const Element* first = source.at<const Element>(example, head, piece.begin);
-    if constexpr (std::is_same_v<Element, T>) {
-        if (source.strides[3] == 1 && sizes.depth == sizes.width) return {first, source.strides[2], 1};
+    if constexpr (std::is_same_v<Element, N>) {
+        if (source.strides[3] == 1 && sizes.head_dim == sizes.width) return {first, source.strides[2], 1};
     }
     for (int64_t r = 0; r < piece.end - piece.begin; ++r) {
-        load_row(first + r * source.strides[2], source.strides[3], sizes.depth, copy + r * sizes.width, sizes.width);
+        load_row(first + r * source.strides[2], source.strides[3], sizes.head_dim, copy + r * sizes.width, sizes.width);
     }
     return {copy, sizes.width, 1};
 }
@@ -180,20 +195,22 @@ template <typename Element, typename T>
 void forward(
     const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
     const View& pooled, int threads) {
-    const Sizes sizes = sizes_of<T>(q, k, plans, pooled.sizes[2]);
-    const Keys<Element, T> keys(k, plans, sizes, threads);
+    using N = Number<Element, T>;
+    const Sizes sizes = sizes_of<N>(q, k, plans, pooled.sizes[2]);
+    const Keys<Element, N> keys(k, plans, sizes, threads);
     const int64_t pieces = count_pieces(plans, sizes.batch);
     const Memory memory(pieces * sizes.key_words * static_cast<int64_t>(sizeof(double)));
     double* of_pieces = reinterpret_cast<double*>(memory.data);  // in the order of the tasks
 
     struct Buffers {
         Sight<T> sight;
-        T *q, *lse;
+        N* q;
+        T* lse;
         double* columns;
     };
     const auto make = [&](Scratch& scratch) {
         return Buffers{
-            Sight<T>(scratch, sizes, visibility), scratch.take<T>(sizes.most_tokens * sizes.width),
+            Sight<T>(scratch, sizes, visibility), scratch.take<N>(sizes.most_tokens * sizes.width),
             scratch.take<T>(sizes.most_tokens), scratch.take<double>(sizes.most_columns)};
     };
     parallel(threads, pieces, make, [&](int64_t task, Buffers& buffers) {
@@ -204,11 +221,11 @@ void forward(
         sight.look(plan, piece);
         for (int64_t n = 0; n < sizes.most_columns; ++n) buffers.columns[n] = 0;
         for (int64_t head = 0; head < q.sizes[1]; ++head) {
-            const T* panels = keys.panels(at.example, head / sizes.group);
-            const Matrix<T> rows = rows_of<Element>(q, at.example, head, piece, sizes, buffers.q);
+            const N* panels = keys.panels(at.example, head / sizes.group);
+            const Matrix<N> rows = rows_of<Element>(q, at.example, head, piece, sizes, buffers.q);
             load_entries(lse, at.example, head, piece, buffers.lse);
             for (int64_t n = sight.begin; n < sight.columns; n += block_columns) {
-                const int64_t first = sight.first_row(n), last = sight.last_row(n);
+                const int64_t first = sight.template first_row<N>(n), last = sight.template last_row<N>(n);
                 const auto add = [&](int64_t c, auto seen) {
                     Vector<T> total{};
                     for (int64_t r = first; r < last; ++r) total += seen(r).probability;
@@ -264,29 +281,43 @@ template <typename Element, typename T>
 void backward(
     const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
     const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads) {
-    const Sizes sizes = sizes_of<T>(q, k, plans, grad.sizes[2]);
-    const Keys<Element, T> keys(k, plans, sizes, threads);
+    using N = Number<Element, T>;
+    const Sizes sizes = sizes_of<N>(q, k, plans, grad.sizes[2]);
+    const Keys<Element, N> keys(k, plans, sizes, threads);
     const int64_t tasks = count_pieces(plans, sizes.batch) * sizes.kv_heads;
     Turns turns(tasks);
 
+    // `weights` are rows, `stacked_weights` has them stacked; with a pack of one both are where the scores are.
     struct Buffers {
         Sight<T> sight;
         double* word_gradient;
-        Matrix<T>* rows;  // of each head of the group
-        T *gradient, *q, *lse, *dq, *dk, *dlse;  // dlse [rows, lanes], to be summed
+        Matrix<N>* rows;  // of each head of the group
+        N *q, *stacked_q, *weights, *stacked_weights;
+        T *gradient, *lse, *dq, *dk, *dlse;  // dlse [rows, lanes], to be summed
     };
     const auto make = [&](Scratch& scratch) {
-        const int64_t of_rows = sizes.group * sizes.most_tokens;
-        return Buffers{
+        const int64_t of_rows = sizes.group * sizes.most_tokens, products = sizes.most_tokens * block_columns;
+        Buffers buffers{
             Sight<T>(scratch, sizes, visibility),
             scratch.take<double>(sizes.key_words),
-            scratch.take<Matrix<T>>(sizes.group),
+            scratch.take<Matrix<N>>(sizes.group),
+            scratch.take<N>(of_rows * sizes.width),
+            nullptr,
+            nullptr,
+            nullptr,
             scratch.take<T>(sizes.most_columns),
-            scratch.take<T>(of_rows * sizes.width),
             scratch.take<T>(of_rows),
-            scratch.take<T>(of_rows * sizes.width),
-            scratch.take<T>(block_columns * sizes.width),
+            scratch.take<T>(of_rows * sizes.sum_width),
+            scratch.take<T>(block_columns * sizes.sum_width),
             scratch.take<T>(of_rows * lanes<T>)};
+        if constexpr (pack<N> == 1) {
+            buffers.weights = buffers.stacked_weights = buffers.sight.scores;
+        } else {
+            buffers.stacked_q = scratch.take<N>(sizes.most_tokens * sizes.sum_width);
+            buffers.weights = scratch.take<N>(products);
+            buffers.stacked_weights = scratch.take<N>(products);
+        }
+        return buffers;
     };
     parallel(threads, tasks, make, [&](int64_t task, Buffers& buffers) {
         const Piece at = piece_of_task(plans, task / sizes.kv_heads);
@@ -294,12 +325,12 @@ void backward(
         const Range piece = plan.pieces[at.index];
         const int64_t kv_head = task % sizes.kv_heads, tokens = piece.end - piece.begin;
         const bool last_piece = at.index + 1 == static_cast<int64_t>(plan.pieces.size());
-        const T *key_rows = keys.rows(at.example, kv_head), *panels = keys.panels(at.example, kv_head);
+        const N *key_rows = keys.stacked(at.example, kv_head), *panels = keys.panels(at.example, kv_head);
         Sight<T>& sight = buffers.sight;
         sight.look(plan, piece);
         for (int64_t n = 0; n < sizes.most_columns; ++n) buffers.gradient[n] = 0;
         column_gradient(grad, plan, at, q.sizes[1], buffers.word_gradient, buffers.gradient);
-        for (int64_t i = 0; i < sizes.group * tokens * sizes.width; ++i) buffers.dq[i] = 0;
+        for (int64_t i = 0; i < sizes.group * tokens * sizes.sum_width; ++i) buffers.dq[i] = 0;
         for (int64_t i = 0; i < sizes.group * tokens * lanes<T>; ++i) buffers.dlse[i] = 0;
         for (int64_t g = 0; g < sizes.group; ++g) {
             const int64_t head = kv_head * sizes.group + g;
@@ -312,33 +343,49 @@ void backward(
         const int64_t next = last_piece ? sight.columns : sight.first_block(plan, plan.pieces[at.index + 1].begin);
         for (int64_t n = sight.begin; n < sight.columns; n += block_columns) {
             const int64_t columns = smaller(block_columns, sight.columns - n), chunk = n / block_columns;
-            const int64_t first = sight.first_row(n), last = sight.last_row(n);
+            const int64_t first = sight.template first_row<N>(n), last = sight.template last_row<N>(n);
+            const int64_t seen_rows = last - first, columns_packed = round_up(columns, pack<N>);
             for (int64_t g = 0; g < sizes.group; ++g) {
-                const Matrix<T> rows = buffers.rows[g];
-                T *dq = buffers.dq + g * tokens * sizes.width, *dlse = buffers.dlse + g * tokens * lanes<T>;
-                T* weights = sight.scores + first * block_columns;
+                const Matrix<N> rows = buffers.rows[g];
+                T *dq = buffers.dq + g * tokens * sizes.sum_width, *dlse = buffers.dlse + g * tokens * lanes<T>;
                 const auto weigh = [&](int64_t c, auto seen) {
                     const Vector<T> gradient = load(buffers.gradient + n + c);
-                    for (int64_t r = first; r < last; ++r) {
-                        const Seen<T> found = seen(r);
-                        const Vector<T> weight = found.probability * gradient;
-                        store<T>(load(dlse + r * lanes<T>) - weight, dlse + r * lanes<T>);
-                        store<T>(weight * found.slope, sight.scores + r * block_columns + c);
+                    for (int64_t r = first; r < last; r += pack<N>) {
+                        Vector<T> weights[pack<N>]{};
+                        for (int64_t e = 0; e < smaller(pack<N>, last - r); ++e) {
+                            const Seen<T> found = seen(r + e);
+                            const Vector<T> weight = found.probability * gradient;
+                            T* total = dlse + (r + e) * lanes<T>;
+                            store<T>(load(total) - weight, total);
+                            weights[e] = weight * found.slope;
+                        }
+                        const int64_t row = r * block_columns;
+                        N *plain = buffers.weights + row + c, *stacked = buffers.stacked_weights + row + c * pack<N>;
+                        store_numbers<N>(weights, plain, block_columns, stacked);
                     }
                 };
                 sight.visit_vectors(n, rows, sizes.depth, panels + n * sizes.depth, buffers.lse + g * tokens, weigh);
-                multiply<T>(
-                    last - first, sizes.width, columns, {weights, block_columns, 1}, key_rows + n * sizes.width,
-                    sizes.width, dq + first * sizes.width, sizes.width, true);
-                multiply<T>(
-                    columns, sizes.width, last - first, {weights, 1, block_columns}, rows.data + first * rows.row,
-                    rows.row, buffers.dk, sizes.width, g > 0);
+                const int64_t first_weight = first * block_columns;
+                multiply<N>(
+                    seen_rows, sizes.sum_width, columns_packed, {buffers.weights + first_weight, block_columns, 1},
+                    key_rows + n * sizes.sum_width, sizes.sum_width, dq + first * sizes.sum_width, sizes.sum_width,
+                    true);
+                const N* seen_q = rows.data + first * rows.row;
+                int64_t row = rows.row;
+                if constexpr (pack<N> > 1) {
+                    seen_q = stack(seen_q, seen_rows, rows.row, sizes.sum_width, buffers.stacked_q);
+                    row = sizes.sum_width;
+                }
+                multiply<N>(
+                    columns, sizes.sum_width, round_up(seen_rows, pack<N>),
+                    {buffers.stacked_weights + first_weight, pack<N>, block_columns}, seen_q, row, buffers.dk,
+                    sizes.sum_width, g > 0);
             }
             if (n >= next && !last_piece) turns.wait(task - sizes.kv_heads, chunk);
             for (int64_t i = 0; i < columns; ++i) {
                 T* target = dk.at<T>(at.example, kv_head, plan.columns[n + i]);
-                const T* source = buffers.dk + i * sizes.width;
-                for (int64_t d = 0; d < sizes.depth; ++d) target[d * dk.strides[3]] += sight.scale * source[d];
+                const T* source = buffers.dk + i * sizes.sum_width;
+                for (int64_t d = 0; d < sizes.head_dim; ++d) target[d * dk.strides[3]] += sight.scale * source[d];
             }
             turns.finish(task, chunk);
         }
@@ -346,7 +393,7 @@ void backward(
         for (int64_t r = 0; r < sizes.group * tokens; ++r) {
             const int64_t head = kv_head * sizes.group + r / tokens, token = piece.begin + r % tokens;
             Element* target = dq.at<Element>(at.example, head, token);
-            store_row(buffers.dq + r * sizes.width, dq.strides[3], sizes.depth, sight.scale, target);
+            store_row(buffers.dq + r * sizes.sum_width, dq.strides[3], sizes.head_dim, sight.scale, target);
             *dlse.at<T>(at.example, head, token) = sum<T>(load(buffers.dlse + r * lanes<T>));
         }
     });

@@ -4,7 +4,7 @@
 
 namespace mold {
 
-enum class Dtype { float32, float64, bfloat16, boolean, int32, int64 };
+enum class Dtype { float32, float64, bfloat16, float16, boolean, int32, int64 };
 
 // A tensor of up to four dimensions that Python owns and has checked. Strides count elements and may be anything, 0 and
 // negative included. A plain struct: the kernel sources may use nothing that leaves shared inline functions behind

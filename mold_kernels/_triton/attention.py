@@ -117,8 +117,10 @@ def _attention_forward_kernel(
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
     inside = row < T
+    real = inside
     if valid_ptr is not None:
         valid_ptr += batch * T
+        real = tl.load(valid_ptr + row, mask=inside, other=0).to(tl.int1)
     queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -139,11 +141,11 @@ def _attention_forward_kernel(
         BLOCK_N, True,
     )  # fmt: skip
 
-    sees = total > 0
+    sees = real & (total > 0)
     lse = tl.where(sees, (peak + tl.log2(total)) * LN_2, float("inf"))
     tl.store(lse_ptr + (batch * heads + head) * T + row, lse, mask=inside)
     if v is not None:
-        acc = acc / tl.where(sees, total, 1.0)[:, None]
+        acc = tl.where(sees[:, None], acc / tl.where(sees, total, 1.0)[:, None], 0.0)
         store_rows(out, batch, head, row, inside, acc, D, BLOCK_D)
 
 

@@ -70,8 +70,6 @@ def assert_matches_reference(fast, slow, tensors, upstream, names):
 @pytest.mark.parametrize("padding", ["none", "left", "right", "both"])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "head_dim"), SHAPES)
 def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, dtype, backend):
-    if backend == "native" and dtype not in native.DTYPES:
-        pytest.skip("native has no float16")
     generator = torch.Generator().manual_seed(length)
     tensors = random_qkv(generator, batch, heads, kv_heads, length, head_dim, dtype=dtype)
     mask = padding_mask(padding, batch, length)
@@ -86,6 +84,44 @@ def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, d
         upstream,
         ["out", "lse", "dq", "dk", "dv"],
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 17}, {"softcap": 0.7, "sliding_window": 90}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", LEVELS)
+def test_padding_is_neither_read_nor_seen(options, dtype, level, request):
+    """Padding on the left, on the right, between tokens and everywhere, of NaN; its gradients are zero."""
+    request.addfinalizer(lambda: use_backend(LEVELS[-1]))
+    backend = use_backend(level)
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.ones(6, 211, dtype=torch.bool)
+    mask[0, :66], mask[1, 130:], mask[2] = False, False, torch.rand(211, generator=generator) < 0.5
+    mask[3], mask[4, 1:], mask[5, :210] = False, False, False
+    tensors = random_qkv(generator, 6, 4, 2, 211, 18, dtype=dtype)
+    zeros = [tensor.masked_fill(~mask[:, None, :, None], 0) for tensor in tensors]
+    holes = [tensor.masked_fill(~mask[:, None, :, None], torch.nan) for tensor in tensors]
+    upstream = [
+        torch.randn(6, 4, 211, 18, generator=generator, dtype=torch.float64),
+        torch.randn(6, 4, 211, generator=generator, dtype=torch.float64),
+    ]
+
+    def fast(*values):
+        padded = [torch.where(mask[:, None, :, None], *pair) for pair in zip(values, holes, strict=True)]
+        return attention_with_lse(*padded, key_padding_mask=mask, backend=backend, **options)
+
+    assert_matches_reference(
+        fast,
+        lambda q, k, v: reference.attention_with_lse(q, k, v, key_padding_mask=mask, **options),
+        zeros,
+        upstream,
+        ["out", "lse", "dq", "dk", "dv"],
+    )
+    queries = [tensor.detach().requires_grad_() for tensor in holes]
+    out, lse = attention_with_lse(*queries, key_padding_mask=mask, backend=backend, **options)
+    assert torch.equal(lse.isinf(), ~mask[:, None].expand_as(lse))
+    (out.sum() + lse.masked_fill(~mask[:, None], 0).sum()).backward()
+    for tensor in (out, *(query.grad for query in queries)):
+        assert not tensor.masked_select(~mask[:, None, :, None]).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -315,7 +351,9 @@ def test_wrong_input_names_the_argument(change, message):
         attention_with_lse(q, k, v, **options)
 
 
-def test_the_reference_is_not_chosen_in_silence():
+def test_the_reference_is_not_chosen_in_silence(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "_why_missing", "not built", raising=False)
     q, k, v = random_qkv(torch.Generator().manual_seed(0), 1, 2, 2, 9, 8, dtype=torch.float16)
     with pytest.warns(UserWarning, match="takes float16 with sliding_window on cpu; the reference stores"):
         attention_with_lse(q, k, v, sliding_window=3)
