@@ -91,18 +91,10 @@ def mold_attention_forward(
     with torch.autocast(device, enabled=False):
         if row_spans is not None or key_spans is not None:
             _check_supported(module, query, key, attention_mask, dropout, row_spans, key_spans, kwargs)
-        if cu_seqlens is None:
-            (spans,) = _texts(row_spans, key_spans, [0, key.shape[2]])
-            return _attend(module, query, key, value, attention_mask, *spans, **options)
-        if attention_mask is not None or len(query) > 1:
+        if cu_seqlens is not None and (attention_mask is not None or len(query) > 1):
             raise ValueError("cu_seqlens: is given with padding or a mask, must come with one row and a mask of ones")
-        texts = []
-        all_spans = _texts(row_spans, key_spans, list(cu_seqlens))
-        for (start, end), spans in zip(itertools.pairwise(cu_seqlens), all_spans, strict=True):
-            q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
-            texts.append(_attend(module, q, k, v, None, *spans, **options))
-        outs, captured = zip(*texts, strict=True)
-        return torch.cat(outs, 1), None if captured[0] is None else _concatenated(captured)
+        borders = [0, key.shape[2]] if cu_seqlens is None else list(cu_seqlens)
+        return _attend(module, query, key, value, attention_mask, borders, row_spans, key_spans, **options)
 
 
 def _attend(
@@ -111,9 +103,9 @@ def _attend(
     key,
     value,
     mask,
+    borders,
     row_spans,
     key_spans,
-    plan,
     *,
     scaling,
     dropout,
@@ -124,38 +116,45 @@ def _attend(
     value_features,
     **kwargs,
 ):
-    """`mold_attention_forward` of texts that have a row each."""
-    options = {}
+    """`mold_attention_forward` of texts that have a row each, or stand in one row between the borders."""
+    options: dict[str, Any] = {}
     if sliding_window is not None and sliding_window < key.shape[2]:
         options["sliding_window"] = sliding_window
     if softcap is not None:
         options["softcap"] = softcap
-    if plan is None:
-        out = _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs)
+    whole = dict(options)
+    if len(borders) > 2:
+        whole["cu_seqlens"] = torch.tensor(borders, dtype=torch.int32, device=query.device)
+    if row_spans is None:
+        out = _ordinary_attention(module, query, key, value, mask, scaling, dropout, whole, sinks, **kwargs)
         return out.transpose(1, 2), None
-    out, lse = _attention(query, key, value, mask, scaling, options, sinks)
-    pooled = span_attention(
-        query, key, lse, row_spans, key_spans, plan=plan, scale=scaling, row_reduction=row_reduction, **options
-    )
-    features = None
-    if value_features:
-        valid = value.new_ones(value.shape[0], value.shape[2], dtype=torch.bool) if mask is None else mask
-        # The router's norm weight factors out of the sum over tokens; the router applies it.
-        features = value_pool(value, valid, VALUE_NORM_EPSILON)
-    return out.transpose(1, 2), LayerAttention(pooled, features)
+    out, lse = _attention(query, key, value, mask, scaling, whole, sinks)
+    captured = []
+    for (start, end), (*spans, plan) in zip(
+        itertools.pairwise(borders), _texts(row_spans, key_spans, borders), strict=True
+    ):
+        q, k, v, text_lse = (tensor[:, :, start:end] for tensor in (query, key, value, lse))
+        pooled = span_attention(
+            q, k, text_lse, *spans, plan=plan, scale=scaling, row_reduction=row_reduction, **options
+        )
+        features = None
+        if value_features:
+            valid = v.new_ones(v.shape[0], v.shape[2], dtype=torch.bool) if mask is None else mask
+            # The router's norm weight factors out of the sum over tokens; the router applies it.
+            features = value_pool(v, valid, VALUE_NORM_EPSILON)
+        captured.append(LayerAttention(pooled, features))
+    return out.transpose(1, 2), _concatenated(captured)
 
 
-_Text = tuple[torch.Tensor | None, torch.Tensor | None, SpanPlan | None]
+_Text = tuple[torch.Tensor, torch.Tensor, SpanPlan]
 
 _last_texts: tuple | None = None
 """What `_texts` found last, for the other layers of a forward, and for a checkpoint that runs one again."""
 
 
-def _texts(row_spans: torch.Tensor | None, key_spans: torch.Tensor | None, borders: Sequence[int]) -> list[_Text]:
+def _texts(row_spans: torch.Tensor, key_spans: torch.Tensor, borders: Sequence[int]) -> list[_Text]:
     """(row_spans, key_spans, plan) of every text: all rows of a batch at once, or texts packed between borders."""
     global _last_texts
-    if row_spans is None or key_spans is None:
-        return [(None, None, None)] * (len(borders) - 1)
     if _last_texts is not None and not torch.compiler.is_compiling():
         rows, keys, last_borders, found = _last_texts
         # A part of a tensor counts its writes with the whole.
@@ -292,6 +291,8 @@ def check_attention_dropout(config) -> None:
 
 
 def _concatenated(captured: Sequence[LayerAttention]) -> LayerAttention:
+    if len(captured) == 1:
+        return captured[0]
     attention, features = zip(*captured, strict=True)
     return LayerAttention(torch.cat(attention), None if features[0] is None else torch.cat(features))
 
@@ -313,6 +314,14 @@ def _ordinary_attention(module, query, key, value, mask, scaling, dropout, optio
     special = bool(options) or sinks is not None
     if whole and dropout == 0 and (special or (mask is not None and query.device.type == "cpu")):
         return _attention(query, key, value, mask, scaling, options, sinks)[0]
+    if "cu_seqlens" in options:
+        rest = {name: option for name, option in options.items() if name != "cu_seqlens"}
+        sizes = options["cu_seqlens"].diff().tolist()
+        texts = zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True)
+        outs = [
+            _ordinary_attention(module, q, k, v, mask, scaling, dropout, rest, sinks, **kwargs) for q, k, v in texts
+        ]
+        return torch.cat(outs, 2)
     if whole and (mask is not None or "sliding_window" in options):
         mask = _dense_mask(query, mask, options.get("sliding_window"))
     if "softcap" in options or sinks is not None:

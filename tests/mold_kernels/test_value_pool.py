@@ -122,5 +122,7 @@ def test_wrong_input(generator, change, message):
 @needs_native
 def test_native_names_what_it_lacks(generator):
     v, mask = make_case(generator, dtype=torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match=r"is 'native', must be .*: native takes float64, float32, bfloat16 or float16"):
+    with pytest.raises(
+        ValueError, match=r"is 'native', must be .*: native takes float64, float32, bfloat16 or float16"
+    ):
         value_pool(v, mask, EPS, backend="native")
