@@ -104,9 +104,11 @@ def attention_contenders(shape: tuple[int, int, int], length: int, dtype: torch.
         return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True),)
 
     def with_pooled(attention, pooling, **options):
+        pooled = {name: option for name, option in options.items() if name != "key_padding_mask"}  # lse has that
+
         def function(q, k, v):
             out, lse = attention_with_lse(q, k, v, backend=attention, **options)
-            return out, span_attention(q, k, lse, rows, keys, backend=pooling, **options)
+            return out, span_attention(q, k, lse, rows, keys, backend=pooling, **pooled)
 
         return function
 
@@ -121,6 +123,7 @@ def attention_contenders(shape: tuple[int, int, int], length: int, dtype: torch.
             "SDPA, window 512": contender(lambda q, k, v: sdpa(q, k, v, (distance >= 0) & (distance < window))),
             "ours, 8 texts": contender(with_pooled("native", "native", cu_seqlens=borders)),
             "SDPA, 8 texts": contender(lambda q, k, v: sdpa(q, k, v, (distance >= 0) & alike)),
+            "ours, half padded": contender(with_pooled("native", "native", key_padding_mask=token[None] < length // 2)),
             "ours, soft-capped": contender(with_pooled("native", "native", softcap=50.0)),
         }
     return {

@@ -4,12 +4,14 @@ none: torch's SDPA, no attention loss; plain: the "mold" attention, no attention
 
     python -m benchmarks.training_step                  # the table: T = 512, 1024, 2048
     python -m benchmarks.training_step --lengths 256    # quicker
+    python -m benchmarks.training_step --bf16 --contenders none ours          # bfloat16 autocast
+    python -m benchmarks.training_step --bf16 --contenders none ours --shape gemma3-270m --lengths 2048 4096
     python -m benchmarks.training_step --checkpointing --lengths 16384 --peak-of ours    # a long rationale
 
-A step is forward and backward of cross-entropy (with the attention loss where there is one), batch 1, float32, random
-weights; no optimizer, which would only make the ratios smaller. The contenders take turns in one process and their
-medians are compared; peak memory is that of a fresh process that runs two steps of one contender. --checkpointing
-makes activations again in the backward pass and takes cross-entropy a chunk of tokens at a time.
+A step is forward and backward of cross-entropy (with the attention loss where there is one), batch 1, float32 weights
+drawn at random; no optimizer, which would only make the ratios smaller. The contenders take turns in one process and
+their medians are compared; peak memory is that of a fresh process that runs two steps of one contender.
+--checkpointing makes activations again in the backward pass and takes cross-entropy a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from benchmarks.machine import about_this_machine
 from mold.data.examples import RATIONALE
@@ -38,6 +40,7 @@ from mold_kernels.spans import span_membership
 CONTENDERS = {"none": "sdpa", "plain": "mold", "ours": "mold", "eager": "eager"}
 SHAPES = {
     "smollm2-135m": {
+        "config": LlamaConfig,
         "vocab_size": 49152,
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -46,7 +49,19 @@ SHAPES = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "gemma3-270m": {  # a window of 512 tokens in five layers of six
+        "config": Gemma3TextConfig,
+        "vocab_size": 262144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+    },
     "tiny": {
+        "config": LlamaConfig,
         "vocab_size": 128,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -62,9 +77,11 @@ TOKENS_A_STEP, TOKENS_A_KEY_WORD = 45, 13  # of GSM8K's human rationales: 4.6 st
 class TrainingStep:
     """Forward and backward of one example of T tokens."""
 
-    def __init__(self, shape: str, length: int, checkpointing: bool = False):
+    def __init__(self, shape: str, length: int, checkpointing: bool = False, bf16: bool = False):
         torch.manual_seed(0)
-        self.model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=length, **SHAPES[shape])).train()
+        options = {"max_position_embeddings": length, **SHAPES[shape]}
+        self.model = AutoModelForCausalLM.from_config(options.pop("config")(**options)).train()
+        self.bf16 = bf16
         self.checkpointing = checkpointing
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -80,6 +97,13 @@ class TrainingStep:
         self.teacher = torch.rand(1, TEACHER_LAYERS, steps, keys)
 
     def run(self, contender: str) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self._forward(contender)
+        loss.backward()
+        self.model.zero_grad()
+        self.loss.zero_grad()
+
+    def _forward(self, contender: str) -> torch.Tensor:
         self.model.set_attn_implementation(CONTENDERS[contender])
         inputs = {"input_ids": self.ids, "use_cache": False}
         model = self.model.model if self.checkpointing else self.model  # without or with the head
@@ -110,23 +134,21 @@ class TrainingStep:
             loss = region_cross_entropy(out.logits, self.ids, self.regions)[0] / (len(self.ids[0]) - 1)
         if contender in ("ours", "eager"):
             loss = loss + attention.mean()
-        loss.backward()
-        self.model.zero_grad()
-        self.loss.zero_grad()
+        return loss
 
 
-def peak_memory(shape: str, length: int, contender: str) -> float | None:
+def peak_memory(shape: str, length: int, contender: str, bf16: bool) -> float | None:
     """Peak resident GiB of a fresh process that runs two steps; None if it ran out of memory."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--shape", shape, "--lengths", str(length)]
+    command += ["--bf16"] * bf16
     done = subprocess.run([*command, "--peak-of", contender], capture_output=True, text=True, check=False)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
-def median_times(shape: str, length: int, rounds: int) -> dict[str, list[float]]:
-    step = TrainingStep(shape, length)
-    times = {contender: [] for contender in CONTENDERS}
+def measured_times(step: TrainingStep, contenders: list[str], rounds: int) -> dict[str, list[float]]:
+    times = {contender: [] for contender in contenders}
     for round_number in range(rounds + 1):
-        for contender in CONTENDERS:
+        for contender in contenders:
             gc.collect()
             start = time.perf_counter()
             step.run(contender)
@@ -140,13 +162,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="none is needed")
+    parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
     parser.add_argument("--steps", type=int, default=2, help="of --peak-of")
     parser.add_argument("--checkpointing", action="store_true", help="with --peak-of, but not eager")
     parser.add_argument("--peak-of", choices=CONTENDERS, help="run steps, print seconds of each and peak memory in GiB")
     parser.add_argument("--output", type=Path, help="also write the rows and the versions as JSON")
     arguments = parser.parse_args()
     if arguments.peak_of:
-        step = TrainingStep(arguments.shape, arguments.lengths[0], arguments.checkpointing)
+        step = TrainingStep(arguments.shape, arguments.lengths[0], arguments.checkpointing, arguments.bf16)
         for _ in range(arguments.steps):
             start = time.perf_counter()
             step.run(arguments.peak_of)
@@ -156,12 +180,15 @@ def main() -> None:
         print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20)
         return
     rows = []
-    print(f"{arguments.shape}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    dtype = "bfloat16 autocast" if arguments.bf16 else "float32"
+    print(f"{arguments.shape}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'T':>6} {'':6} {'median s':>9} {'min..max s':>14} {'time ratio':>11} {'peak GiB':>9} {'memory ratio':>13}")
     for length in arguments.lengths:
-        times = median_times(arguments.shape, length, arguments.rounds)
-        peaks = {contender: peak_memory(arguments.shape, length, contender) for contender in CONTENDERS}
-        for contender in CONTENDERS:
+        step = TrainingStep(arguments.shape, length, bf16=arguments.bf16)
+        times = measured_times(step, arguments.contenders, arguments.rounds)
+        del step
+        peaks = {name: peak_memory(arguments.shape, length, name, arguments.bf16) for name in times}
+        for contender in times:
             median, peak = statistics.median(times[contender]), peaks[contender]
             row = {
                 "length": length,
@@ -177,7 +204,8 @@ def main() -> None:
             print(f"{length:6} {contender:6} {median:9.3f} {spread:>14} {row['time_ratio']:11.3f} {memory}", flush=True)
     if arguments.output:
         about = {**about_this_machine(), "transformers": transformers.__version__}
-        arguments.output.write_text(json.dumps({"about": about, "shape": arguments.shape, "rows": rows}, indent=1))
+        result = {"about": about, "shape": arguments.shape, "dtype": dtype, "rows": rows}
+        arguments.output.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ def test_training_step(tmp_path):
         assert row["peak_gib"] > 0
         assert row["time_ratio"] > 0
     assert "memory ratio" in printed
+    few = ("--bf16", "--contenders", "none", "ours")
+    printed = output_of("training_step", "--shape", "tiny", "--lengths", 64, "--rounds", 1, *few)
+    assert "bfloat16 autocast" in printed
+    assert "eager" not in printed
 
 
 def test_cpu_attention(tmp_path):
@@ -73,7 +77,7 @@ def test_cpu_attention(tmp_path):
     result = json.loads(output.read_text())
     assert {row["contender"] for row in result["attention"]} == {"torch SDPA", "ours", "ours with A", "aten with A"}
     assert {row["contender"] for row in result["span_attention"]} == {"torch", "native", "its kernel"}
-    assert len(result["visibility"]) == 6 * 2
+    assert len(result["visibility"]) == 7 * 2
     assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in result["attention"])
 
 
