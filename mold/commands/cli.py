@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -69,10 +70,16 @@ def _options_help(name: str) -> str:
     return help_text(name)
 
 
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    """Not what bitsandbytes says wherever it is installed without `kernels`, of a CPU kernel that nobody asked for."""
+    return "from kernels-community" not in str(record.msg)
+
+
 def main() -> None:
     """Run the command line; an error is one line on stderr and exit status 1, with --traceback its traceback too."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
     shown = len(arguments) < len(sys.argv) - 1
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_for_the_user)
     try:
         dispatch(arguments)
         sys.stdout.flush()

@@ -19,7 +19,7 @@ import yaml
 from accelerate import PartialState
 from rich import get_console
 from rich.table import Table
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 import mold
 from mold.commands.inputs import load_split, load_teacher, lora_config, make_student, student_config, teaching
@@ -104,8 +104,10 @@ def _train(
         write_once(before_file, json.dumps(before).encode())
     evaluated = time.perf_counter()
     set_seed(options.training.seed)  # what is random from here on is so whether anything was measured before or not
+    trainer.add_callback(SayWhereItBegins())
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
+    say(f"saved to {folder}")
     seconds["train"] = time.perf_counter() - evaluated
     after = measure(options, trainer, held_out, "after")
     seconds["evaluate"] = time.perf_counter() - start - seconds["train"]
@@ -113,6 +115,22 @@ def _train(
     summary = _summarise(options, trainer, before, after, seconds)
     write_once(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
+
+
+class SayWhereItBegins(TrainerCallback):
+    """A line for the user: a killed training goes on, another starts."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            say(f"resuming at step {state.global_step} of {state.max_steps}")
+        else:
+            say(f"starting: {state.max_steps} steps")
+
+
+def say(line: str) -> None:
+    """A line for the user, once whatever the number of processes."""
+    if PartialState().is_main_process:
+        get_console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def write_once(path: Path, data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sized
 from pathlib import Path
 
 import torch
@@ -95,5 +96,7 @@ class RouterTraining(TrainerMixin):
             # In the order that a checkpoint gives them: a resumed training's table is no other.
             self.state.log_history = [dict(sorted(row.items())) for row in self.state.log_history]
             super().create_model_card(*args, **kwargs)
-            add_method_section(card, self.method_options, self.signals, self.layer_weights)
+            student = self.accelerator.unwrap_model(self.model).config
+            number = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+            add_method_section(card, student, number, self.method_options, self.signals, self.layer_weights)
         return card

@@ -1,6 +1,7 @@
 """What `mold` itself does: finds the command, shows help, turns errors into one line."""
 
 import inspect
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_info(mold):
     for text in ("torch", "transformers", "GPUs", "backend reference", torch.__version__):
         assert text in out
     assert "--all: is no option of mold info" in refusal(mold("info", "--all"))
+
+
+def test_other_libraries_lines_about_what_nobody_asked_for(mold, caplog):
+    mold("--version")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("a real warning")
+    assert caplog.messages == ["a real warning"]
 
 
 def test_an_expected_error_is_one_line_and_its_traceback_is_there_on_request(mold, models, problems, tmp_path):

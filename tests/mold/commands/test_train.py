@@ -177,6 +177,22 @@ def test_a_run_that_was_measured_before_it_was_killed_draws_the_same(mold, model
     assert torch.equal(*states)
 
 
+def test_lines_say_where_a_training_begins_and_where_it_ends_up(mold, models, problems, tmp_path):
+    folder = tmp_path / "[run]"  # brackets are no markup
+    options = options_of(models, problems, folder, method="rationales", max_steps=2)
+    status, out, _ = mold("train", *options)
+    assert status == 0
+    assert [line for line in out.splitlines() if line.startswith(("starting", "resuming", "saved"))] == [
+        "starting: 2 steps",
+        f"saved to {folder}",
+    ]
+    shutil.rmtree(folder / "checkpoint-2")
+    status, out, _ = mold("train", *options)
+    assert status == 0
+    assert "resuming at step 1 of 2\n" in out
+    assert "starting" not in out
+
+
 def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 

@@ -67,12 +67,12 @@ def no_poison(poisoned_allocations):
 @pytest.mark.parametrize(("name", "backend"), CASES | NOT_DIFFERENTIABLE)
 def test_opcheck(name, backend):
     inputs = (CASES | NOT_DIFFERENTIABLE)[name, backend]
-    torch.library.opcheck(getattr(torch.ops.mold, name).default, (*inputs, backend))
+    torch.library.opcheck(getattr(torch.ops.mold_kernels, name).default, (*inputs, backend))
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_a_second_derivative_is_an_error(name, backend):
-    output = getattr(torch.ops.mold, name)(*CASES[name, backend], backend)
+    output = getattr(torch.ops.mold_kernels, name)(*CASES[name, backend], backend)
     output = output[0] if isinstance(output, tuple) else output
     inputs = [x for x in CASES[name, backend] if isinstance(x, torch.Tensor) and x.requires_grad]
     gradient = torch.autograd.grad(output.square().sum(), inputs, create_graph=True, allow_unused=True)[0]
