@@ -21,6 +21,7 @@ extern const Kernels kernels;
 
 const std::vector<Level>& levels() {
 #ifdef MOLD_X86
+    __builtin_cpu_init();  // GCC's constructors have done it, those of other compilers' libraries may not
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 #endif
