@@ -161,6 +161,7 @@ def test_packed_texts_are_told_by_cu_seqlens():
         for layer in model.train().model.layers:
             layer.self_attn.attention_dropout = 1e-9
         with_dropout = model(**packed, attention_mask=ones, cu_seqlens=[0, 12, 24], use_cache=False)
+    model.eval()
     for out in (together, ordinary, with_dropout):
         torch.testing.assert_close(out.logits.reshape(apart.logits.shape), apart.logits, rtol=1e-4, atol=1e-5)
     for mine, theirs in zip(together.attentions, apart.attentions, strict=True):
