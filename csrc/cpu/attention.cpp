@@ -132,12 +132,17 @@ void forward(
             scratch.take<N>(round_up(sizes.rows, tile_width<T>) * sizes.depth),
             scratch.take<N>(block_columns * sizes.width),
             scratch.take<N>(block_columns * sizes.width),
-            scratch.take<N>(block_columns * sizes.rows),
+            nullptr,
             scratch.take<T>(block_columns * sizes.rows),
             scratch.take<T>(sizes.rows * sizes.sum_width),
             scratch.take<T>(sizes.rows),
             scratch.take<T>(sizes.rows),
             scratch.take<T>(sizes.rows)};
+        if constexpr (pack<N> == 1) {
+            buffers.probabilities = buffers.products;
+        } else {
+            buffers.probabilities = scratch.take<N>(block_columns * sizes.rows);
+        }
         return buffers;
     };
     parallel(threads, sizes.blocks * stride_of(sizes), make, [&](int64_t task, Buffers& buffers) {
@@ -262,7 +267,8 @@ void backward(
     const int64_t tasks = sizes.blocks * stride_of(sizes);
     Turns turns(tasks);
 
-    // `weights` and `probabilities` have the columns' rows, `stacked_weights` has the columns stacked.
+    // `weights` and `probabilities` have the columns' rows, `stacked_weights` has the columns stacked. With a pack of one
+    // they take the place of the products that they are made of.
     struct Buffers {
         N *q, *grad, *stacked_q, *stacked_grad, *q_panels, *grad_panels, *keys, *stacked_keys, *values, *weights,
             *stacked_weights, *probabilities;
@@ -282,11 +288,16 @@ void backward(
         buffers.keys = scratch.take<N>(of_columns);
         buffers.stacked_keys = stacked(buffers.keys, of_columns);
         buffers.values = scratch.take<N>(of_columns);
-        buffers.weights = scratch.take<N>(products);
-        buffers.stacked_weights = stacked(buffers.weights, products);
-        buffers.probabilities = scratch.take<N>(products);
         buffers.products = scratch.take<T>(products);
         buffers.value_products = scratch.take<T>(products);
+        if constexpr (pack<N> == 1) {
+            buffers.weights = buffers.stacked_weights = buffers.value_products;
+            buffers.probabilities = buffers.products;
+        } else {
+            buffers.weights = scratch.take<N>(products);
+            buffers.stacked_weights = scratch.take<N>(products);
+            buffers.probabilities = scratch.take<N>(products);
+        }
         buffers.lse = scratch.take<T>(sizes.rows);
         buffers.delta = scratch.take<T>(sizes.rows);
         buffers.dq = scratch.take<T>(sizes.rows * sizes.sum_width);
