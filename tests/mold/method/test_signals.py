@@ -278,22 +278,21 @@ def test_a_teacher_that_is_not_finite_names_the_example(tmp_path):
 
 
 def test_how_texts_are_split_is_a_setting(tmp_path):
-    """Fewer steps and key words are sums and a choice of the others; another splitting is refused by name."""
+    """Joined steps and chosen key words are pooled as they are; another splitting is refused by name."""
     teacher, options = make_teacher(), SegmentOptions("line", max_reasoning_steps=2, max_key_words=3)
     settings = SignalSettings.of(teacher, "tiny", DEFAULT_TEMPLATE, "sum", segments=options)
     short = extract_signals(teacher, TOKENIZER, EXAMPLES[:3], tmp_path / "short", settings, progress=False)
-    whole = extract(tmp_path / "whole", EXAMPLES[:3], teacher=teacher)
-    assert SignalCache(tmp_path / "short").settings.segments == options
+    eager = make_teacher(attention="eager")
     for example in EXAMPLES[:3]:
         encoded, full = encode_example(example, TOKENIZER, DEFAULT_TEMPLATE, segments=options), encode(example)
-        kept = [full.key_spans.index(span) for span in encoded.key_spans]
-        all_steps, joined = whole.signal(example, full)[:, :, kept], short.signal(example, encoded)
-        assert len(kept) == 3
-        assert encoded.key_words_left_out == len(full.key_spans) - 3 > 0
-        torch.testing.assert_close(joined[:, 0], all_steps[:, 0])
-        torch.testing.assert_close(joined[:, 1], all_steps[:, 1:].sum(1))
+        assert (len(encoded.row_spans), len(encoded.key_spans)) == (2, 3)
+        assert encoded.key_words_left_out == len(full.key_spans) - 3
+        with torch.no_grad():
+            maps = eager(input_ids=torch.tensor([encoded.input_ids]), output_attentions=True).attentions
+        expected = pool_by_hand(maps, torch.tensor([encoded.row_spans]), torch.tensor([encoded.key_spans]))[:, 0]
+        torch.testing.assert_close(short.signal(example, encoded), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="was extracted with step_unit='line', must be 'sentence'"):
-        short.require_same(whole.settings)
+        short.require_same(dataclasses.replace(settings, step_unit="sentence"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("step_unit", "word"), ("max_reasoning_steps", 1), ("max_key_words", "3")])
