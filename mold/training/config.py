@@ -112,12 +112,10 @@ class MoldConfig(TrainingArguments):
     )
     step_unit: str = field(
         default="sentence",
-        metadata={"help": 'A step: "sentence" (paper), "line", "paragraph".', "choices": list(STEP_UNITS)},
+        metadata={"help": "A step: sentence, line or paragraph.", "choices": list(STEP_UNITS)},
     )
-    max_reasoning_steps: int | None = field(
-        default=None, metadata={"help": "Most steps of a text; neighbours are joined."}
-    )
-    max_key_words: int | None = field(default=None, metadata={"help": "Most key words of a text; distinct ones first."})
+    max_reasoning_steps: int | None = field(default=None, metadata={"help": "Most steps; neighbours are joined."})
+    max_key_words: int | None = field(default=None, metadata={"help": "Most key words; distinct first."})
     mol_teacher_layers_left_out: list[int] | None = field(
         default=None, metadata={"help": "mixture: not these of the teacher."}
     )
