@@ -132,7 +132,7 @@ class MoldConfig(TrainingArguments):
         default=None,
         metadata={"help": "Of the texts (docs/training.md); by the data."},
     )
-    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of an example, or it is refused."})
+    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of an example, else refused."})
     cross_entropy: str = field(
         default="full",
         metadata={
