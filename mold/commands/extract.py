@@ -50,6 +50,7 @@ def extract(options: Options, examples: Sequence[Example], teacher=None) -> Sign
         choose_template(options.training.template, examples, tokenizer),
         options.training.row_reduction,
         options.teacher.teacher_model_revision,
+        options.training.segments,
     )
     return extract_signals(
         model.to(options.training.device),

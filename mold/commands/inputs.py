@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,8 @@ def load_signals(options: Options, teacher=None) -> SignalCache:
         ValueError: a setting or the teacher is another.
     """
     signals = SignalCache(options.signals_folder)
-    signals.require(row_reduction=options.training.row_reduction)
+    training = options.training
+    signals.require(row_reduction=training.row_reduction, **dataclasses.asdict(training.segments))
     if options.training.template is not None and options.training.trains_attention:
         signals.require_template(options.training.template)
     name, revision = options.teacher.teacher_model_name_or_path, options.teacher.teacher_model_revision

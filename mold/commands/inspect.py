@@ -13,7 +13,7 @@ from mold.commands.inputs import load_signals, read_data
 from mold.commands.options import Options
 from mold.commands.parsing import parse
 from mold.data.chat import choose_template, render_for
-from mold.data.encoding import encode_example
+from mold.data.encoding import encode_example, shortened
 from mold.data.examples import Example
 from mold.models import load_tokenizer
 from mold_kernels import teacher_layer_weights
@@ -47,7 +47,9 @@ def describe(options: Options) -> Iterator[Text | Table]:
     examples = read_data(options.data, rationales=options.data.rationales)
     example, tokenizer = _find(examples, options.inspection.example), load_tokenizer(name, revision=revision)
     template = options.training.template = choose_template(options.training.template, examples, tokenizer)
-    encoded = encode_example(example, tokenizer, template, max_length=options.training.max_length)
+    encoded = encode_example(
+        *(example, tokenizer, template), max_length=options.training.max_length, segments=options.training.segments
+    )
     yield Text(f"{example.id}: {len(encoded.input_ids)} tokens of {name}", style="bold")
     yield Text(render_for(example, template, tokenizer).text)
     for title, texts, spans in (
@@ -59,6 +61,8 @@ def describe(options: Options) -> Iterator[Text | Table]:
             pieces = "|".join(tokenizer.decode([token]) for token in encoded.input_ids[start:end])
             table.add_row(str(index), Text(text), f"{start}..{end - 1}", Text(pieces.replace("\n", "\\n")))
         yield table
+    if said := shortened([encoded]):
+        yield Text(said)
     if not options.signals_folder.exists():
         yield Text(f"no teacher signals in {options.signals_folder}")
         return

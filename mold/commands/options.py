@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from mold.data.readers import FORMATS, SUFFIXES
+from mold.data.segmentation import SegmentOptions
 from mold.training.config import MoldConfig, check_choices
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -246,11 +247,12 @@ _ROWS = names(DataOptions, *_SPLIT)
 _MODEL = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_dtype")
 _LAYERS = ("model_name_or_path", "model_revision", "model_dtype", "student_num_layers", "student_layers")
 _TEXT = ("template", "max_length")
+_SEGMENTS = tuple(SegmentOptions.__dataclass_fields__)
 PLACE = ("output_dir", "use_cpu", "disable_tqdm")
 # transformers 5.19 renamed gradient checkpointing, and has both names since.
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"}.intersection(names(MoldConfig))
 
-_EXTRACT = (*names(DataOptions), *names(TeacherOptions, "teacher_online"), *_TEXT, "row_reduction", *PLACE)
+_EXTRACT = (*names(DataOptions), *names(TeacherOptions, "teacher_online"), *_TEXT, *_SEGMENTS, "row_reduction", *PLACE)
 _TRAIN = (
     *(*names(DataOptions), *names(TeacherOptions, "extract_batch_size", "extract_shard_size")),
     *(*names(StudentOptions), *names(GenerationOptions), *names(MoldConfig)),
@@ -283,7 +285,8 @@ TAKES = {
     ),
     "inspect": (
         *(*names(InspectOptions), *_ROWS, "teacher_model_name_or_path", "teacher_model_revision", "signals_dir"),
-        *("model_name_or_path", "model_revision", *_TEXT, "row_reduction", "tau_1", "output_dir"),
+        *("model_name_or_path", "model_revision", *_TEXT, *_SEGMENTS, "row_reduction", "tau_1"),
+        "output_dir",
     ),
 }
 """The options of each command, by name. `mold run` has its own, and gives each stage those that it takes."""

@@ -171,7 +171,7 @@ def _write_results(
 # Of the options, what the teacher's signals depend on (besides the examples).
 _SIGNAL_OPTIONS = (
     *("teacher_model_name_or_path", "teacher_model_revision", "teacher_dtype", "row_reduction", "template"),
-    *("max_length", "num_eval", "num_train", "split_seed"),
+    *("step_unit", "max_reasoning_steps", "max_key_words", "max_length", "num_eval", "num_train", "split_seed"),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mold.data.chat import render_for
 from mold.data.examples import ANSWER, PROMPT, RATIONALE, Example
-from mold.data.segmentation import Segments, Span, segment, token_spans
+from mold.data.segmentation import PAPER_SEGMENTS, SegmentOptions, Segments, Span, segment, token_spans
 from mold.data.tokens import tokenize
 
 
@@ -23,6 +23,7 @@ class EncodedExample:
     row_spans, key_spans: half-open token ranges of the steps and key words; key_spans is empty without key words, both
         are in a task without rationale.
     step_texts, key_word_texts: what they say, for pictures and messages.
+    steps_joined, key_words_left_out: how many fewer there are than the text has (`SegmentOptions`).
     """
 
     id: str
@@ -32,6 +33,8 @@ class EncodedExample:
     key_spans: list[Span]
     step_texts: list[str]
     key_word_texts: list[str]
+    steps_joined: int = 0
+    key_words_left_out: int = 0
 
 
 def encode_example(
@@ -42,6 +45,7 @@ def encode_example(
     task: str = "joint",
     append_eos: bool = True,
     max_length: int | None = None,
+    segments: SegmentOptions = PAPER_SEGMENTS,
 ) -> EncodedExample:
     """Render, segment and tokenize one example.
 
@@ -51,6 +55,7 @@ def encode_example(
         template, task: see `mold.data.chat.render_for`.
         append_eos: whether the text ends with the tokenizer's end-of-sequence token (training wants it).
         max_length: most tokens an example may have; nothing is ever cut. None: no limit.
+        segments: what a step is, and how many steps and key words there may be.
 
     Raises:
         ValueError: the tokenizer is slow, the example is longer than max_length, holds the spelling of a special token,
@@ -59,12 +64,12 @@ def encode_example(
     check_tokenizer(tokenizer)
     try:
         rendered = render_for(example, template, tokenizer, task)
-        segments = Segments((), ())
+        found = Segments((), ())
         if task in ("joint", "explain"):
-            segments = segment(rendered.text, rendered.question, rendered.rationale, example.keywords)
+            found = segment(rendered.text, rendered.question, rendered.rationale, example.keywords, segments)
         input_ids, offsets = tokenize(tokenizer, rendered.text, rendered.special_tokens)
-        row_spans = token_spans(segments.steps, offsets, rendered.text)
-        key_spans = token_spans(segments.key_words, offsets, rendered.text)
+        row_spans = token_spans(found.steps, offsets, rendered.text)
+        key_spans = token_spans(found.key_words, offsets, rendered.text)
     except ValueError as error:
         raise ValueError(f"example {example.id}: {error}") from error
     # The space before the first word of the rationale may be a token of its own, and generation has to produce it. A
@@ -87,8 +92,10 @@ def encode_example(
         regions,
         row_spans,
         key_spans,
-        [rendered.text[slice(*span)] for span in segments.steps],
-        [rendered.text[slice(*span)] for span in segments.key_words],
+        [rendered.text[slice(*span)] for span in found.steps],
+        [rendered.text[slice(*span)] for span in found.key_words],
+        found.steps_joined,
+        found.key_words_left_out,
     )
 
 
@@ -206,6 +213,19 @@ def _remove_padding(batch: dict[str, torch.Tensor]) -> None:
     ]:
         batch[name] = values[real][None]
     batch["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def shortened(examples: Iterable[EncodedExample]) -> str | None:
+    """What was joined or left out of the examples, in words; None where nothing was."""
+    counts = [(example.steps_joined, example.key_words_left_out) for example in examples]
+    steps, key_words = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    if not (steps or key_words):
+        return None
+    changed = sum(map(any, counts))
+    return (
+        f"{changed} of {len(counts)} examples are over max_reasoning_steps or max_key_words: {steps} steps joined to a "
+        f"neighbour, {key_words} key words left out"
+    )
 
 
 def has_signal(item: Mapping) -> bool:

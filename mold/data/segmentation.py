@@ -11,6 +11,8 @@ import reprlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from itertools import pairwise
 
 from mold.data.list_markers import without_markers
 from mold.data.sentence_ends import LETTER, REACH, SENTENCE_END, UNSPACED, VULGAR, ends_sentence
@@ -60,6 +62,41 @@ _OPERATOR_BEFORE = re.compile(rf"(?:[-+−×÷·/=]|(?<!\*)\*|(?<!{LETTER})x)[\s
 _OPERATOR_AFTER = re.compile(rf"[\s)]*(?:[+−×÷·/=]|\*(?!\*)|[-x](?!{LETTER}))", re.IGNORECASE)
 
 
+STEP_UNITS = ("sentence", "line", "paragraph")
+_PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """How a text is split; texts of 10,000 tokens and more have steps and key words by the hundred.
+
+    Args:
+        step_unit: what of the rationale is a step: a "sentence", a "line", or a "paragraph" (blank lines part them).
+        max_reasoning_steps: most steps, the question counted; neighbours in the rationale are joined evenly. None: all.
+        max_key_words: most key words. The first occurrence of each distinct value (numbers by value, keywords whatever
+            the case) goes before repetitions, of each the first ones in the text. None: all.
+
+    Raises:
+        ValueError: a value is none of these, or a limit is below 2.
+    """
+
+    step_unit: str = "sentence"
+    max_reasoning_steps: int | None = None
+    max_key_words: int | None = None
+
+    def __post_init__(self):
+        if self.step_unit not in STEP_UNITS:
+            raise ValueError(f"step_unit: is {self.step_unit!r}, must be one of {', '.join(STEP_UNITS)}")
+        for name in ("max_reasoning_steps", "max_key_words"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 2):
+                raise ValueError(f"{name}: is {value!r}, must be a whole number of at least 2, or not given")
+
+
+PAPER_SEGMENTS = SegmentOptions()
+"""A step a sentence, and all of them."""
+
+
 @dataclass(frozen=True)
 class Segments:
     """The steps and key words of one example, on characters.
@@ -67,10 +104,14 @@ class Segments:
     Args:
         steps: character spans without surrounding whitespace; step 0 is the question.
         key_words: character spans in order of position, none overlapping another.
+        steps_joined: how many steps fewer there are than the text has, by `max_reasoning_steps`.
+        key_words_left_out: how many key words fewer, by `max_key_words`.
     """
 
     steps: tuple[Span, ...]
     key_words: tuple[Span, ...]
+    steps_joined: int = 0
+    key_words_left_out: int = 0
 
 
 def split_sentences(text: str, start: int = 0, end: int | None = None) -> list[Span]:
@@ -96,10 +137,14 @@ def split_sentences(text: str, start: int = 0, end: int | None = None) -> list[S
 
     Source: the paper splits at periods; the exceptions are ours.
     """
+    return _split(text, start, end, "sentence")
+
+
+def _split(text: str, start: int, end: int | None, unit: str) -> list[Span]:
     region = _region(text, start, end)
     sentences: list[Span] = []
     begun = False  # whether a piece had content: until then, stray punctuation is the beginning of the first sentence
-    for piece in _pieces(region):
+    for piece in _pieces(region) if unit == "sentence" else _between(region, unit):
         first, last = _trim(region, piece)
         if first == last:
             continue
@@ -188,17 +233,25 @@ def find_keywords(text: str, keywords: Sequence[str], start: int = 0, end: int |
     return [(start + match.start(), start + match.end()) for match in pattern.finditer(region)]
 
 
-def segment(text: str, question: Span, rationale: Span, keywords: Sequence[str] | None = None) -> Segments:
+def segment(
+    text: str,
+    question: Span,
+    rationale: Span,
+    keywords: Sequence[str] | None = None,
+    options: SegmentOptions = PAPER_SEGMENTS,
+) -> Segments:
     """Split an example into steps and key words.
 
     Args:
         text: the whole text, with everything that the models read.
         question: characters of the question; it is step 0.
-        rationale: characters of the rationale; each of its sentences is one step.
+        rationale: characters of the rationale; each of its sentences (or lines or paragraphs) is one step.
         keywords: what to look for in question and rationale; None takes every number.
+        options: what a step is, and how many steps and key words there may be.
 
     Returns:
-        The steps and key words; every occurrence is one key word, and there may be none.
+        The steps and key words, with how many were joined or left out; every occurrence is one key word, and there may
+        be none.
 
     Raises:
         TypeError: `keywords` is one string, or holds something else than strings.
@@ -211,11 +264,13 @@ def segment(text: str, question: Span, rationale: Span, keywords: Sequence[str] 
             raise ValueError(f"{name} must hold text, characters {span[0]} to {span[1]} are {text[slice(*span)]!r}")
     if max(question[0], rationale[0]) < min(question[1], rationale[1]):
         raise ValueError(f"question and rationale must not overlap, were {question} and {rationale}")
-    steps = [_trim(text, question), *split_sentences(text, *rationale)]
+    found = _split(text, *rationale, options.step_unit)
+    steps = [_trim(text, question), *_join_evenly(found, options.max_reasoning_steps)]
     key_words: list[Span] = []
     for region in (question, rationale):
         key_words += find_numbers(text, *region) if keywords is None else find_keywords(text, keywords, *region)
-    return Segments(tuple(steps), tuple(sorted(key_words)))
+    chosen = _distinct_first(text, sorted(key_words), options.max_key_words, numbers=keywords is None)
+    return Segments(tuple(steps), tuple(chosen), 1 + len(found) - len(steps), len(key_words) - len(chosen))
 
 
 def token_spans(spans: Sequence[Span], offsets: Sequence[tuple[int, int]], text: str) -> list[Span]:
@@ -295,6 +350,45 @@ def _pieces(region: str) -> Iterator[Span]:
                 yield start, match.end()
                 start = match.end()
         yield start, end
+
+
+def _between(region: str, unit: str) -> Iterator[Span]:
+    """Cut the region at line ends, or where blank lines part paragraphs."""
+    start = 0
+    for match in re.finditer("\n", region) if unit == "line" else _PARAGRAPH_BREAK.finditer(region):
+        yield start, match.start()
+        start = match.end()
+    yield start, len(region)
+
+
+def _join_evenly(steps: Sequence[Span], most: int | None) -> Sequence[Span]:
+    """The rationale's steps, neighbours joined so that with the question they are at most so many."""
+    if most is None or len(steps) < most:
+        return steps
+    borders = [len(steps) * group // (most - 1) for group in range(most)]
+    return [(steps[first][0], steps[last - 1][1]) for first, last in pairwise(borders)]
+
+
+def _distinct_first(text: str, key_words: list[Span], most: int | None, *, numbers: bool) -> list[Span]:
+    if most is None or len(key_words) <= most:
+        return key_words
+    seen: set[Decimal | str] = set()
+    first: list[Span] = []
+    repeated: list[Span] = []
+    for span in key_words:
+        value = _value(text[slice(*span)], numbers)
+        (repeated if value in seen else first).append(span)
+        seen.add(value)
+    return sorted((first + repeated)[:most])
+
+
+def _value(word: str, number: bool) -> Decimal | str:
+    if number:
+        try:
+            return Decimal(word.replace(",", ""))
+        except InvalidOperation:  # a fraction
+            pass
+    return " ".join(word.casefold().split())
 
 
 def _is_fraction(masked: str, match: re.Match) -> bool:

@@ -13,13 +13,16 @@ import torch
 from safetensors.torch import save
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from mold.data.encoding import Collator, EncodedExample, check_tokenizer, encode_example
+from mold.data.encoding import Collator, EncodedExample, check_tokenizer, encode_example, shortened
 from mold.data.examples import Example, text_hash
 from mold.files import write_atomically
 from mold.method.attention_interface import observe_attention, use_mold_attention
 from mold.method.signals import FORMAT_VERSION, SignalCache, SignalSettings, read_manifests
 from mold.processes import check_processes
+
+logger = logging.get_logger(__name__)
 
 
 def extract_signals(
@@ -69,10 +72,17 @@ def extract_signals(
     noted = dataclasses.asdict(manifest.get("settings", settings))
     extracted = {key: value for found in manifests.values() for key, value in found["examples"].items()}
     remaining: dict[str, EncodedExample] = {}
+    seen: list[EncodedExample] = []
     for example in examples:
         content = text_hash(example, settings.template)
         known = extracted.get(content)
-        encoded = encode_example(example, tokenizer, settings.template, append_eos=False, max_length=max_length)
+        encoded = encode_example(
+            *(example, tokenizer, settings.template),
+            append_eos=False,
+            max_length=max_length,
+            segments=settings.segments,
+        )
+        seen.append(encoded)
         if known is None:
             remaining.setdefault(content, encoded)
         elif known["tokens"] != _tokens_hash(encoded):
@@ -80,6 +90,8 @@ def extract_signals(
                 f"example {example.id}: its tokens are not those that {folder} was extracted from: the teacher's "
                 "tokenizer or chat template is another; extract into another folder"
             )
+    if state.is_main_process and (said := shortened(seen)):
+        logger.warning(f"examples: {said}")
     # Nobody writes before everybody has seen the same examples remain.
     state.wait_for_everyone()
     done = len(examples) - len(remaining)

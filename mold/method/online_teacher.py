@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.data.encoding import Collator, EncodedExample, check_tokenizer, encode_example
 from mold.data.examples import Example
+from mold.data.segmentation import PAPER_SEGMENTS, SegmentOptions
 from mold.method.attention_interface import observe_attention, use_mold_attention
 from mold.method.signals import check_agreement
 
@@ -21,6 +22,7 @@ class OnlineTeacher:
         tokenizer: the teacher's, a fast one.
         template, row_reduction: as of the student's training.
         max_length: most tokens an example may have.
+        segments: as of the student's training.
 
     Raises:
         ValueError: the model's attention cannot be replaced, or the tokenizer cannot be used.
@@ -33,11 +35,12 @@ class OnlineTeacher:
         template: str,
         row_reduction: str,
         max_length: int | None = None,
+        segments: SegmentOptions = PAPER_SEGMENTS,
     ):
         check_tokenizer(tokenizer)
         self.model = use_mold_attention(model).eval().requires_grad_(False)
         self._tokenizer, self._template = tokenizer, template
-        self._row_reduction, self._max_length = row_reduction, max_length
+        self._row_reduction, self._max_length, self._segments = row_reduction, max_length, segments
 
     @property
     def collator(self) -> Collator:
@@ -50,7 +53,12 @@ class OnlineTeacher:
         Raises:
             ValueError: its steps and key words are not the student's (`encoded`); names the example.
         """
-        mine = encode_example(example, self._tokenizer, self._template, append_eos=False, max_length=self._max_length)
+        mine = encode_example(
+            *(example, self._tokenizer, self._template),
+            append_eos=False,
+            max_length=self._max_length,
+            segments=self._segments,
+        )
         check_agreement(example, encoded, len(mine.row_spans), len(mine.key_spans))
         return mine if mine.key_spans else None
 

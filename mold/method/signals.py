@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mold.data.encoding import EncodedExample, encode_example
 from mold.data.examples import ASSISTANT, Example, text_hash
-from mold.data.segmentation import SEGMENTATION_VERSION
+from mold.data.segmentation import PAPER_SEGMENTS, SEGMENTATION_VERSION, SegmentOptions
 from mold.files import json_object, read_json
 from mold.models import weights_fingerprint
 
@@ -41,6 +41,7 @@ class SignalSettings:
     """Everything beside an example's text that decides its signal.
 
     teacher, revision: what the teacher was called; which one it is, its weights' fingerprint says.
+    step_unit, max_reasoning_steps, max_key_words: `SegmentOptions`.
 
     Raises:
         ValueError: a value is of another type, or `segmentation` is not this version's.
@@ -53,9 +54,20 @@ class SignalSettings:
     template: str
     row_reduction: str
     segmentation: int = SEGMENTATION_VERSION
+    step_unit: str = SegmentOptions.step_unit
+    max_reasoning_steps: int | None = None
+    max_key_words: int | None = None
+
+    @property
+    def segments(self) -> SegmentOptions:
+        """How the texts were split."""
+        return SegmentOptions(self.step_unit, self.max_reasoning_steps, self.max_key_words)
 
     def __post_init__(self):
+        _ = self.segments  # checks them
         for option in dataclasses.fields(self):
+            if option.name in SegmentOptions.__dataclass_fields__:
+                continue
             value = getattr(self, option.name)
             expected = int if option.name == "segmentation" else str
             if type(value) is not expected and not (option.name == "revision" and value is None):
@@ -68,11 +80,20 @@ class SignalSettings:
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, name: str, template: str, row_reduction: str = "sum", revision: str | None = None
+        cls,
+        model: PreTrainedModel,
+        name: str,
+        template: str,
+        row_reduction: str = "sum",
+        revision: str | None = None,
+        segments: SegmentOptions = PAPER_SEGMENTS,
     ) -> SignalSettings:
         """The settings of a loaded teacher."""
         revision = revision or getattr(model.config, "_commit_hash", None)
-        return cls(name, revision, weights_fingerprint(model), str(model.dtype), template, row_reduction)
+        return cls(
+            *(name, revision, weights_fingerprint(model), str(model.dtype), template, row_reduction),
+            **dataclasses.asdict(segments),
+        )
 
 
 class SignalCache:
@@ -179,7 +200,8 @@ class SignalCache:
         Raises:
             ValueError: as of `signal`, and of `mold.encode_example`; names the example.
         """
-        pairs = ((example, encode_example(example, tokenizer, self.settings.template)) for example in examples)
+        template, segments = self.settings.template, self.settings.segments
+        pairs = ((example, encode_example(example, tokenizer, template, segments=segments)) for example in examples)
         return [{"example": encoded, "signal": self.signal(example, encoded)} for example, encoded in pairs]
 
 

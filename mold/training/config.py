@@ -12,6 +12,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mold.data.examples import check_template
+from mold.data.segmentation import STEP_UNITS, SegmentOptions
 from mold.method.loss import check_rows
 from mold.training.training_options import REFUSED, check_followed
 
@@ -109,6 +110,12 @@ class MoldConfig(TrainingArguments):
             "choices": ["all", "question"],
         },
     )
+    step_unit: str = field(
+        default="sentence",
+        metadata={"help": "A step: sentence, line or paragraph.", "choices": list(STEP_UNITS)},
+    )
+    max_reasoning_steps: int | None = field(default=None, metadata={"help": "Most steps; neighbours are joined."})
+    max_key_words: int | None = field(default=None, metadata={"help": "Most key words; distinct first."})
     mol_teacher_layers_left_out: list[int] | None = field(
         default=None, metadata={"help": "mixture: not these of the teacher."}
     )
@@ -125,7 +132,7 @@ class MoldConfig(TrainingArguments):
         default=None,
         metadata={"help": "Of the texts (docs/training.md); by the data."},
     )
-    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of an example, or it is refused."})
+    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of an example, else refused."})
     cross_entropy: str = field(
         default="full",
         metadata={
@@ -180,6 +187,11 @@ class MoldConfig(TrainingArguments):
         return ("answer",) if self.method == "answers" else ("joint",)
 
     @property
+    def segments(self) -> SegmentOptions:
+        """How texts are split into steps and key words."""
+        return SegmentOptions(self.step_unit, self.max_reasoning_steps, self.max_key_words)
+
+    @property
     def checkpointing_option(self) -> str:
         """The name of transformers' option, which 5.19 renamed; the older one is the only one before."""
         return "activation_checkpointing" if hasattr(self, "activation_checkpointing") else "gradient_checkpointing"
@@ -213,6 +225,7 @@ class MoldConfig(TrainingArguments):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be greater than 0")
         check_rows(self.row_norm, self.tau_row, self.row_keys)
+        _ = self.segments  # refuses limits that are too low
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:

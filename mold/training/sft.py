@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from mold.data.chat import record_template
 from mold.data.conversations import example_from_row
-from mold.data.encoding import Collator, encode_example
+from mold.data.encoding import Collator, encode_example, shortened
 from mold.data.examples import PROMPT
 from mold.files import sole_use
 from mold.method.attention_interface import check_attention_dropout, use_mold_attention
@@ -23,6 +24,8 @@ from mold.training.training_options import SFT_REFUSED, check_followed
 
 IGNORED_LABEL = -100
 _INDEX = "mold_index"
+
+logger = logging.get_logger(__name__)
 
 
 class StepwiseAttentionMixin(RouterTraining):
@@ -97,16 +100,21 @@ class StepwiseAttentionMixin(RouterTraining):
             raise ValueError(f"{dataset_name}: is {type(dataset).__name__}, must be a datasets.Dataset")
         if _INDEX in dataset.column_names:
             return dataset
+        settings = self.signals.settings
         start, ids, labels = len(self._items), [], []
         for index, row in enumerate(dataset):
             example = example_from_row(row, f"{dataset_name}-{index}")
             encoded = encode_example(
-                example, processing_class, self.signals.settings.template, max_length=args.max_length
+                *(example, processing_class, settings.template),
+                max_length=args.max_length,
+                segments=settings.segments,
             )
             self._items.append({"example": encoded, "signal": self.signals.signal(example, encoded)})
             ids.append(encoded.input_ids)
             masked = zip(encoded.input_ids, encoded.regions, strict=True)
             labels.append([IGNORED_LABEL if region == PROMPT else token for token, region in masked])
+        if said := shortened(item["example"] for item in self._items[start:]):
+            logger.warning(f"{dataset_name}: {said}")
         if all(item["signal"] is None for item in self._items[start:]):
             raise ValueError(
                 f"{dataset_name}: none of its {len(dataset)} examples has key words, so there is no attention to learn"

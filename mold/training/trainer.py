@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -26,7 +27,7 @@ from transformers.utils import logging
 
 from mold.data.chat import choose_template, record_template, recorded_template
 from mold.data.conversations import example_from_row
-from mold.data.encoding import Collator, encode_example, has_signal, with_question_keys
+from mold.data.encoding import Collator, encode_example, has_signal, shortened, with_question_keys
 from mold.data.examples import Example
 from mold.files import append_jsonl, sole_use
 from mold.method.attention_interface import check_attention_dropout, use_mold_attention
@@ -124,6 +125,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
                 self.template,
                 args.row_reduction,
                 args.max_length,
+                args.segments,
             )
         if signals is None and teacher_model is None and args.trains_attention:
             raise ValueError(
@@ -135,7 +137,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         if args.trains_attention:
             check_attention_dropout(model.config)
         if signals is not None:
-            signals.require(row_reduction=args.row_reduction)
+            signals.require(row_reduction=args.row_reduction, **dataclasses.asdict(args.segments))
             if args.trains_attention:
                 signals.require_template(self.template)
         if peft_config is not None:
@@ -158,7 +160,8 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         pad_token_id = processing_class.pad_token_id
         self._tokenizer, self._options = processing_class, args
         names = ("method", "alpha", "beta", "tau_1", "tau_2", "tau_row", "row_norm", "row_reduction", "row_keys")
-        names += ("key_scope", "mol_teacher_layers_left_out", "mol_student_layers_left_out")
+        names += ("key_scope", "step_unit", "max_reasoning_steps", "max_key_words")
+        names += ("mol_teacher_layers_left_out", "mol_student_layers_left_out")
         self.method_options = {name: getattr(args, name) for name in names} | {"template": self.template}
         super().__init__(
             model=model,
@@ -209,7 +212,12 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         rows = _examples(examples, name)
         for example in tqdm(rows, desc=f"Encoding {name}", disable=options.disable_tqdm, leave=False):
             encoded = [
-                encode_example(example, self._tokenizer, self.template, task=task, max_length=options.max_length)
+                encode_example(
+                    *(example, self._tokenizer, self.template),
+                    task=task,
+                    max_length=options.max_length,
+                    segments=options.segments,
+                )
                 for task in options.tasks
             ]
             item: dict[str, Any] = {"example": encoded[0], "signal": None}
@@ -222,6 +230,8 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
             if len(encoded) > 1:
                 item["predict"] = encoded[1]
             items.append(item)
+        if said := shortened(item["example"] for item in items):
+            logger.warning(f"{name}: {said}")
         without = len(items) - sum(map(has_signal, items))
         if taught and without == len(items) and options.trains_attention:
             raise ValueError(

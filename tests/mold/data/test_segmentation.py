@@ -2,14 +2,22 @@
 # ruff: noqa: RUF001 - the look-alike signs below are the ones that texts hold
 
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mold.data.segmentation import Segments, find_keywords, find_numbers, segment, split_sentences, token_spans
+from mold.data.segmentation import (
+    SegmentOptions,
+    Segments,
+    find_keywords,
+    find_numbers,
+    segment,
+    split_sentences,
+    token_spans,
+)
 
 
 def pieces(text, spans):
@@ -538,3 +546,74 @@ def test_truncation_is_an_error(name):
         token_spans([number], offsets[: last - 1], TEXT)
     with pytest.raises(ValueError, match="only a part of '98765432109876'"):
         token_spans([number], offsets[first + 1 :], TEXT)
+
+
+LONG = "How many? 5.\n\nTake 1,200. Add 5.\nThat is 1205.\n \t\n\n...\n\nHalf of 1200 is 600.00, 1/2 of it. So 600.\n"
+ASKED, REASONED = (0, 12), (14, len(LONG))
+
+
+def parts(options):
+    found = segment(LONG, ASKED, REASONED, None, options)
+    return pieces(LONG, found.steps)[1:], pieces(LONG, found.key_words), found.steps_joined, found.key_words_left_out
+
+
+@pytest.mark.parametrize(
+    ("unit", "steps"),
+    [
+        (
+            "sentence",
+            [*("Take 1,200.", "Add 5.", "That is 1205.\n \t\n\n..."), "Half of 1200 is 600.00, 1/2 of it.", "So 600."],
+        ),
+        ("line", ["Take 1,200. Add 5.", "That is 1205.\n \t\n\n...", "Half of 1200 is 600.00, 1/2 of it. So 600."]),
+        (
+            "paragraph",
+            ["Take 1,200. Add 5.\nThat is 1205.\n \t\n\n...", "Half of 1200 is 600.00, 1/2 of it. So 600."],
+        ),
+    ],
+)
+def test_what_a_step_is(unit, steps):
+    found, words, *changed = parts(SegmentOptions(step_unit=unit))
+    assert (found, changed) == (steps, [0, 0])
+    assert words == parts(SegmentOptions())[1]
+
+
+@pytest.mark.parametrize("most", [2, 3, 4, 5, 6, 7])
+def test_neighbouring_steps_are_joined_evenly(most):
+    steps, _, joined, _ = parts(SegmentOptions(max_reasoning_steps=most))
+    sentences = parts(SegmentOptions())[0]
+    assert len(steps) == min(most - 1, len(sentences))
+    assert joined == len(sentences) - len(steps)
+    counts = [sum(sentence in step for sentence in sentences) for step in steps]
+    assert sum(counts) == len(sentences)  # none is cut or lost
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("most", "words"),
+    [
+        (2, ["5", "1,200"]),
+        (5, ["5", "1,200", "1205", "600.00", "1/2"]),  # not 5 and 1200 again, nor 600, which is 600.00
+        (6, ["5", "1,200", "5", "1205", "600.00", "1/2"]),
+        (8, ["5", "1,200", "5", "1205", "1200", "600.00", "1/2", "600"]),
+    ],
+)
+def test_distinct_key_words_go_before_repetitions(most, words):
+    assert parts(SegmentOptions(max_key_words=most))[1:] == (words, 0, 8 - len(words))
+
+
+def test_distinct_keywords_whatever_the_case():
+    text = "A hen? A Hen and NaN,\nnan, a goose."
+    found = segment(text, (0, 6), (7, len(text)), ["hen", "nan", "goose"], SegmentOptions(max_key_words=3))
+    assert pieces(text, found.key_words) == ["hen", "NaN", "goose"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step_unit", "word"),
+        *product(("max_reasoning_steps", "max_key_words"), (1, 0, -2, True, 2.5)),
+    ],
+)
+def test_segment_options_are_checked(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: is {value!r}, must be"):
+        SegmentOptions(**{name: value})

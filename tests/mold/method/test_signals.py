@@ -7,7 +7,7 @@ import torch
 from mold.data.encoding import encode_example
 from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.data.problems import generate_problems
-from mold.data.segmentation import SEGMENTATION_VERSION
+from mold.data.segmentation import SEGMENTATION_VERSION, SegmentOptions
 from mold.method import extraction
 from mold.method.extraction import extract_signals
 from mold.method.signals import SignalCache, SignalSettings
@@ -275,3 +275,31 @@ def test_a_teacher_that_is_not_finite_names_the_example(tmp_path):
         teacher.model.layers[1].self_attn.q_proj.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match=rf"example {EXAMPLES[0].id}: the teacher's attention is not finite"):
         extract(tmp_path, EXAMPLES[:1], teacher=teacher)
+
+
+def test_how_texts_are_split_is_a_setting(tmp_path):
+    """Joined steps and chosen key words are pooled as they are; another splitting is refused by name."""
+    teacher, options = make_teacher(), SegmentOptions("line", max_reasoning_steps=2, max_key_words=3)
+    settings = SignalSettings.of(teacher, "tiny", DEFAULT_TEMPLATE, "sum", segments=options)
+    short = extract_signals(teacher, TOKENIZER, EXAMPLES[:3], tmp_path / "short", settings, progress=False)
+    eager = make_teacher(attention="eager")
+    for example in EXAMPLES[:3]:
+        encoded, full = encode_example(example, TOKENIZER, DEFAULT_TEMPLATE, segments=options), encode(example)
+        assert (len(encoded.row_spans), len(encoded.key_spans)) == (2, 3)
+        assert encoded.key_words_left_out == len(full.key_spans) - 3
+        with torch.no_grad():
+            maps = eager(input_ids=torch.tensor([encoded.input_ids]), output_attentions=True).attentions
+        expected = pool_by_hand(maps, torch.tensor([encoded.row_spans]), torch.tensor([encoded.key_spans]))[:, 0]
+        torch.testing.assert_close(short.signal(example, encoded), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="was extracted with step_unit='line', must be 'sentence'"):
+        short.require_same(dataclasses.replace(settings, step_unit="sentence"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("step_unit", "word"), ("max_reasoning_steps", 1), ("max_key_words", "3")])
+def test_a_manifest_of_wrong_limits_is_named(tmp_path, name, value):
+    extract(tmp_path, EXAMPLES[:2])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["settings"][name] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"manifest\.json: {name}: is {value!r}, must be"):
+        SignalCache(tmp_path)
