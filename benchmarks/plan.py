@@ -24,6 +24,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -137,6 +138,8 @@ def _train(model, setup: Setup, steps: int) -> list[float]:
 
 class _Teacher:
     """Stands where a cache of signals does; the items have theirs."""
+
+    settings = SimpleNamespace(signal_layers="all")
 
     def require(self, **settings):
         pass

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mold.method.loss import MoldLoss
     from mold.method.online_teacher import OnlineTeacher
     from mold.method.router import LayerRouter
-    from mold.method.signals import SignalCache, SignalSettings
+    from mold.method.signal_settings import SignalSettings
+    from mold.method.signals import SignalCache
     from mold.models import load_model, load_tokenizer, spread_layers, take_layers
     from mold.training.config import MoldConfig
     from mold.training.host_memory import freed_memory_kept
@@ -70,7 +71,8 @@ _HOMES = {
     "method.loss": ("MoldLoss",),
     "method.online_teacher": ("OnlineTeacher",),
     "method.router": ("LayerRouter",),
-    "method.signals": ("SignalCache", "SignalSettings"),
+    "method.signal_settings": ("SignalSettings",),
+    "method.signals": ("SignalCache",),
     "models": ("load_model", "load_tokenizer", "spread_layers", "take_layers"),
     "training.config": ("MoldConfig",),
     "training.host_memory": ("freed_memory_kept",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich import get_console
 
@@ -13,7 +14,8 @@ from mold.commands.parsing import parse
 from mold.data.chat import choose_template
 from mold.data.examples import Example
 from mold.method.extraction import extract_signals
-from mold.method.signals import SignalCache, SignalSettings
+from mold.method.signal_settings import SignalSettings
+from mold.method.signals import SignalCache
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,6 +53,7 @@ def extract(options: Options, examples: Sequence[Example], teacher=None) -> Sign
         options.training.row_reduction,
         options.teacher.teacher_model_revision,
         options.training.segments,
+        **_stored(options),
     )
     return extract_signals(
         model.to(options.training.device),
@@ -63,3 +66,15 @@ def extract(options: Options, examples: Sequence[Example], teacher=None) -> Sign
         max_length=options.training.max_length,
         progress=not options.training.disable_tqdm,
     )
+
+
+def _stored(options: Options) -> dict:
+    """How the cache holds the teacher's layers."""
+    stored: dict[str, Any] = {
+        "signal_dtype": options.teacher.signal_dtype,
+        "signal_layers": options.teacher.signal_layers,
+    }
+    if options.teacher.signal_layers == "mixture":
+        left_out = options.training.mol_teacher_layers_left_out or []
+        stored |= {"tau_1": options.training.tau_1, "teacher_layers_left_out": left_out}
+    return stored

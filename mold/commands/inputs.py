@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,7 +222,7 @@ def load_signals(options: Options, teacher=None) -> SignalCache:
     """
     signals = SignalCache(options.signals_folder)
     training = options.training
-    signals.require(row_reduction=training.row_reduction, **dataclasses.asdict(training.segments))
+    signals.require(**training.signal_settings(signals.settings.signal_layers))
     if options.training.template is not None and options.training.trains_attention:
         signals.require_template(options.training.template)
     name, revision = options.teacher.teacher_model_name_or_path, options.teacher.teacher_model_revision

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from mold.data.readers import FORMATS, SUFFIXES
 from mold.data.segmentation import SegmentOptions
+from mold.method.signal_settings import SIGNAL_DTYPES, SIGNAL_LAYERS
 from mold.training.config import MoldConfig, check_choices
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -73,6 +74,10 @@ class TeacherOptions(_Group):
     )
     teacher_online: bool = field(default=False, metadata={"help": "Run the teacher too: without cached signals."})
     signals_dir: str | None = field(default=None, metadata={"help": "Of its signals; output_dir/signals if not given."})
+    signal_layers: str = field(
+        default="all", metadata={"help": 'Stored: "all", or the "mixture" alone.', "choices": SIGNAL_LAYERS}
+    )
+    signal_dtype: str = field(default="float32", metadata={"help": "Stored as.", "choices": SIGNAL_DTYPES})
     extract_batch_size: int = field(default=8, metadata={"help": "Examples a teacher forward.", "at_least": 1})
     extract_shard_size: int = field(default=64, metadata={"help": "Examples a file of the cache.", "at_least": 1})
 
@@ -252,9 +257,13 @@ PLACE = ("output_dir", "use_cpu", "disable_tqdm")
 # transformers 5.19 renamed gradient checkpointing, and has both names since.
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"}.intersection(names(MoldConfig))
 
-_EXTRACT = (*names(DataOptions), *names(TeacherOptions, "teacher_online"), *_TEXT, *_SEGMENTS, "row_reduction", *PLACE)
+_STORED = ("signal_layers", "signal_dtype", "extract_batch_size", "extract_shard_size")
+_EXTRACT = (
+    *(*names(DataOptions), *names(TeacherOptions, "teacher_online"), *_TEXT, *_SEGMENTS, "row_reduction"),
+    *("tau_1", "mol_teacher_layers_left_out", *PLACE),
+)
 _TRAIN = (
-    *(*names(DataOptions), *names(TeacherOptions, "extract_batch_size", "extract_shard_size")),
+    *(*names(DataOptions), *names(TeacherOptions, *_STORED)),
     *(*names(StudentOptions), *names(GenerationOptions), *names(MoldConfig)),
 )
 TAKES = {

@@ -25,6 +25,7 @@ from mold.commands.options import Options
 from mold.commands.parsing import Parser, make_options
 from mold.commands.recipe import Recipe, load_recipe
 from mold.commands.recipe_data import collect, row_of, teacher_examples
+from mold.data.segmentation import SegmentOptions
 from mold.evaluation.comparison import Run, read_run, summarise
 from mold.files import LOCK, digest, file_digest, read_json, write_atomically, write_jsonl
 from mold.report import plots
@@ -138,7 +139,8 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
             # A smaller training set is a part of the larger one: one extraction is for all sizes.
             values.pop("num_train", None)
             common["num_train"] = size
-        signals = stages.run("extract", "extract", values, [content], _extract, ("dataset",), decides=_SIGNAL_OPTIONS)
+        decides = _SIGNAL_OPTIONS + (_MIXTURE_OPTIONS if values.get("signal_layers") == "mixture" else ())
+        signals = stages.run("extract", "extract", values, [content], _extract, ("dataset",), decides)
         label = "".join(c if c.isalnum() or c in "=.-" else "-" for c in variant) + (f"-{size}" if size else "")
         values = recipe.values("train", common) | {"dataset": str(train_file), "seed": seed}
         values["signals_dir"] = str(signals / "signals")
@@ -171,8 +173,10 @@ def _write_results(
 # Of the options, what the teacher's signals depend on (besides the examples).
 _SIGNAL_OPTIONS = (
     *("teacher_model_name_or_path", "teacher_model_revision", "teacher_dtype", "row_reduction", "template"),
-    *("step_unit", "max_reasoning_steps", "max_key_words", "max_length", "num_eval", "num_train", "split_seed"),
+    *(*SegmentOptions.__dataclass_fields__, "max_length", "num_eval", "num_train", "split_seed"),
+    *("signal_layers", "signal_dtype"),
 )
+_MIXTURE_OPTIONS = ("tau_1", "mol_teacher_layers_left_out")
 
 
 class _Stages:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -158,12 +158,12 @@ class Collator:
     teacher: Collator | None = None
 
     def __call__(self, items: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        """A batch from items with "example" (EncodedExample) and any of "signal" (float32 [L1, S, M] or None),
-        "teacher" (EncodedExample in the teacher's tokens, or None) and "predict" (EncodedExample of the second task,
-        which becomes an example of its own without a signal)."""
+        """A batch from items with "example" (EncodedExample) and any of "signal" (float32 [L1, S, M], a function that
+        reads it, or None), "teacher" (EncodedExample in the teacher's tokens, or None) and "predict" (EncodedExample of
+        the second task, which becomes an example of its own without a signal)."""
         items = [row for item in items for row in (item, {"example": item.get("predict")}) if row["example"]]
         examples = [item["example"] for item in items]
-        signals = [item.get("signal") for item in items]
+        signals = [signal() if callable(signal) else signal for signal in (item.get("signal") for item in items)]
         longest = max(len(example.input_ids) for example in examples)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         shifts = [length - len(e.input_ids) if self.padding_side == "left" else 0 for e in examples]
@@ -231,22 +231,6 @@ def shortened(examples: Iterable[EncodedExample]) -> str | None:
 def has_signal(item: Mapping) -> bool:
     """Whether a collator's item has something to learn attention from."""
     return item.get("signal") is not None or item.get("teacher") is not None
-
-
-def with_question_keys(item: Mapping) -> dict:
-    """A collator's item with the key words of the question alone, in text and signal; they stand before all others."""
-    example = item["example"]
-    count = sum(start < example.row_spans[0][1] for start, _ in example.key_spans) if example.row_spans else 0
-    changed = dict(item, example=_first_keys(example, count))
-    if item.get("signal") is not None:
-        changed["signal"] = item["signal"][:, :, :count].contiguous() if count else None
-    if item.get("teacher") is not None:
-        changed["teacher"] = _first_keys(item["teacher"], count) if count else None
-    return changed
-
-
-def _first_keys(example: EncodedExample, count: int) -> EncodedExample:
-    return replace(example, key_spans=example.key_spans[:count], key_word_texts=example.key_word_texts[:count])
 
 
 def _pad_spans(spans: Sequence[Sequence[Span]], shifts: Sequence[int]) -> torch.Tensor:

@@ -63,6 +63,7 @@ _OPERATOR_AFTER = re.compile(rf"[\s)]*(?:[+−×÷·/=]|\*(?!\*)|[-x](?!{LETTER}
 
 
 STEP_UNITS = ("sentence", "line", "paragraph")
+KEY_SCOPES = ("all", "question")
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
 
@@ -75,6 +76,7 @@ class SegmentOptions:
         max_reasoning_steps: most steps, the question counted; neighbours in the rationale are joined evenly. None: all.
         max_key_words: most key words. The first occurrence of each distinct value (numbers by value, keywords whatever
             the case) goes before repetitions, of each the first ones in the text. None: all.
+        key_scope: where key words are looked for: in "all" of question and rationale, or in the "question" alone.
 
     Raises:
         ValueError: a value is none of these, or a limit is below 2.
@@ -83,10 +85,12 @@ class SegmentOptions:
     step_unit: str = "sentence"
     max_reasoning_steps: int | None = None
     max_key_words: int | None = None
+    key_scope: str = "all"
 
     def __post_init__(self):
-        if self.step_unit not in STEP_UNITS:
-            raise ValueError(f"step_unit: is {self.step_unit!r}, must be one of {', '.join(STEP_UNITS)}")
+        for name, known in (("step_unit", STEP_UNITS), ("key_scope", KEY_SCOPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: is {getattr(self, name)!r}, must be one of {', '.join(known)}")
         for name in ("max_reasoning_steps", "max_key_words"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 2):
@@ -94,7 +98,7 @@ class SegmentOptions:
 
 
 PAPER_SEGMENTS = SegmentOptions()
-"""A step a sentence, and all of them."""
+"""A step a sentence, and all of them and of the key words."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,7 @@ def segment(
         question: characters of the question; it is step 0.
         rationale: characters of the rationale; each of its sentences (or lines or paragraphs) is one step.
         keywords: what to look for in question and rationale; None takes every number.
-        options: what a step is, and how many steps and key words there may be.
+        options: what a step is, where key words are looked for, and how many of both there may be.
 
     Returns:
         The steps and key words, with how many were joined or left out; every occurrence is one key word, and there may
@@ -267,7 +271,7 @@ def segment(
     found = _split(text, *rationale, options.step_unit)
     steps = [_trim(text, question), *_join_evenly(found, options.max_reasoning_steps)]
     key_words: list[Span] = []
-    for region in (question, rationale):
+    for region in (question, rationale) if options.key_scope == "all" else (question,):
         key_words += find_numbers(text, *region) if keywords is None else find_keywords(text, keywords, *region)
     chosen = _distinct_first(text, sorted(key_words), options.max_key_words, numbers=keywords is None)
     return Segments(tuple(steps), tuple(chosen), 1 + len(found) - len(steps), len(key_words) - len(chosen))

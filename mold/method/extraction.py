@@ -6,21 +6,25 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mold.data.encoding import Collator, EncodedExample, check_tokenizer, encode_example, shortened
 from mold.data.examples import Example, text_hash
-from mold.files import write_atomically
 from mold.method.attention_interface import observe_attention, use_mold_attention
-from mold.method.signals import FORMAT_VERSION, SignalCache, SignalSettings, read_manifests
+from mold.method.router import kept_layers
+from mold.method.signal_files import Entry, bytes_hash, packed, read_manifests, write_manifest, write_shard
+from mold.method.signal_settings import SignalSettings
+from mold.method.signals import SignalCache
 from mold.processes import check_processes
+from mold_kernels import teacher_layer_weights
 
 logger = logging.get_logger(__name__)
 
@@ -64,18 +68,16 @@ def extract_signals(
     state = check_processes()
     mine = "" if state.is_main_process else f"-{state.process_index}"
     folder.mkdir(parents=True, exist_ok=True)
-    manifests = read_manifests(folder)
+    manifests, extracted = read_manifests(folder), None
     if manifests:
-        SignalCache(folder).require_same(settings)
-    manifest = manifests.get(f"manifest{mine}.json") or {"shards": {}, "examples": {}}
-    shards, done_here = manifest["shards"], manifest["examples"]
-    noted = dataclasses.asdict(manifest.get("settings", settings))
-    extracted = {key: value for found in manifests.values() for key, value in found["examples"].items()}
+        extracted = SignalCache(folder)
+        extracted.require_same(settings)
+    manifest = manifests.get(f"manifest{mine}.json") or {"shards": {}, "settings": settings}
+    shards, noted = manifest["shards"], dataclasses.asdict(manifest["settings"])
     remaining: dict[str, EncodedExample] = {}
     seen: list[EncodedExample] = []
     for example in examples:
         content = text_hash(example, settings.template)
-        known = extracted.get(content)
         encoded = encode_example(
             *(example, tokenizer, settings.template),
             append_eos=False,
@@ -83,9 +85,9 @@ def extract_signals(
             segments=settings.segments,
         )
         seen.append(encoded)
-        if known is None:
+        if extracted is None or content not in extracted:
             remaining.setdefault(content, encoded)
-        elif known["tokens"] != _tokens_hash(encoded):
+        elif extracted.entry(content).tokens != _tokens_hash(encoded):
             raise ValueError(
                 f"example {example.id}: its tokens are not those that {folder} was extracted from: the teacher's "
                 "tokenizer or chat template is another; extract into another folder"
@@ -101,25 +103,17 @@ def extract_signals(
         bar.update(done)
         for start in range(0, len(my_own), shard_size):
             shard = my_own[start : start + shard_size]
-            tensors: dict[str, torch.Tensor] = {}
+            signals: dict[str, torch.Tensor] = {}
             # Examples of like length share a batch: less padding.
             by_length = sorted(shard, key=lambda pair: len(pair[1].input_ids))
             for first in range(0, len(by_length), batch_size):
                 batch = dict(by_length[first : first + batch_size])
-                tensors |= _signals(model, collate, batch, settings.row_reduction)
+                signals |= _signals(model, collate, batch, settings)
                 bar.update(len(batch))
             name = f"shard{mine}-{len(shards):05d}.safetensors"
-            data = save(tensors)
-            write_atomically(folder / name, data)
-            shards[name] = hashlib.sha256(data).hexdigest()
-            for content, encoded in shard:
-                done_here[content] = {
-                    "tokens": _tokens_hash(encoded),
-                    "steps": len(encoded.row_spans),
-                    "key_words": len(encoded.key_spans),
-                }
-            found = {"format": FORMAT_VERSION, "settings": noted, "shards": shards, "examples": done_here}
-            write_atomically(folder / f"manifest{mine}.json", json.dumps(found, indent=1).encode())
+            entries = {content: _entry(encoded, signals.get(content)) for content, encoded in shard}
+            shards[name] = write_shard(folder / name, entries, signals)
+            write_manifest(folder / f"manifest{mine}.json", noted, shards)
     state.wait_for_everyone()
     return SignalCache(folder)
 
@@ -129,21 +123,45 @@ def _tokens_hash(encoded: EncodedExample) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
+def _entry(encoded: EncodedExample, cells: torch.Tensor | None) -> Entry:
+    visible, keys = visible_counts(encoded), len(encoded.key_spans)
+    return Entry(_tokens_hash(encoded), visible, keys, "" if cells is None else bytes_hash(cells))
+
+
+def visible_counts(encoded: EncodedExample) -> list[int]:
+    """How many key words begin before the end of each step: those that it can see, as both are in order."""
+    starts = [start for start, _ in encoded.key_spans]
+    return [bisect_left(starts, end) for _, end in encoded.row_spans]
+
+
 def _signals(
-    model: PreTrainedModel, collate: Collator, encoded: Mapping[str, EncodedExample], row_reduction: str
+    model: PreTrainedModel, collate: Collator, encoded: Mapping[str, EncodedExample], settings: SignalSettings
 ) -> dict[str, torch.Tensor]:
-    """The signal of each example that has key words, by the hash of its content."""
+    """The stored cells of each example that has key words, by the hash of its content."""
     encoded = {content: example for content, example in encoded.items() if example.key_spans}
     if not encoded:
         return {}
     batch = collate([{"example": example} for example in encoded.values()])
-    attention = observe_attention(model, batch, row_reduction).float().cpu()
-    signals = {}
+    attention = observe_attention(model, batch, settings.row_reduction).float()
+    if settings.signal_layers == "mixture":
+        attention = _mixture(attention, encoded.values(), settings)
+    attention, cells = attention.cpu(), {}
     for index, (content, example) in enumerate(encoded.items()):
-        signal = attention[:, index, : len(example.row_spans), : len(example.key_spans)].contiguous()
-        if not attention[:, index].isfinite().all():
+        signal = attention[:, index, : len(example.row_spans), : len(example.key_spans)]
+        stored = packed(signal, visible_counts(example)).to(getattr(torch, settings.signal_dtype))
+        if not stored.isfinite().all():
             raise ValueError(
-                f"example {example.id}: the teacher's attention is not finite; is its dtype {model.dtype} wide enough?"
+                f"example {example.id}: the teacher's attention is not finite; are its dtype {model.dtype} and "
+                f"signal_dtype={settings.signal_dtype} wide enough?"
             )
-        signals[content] = signal
-    return signals
+        cells[content] = stored
+    return cells
+
+
+def _mixture(attention: torch.Tensor, examples: Iterable[EncodedExample], settings: SignalSettings) -> torch.Tensor:
+    """[1, B, S, M] of [L, B, S, M]."""
+    counts = torch.tensor([(len(e.row_spans), len(e.key_spans)) for e in examples], device=attention.device)
+    left_out: Any = settings.teacher_layers_left_out
+    attention = attention[kept_layers("teacher_layers_left_out", left_out, len(attention))]
+    weights = teacher_layer_weights(attention, counts[:, 0], counts[:, 1], settings.tau_1 or 0)
+    return torch.einsum("bl,lbsm->bsm", weights, attention)[None]

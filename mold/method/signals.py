@@ -1,103 +1,27 @@
-"""Teacher signals: the teacher's stepwise attention of every layer, in a cache on disk.
-
-A cache is a folder of safetensors shards and a manifest.json. A shard is written whole, then the manifest that names
-it, each by an atomic rename: whatever moment a run is killed, the manifest names only whole shards and the next run
-goes on behind them. The manifest holds what decides a signal (teacher, weights, template, segmentation, ...), a hash of
-every example's text and of every shard's bytes; all are checked before a signal is used. A hash of the teacher's tokens
-and spans keeps an extraction from going on with another tokenizer or chat template. Of several processes that extract
-together each writes shards and a manifest of its own (manifest-1.json, ...).
-"""
+"""Teacher signals: the teacher's stepwise attention, in a cache on disk (`mold.method.signal_files`)."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
-import re
-import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mold.data.encoding import EncodedExample, encode_example
 from mold.data.examples import ASSISTANT, Example, text_hash
-from mold.data.segmentation import PAPER_SEGMENTS, SEGMENTATION_VERSION, SegmentOptions
-from mold.files import json_object, read_json
-from mold.models import weights_fingerprint
-
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 3
-_SHARD = re.compile(r"shard(-\d+)?-\d+\.safetensors")
-_ENTRY = {"tokens": str, "steps": int, "key_words": int}
-
-
-@dataclasses.dataclass(frozen=True)
-class SignalSettings:
-    """Everything beside an example's text that decides its signal.
-
-    teacher, revision: what the teacher was called; which one it is, its weights' fingerprint says.
-    step_unit, max_reasoning_steps, max_key_words: `SegmentOptions`.
-
-    Raises:
-        ValueError: a value is of another type, or `segmentation` is not this version's.
-    """
-
-    teacher: str
-    revision: str | None
-    weights: str
-    dtype: str
-    template: str
-    row_reduction: str
-    segmentation: int = SEGMENTATION_VERSION
-    step_unit: str = SegmentOptions.step_unit
-    max_reasoning_steps: int | None = None
-    max_key_words: int | None = None
-
-    @property
-    def segments(self) -> SegmentOptions:
-        """How the texts were split."""
-        return SegmentOptions(self.step_unit, self.max_reasoning_steps, self.max_key_words)
-
-    def __post_init__(self):
-        _ = self.segments  # checks them
-        for option in dataclasses.fields(self):
-            if option.name in SegmentOptions.__dataclass_fields__:
-                continue
-            value = getattr(self, option.name)
-            expected = int if option.name == "segmentation" else str
-            if type(value) is not expected and not (option.name == "revision" and value is None):
-                raise ValueError(f"{option.name}: is {reprlib.repr(value)}, must be of type {expected.__name__}")
-        if self.segmentation != SEGMENTATION_VERSION:
-            raise ValueError(
-                f"segmentation: is version {self.segmentation}, must be {SEGMENTATION_VERSION}: steps and key words "
-                "are found in another way by now"
-            )
-
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        name: str,
-        template: str,
-        row_reduction: str = "sum",
-        revision: str | None = None,
-        segments: SegmentOptions = PAPER_SEGMENTS,
-    ) -> SignalSettings:
-        """The settings of a loaded teacher."""
-        revision = revision or getattr(model.config, "_commit_hash", None)
-        return cls(
-            *(name, revision, weights_fingerprint(model), str(model.dtype), template, row_reduction),
-            **dataclasses.asdict(segments),
-        )
+from mold.method.signal_files import MANIFEST, Entry, read_cells, read_header, read_manifests, unpacked
+from mold.method.signal_settings import SignalSettings, different
 
 
 class SignalCache:
-    """A verified cache of teacher signals.
+    """A cache of teacher signals. Opening it reads what the shards say of their examples; a signal is read, and its
+    hash checked, when it is used.
 
     Args:
         folder: written by `extract_signals`.
@@ -112,46 +36,34 @@ class SignalCache:
         manifests = read_manifests(self.folder)
         if not manifests:
             raise ValueError(f"signals: {self.folder} holds no {MANIFEST}; run `mold extract` first")
-        self._examples: dict[str, dict[str, Any]] = {}
-        self._signals: dict[str, torch.Tensor] = {}
-        self._shards: dict[str, str] = {}
         self.settings = next(iter(manifests.values()))["settings"]
+        self._headers: dict[str, str] = {}
         for name, manifest in manifests.items():
-            if different := _different(manifest["settings"], self.settings):
+            if other := different(manifest["settings"], self.settings):
                 raise ValueError(
-                    f"signals: {self.folder / name} has {different}={getattr(manifest['settings'], different)!r}, "
-                    f"another manifest beside it {getattr(self.settings, different)!r}"
+                    f"signals: {self.folder / name} has {other}={getattr(manifest['settings'], other)!r}, another "
+                    f"manifest beside it {getattr(self.settings, other)!r}"
                 )
-            self._examples |= manifest["examples"]
-            self._shards |= manifest["shards"]
-        for name, digest in self._shards.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise ValueError(f"signals: {path} is missing; delete the folder and extract again")
-            data = path.read_bytes()
-            try:
-                if hashlib.sha256(data).hexdigest() != digest:
-                    raise ValueError("its hash is another")
-                self._signals.update(load(data))
-            except (ValueError, SafetensorError) as error:
-                raise ValueError(
-                    f"signals: {path} was altered since it was written ({error}); delete the folder, extract again"
-                ) from error
-        for content, entry in self._examples.items():
-            shape = entry["steps"], entry["key_words"]
-            found = self._signals.get(content)
-            if (shape[1] > 0) != (found is not None) or (found is not None and tuple(found.shape[1:]) != shape):
-                raise ValueError(
-                    f"signals: {self.folder}: a manifest lists {content} with {shape[0]} steps and {shape[1]} key "
-                    "words, which is not what the shards hold; delete the folder and extract again"
-                )
+            self._headers |= manifest["shards"]
+        self._places = {content: name for name in self._headers for content in self._read_entries(name)}
+        self._entries = functools.lru_cache(256)(self._read_entries)  # of shards as they are used
+
+    def __reduce__(self):
+        """A data loader's worker that was spawned opens the folder again."""
+        return type(self), (self.folder,)
+
+    def _read_entries(self, shard: str) -> dict[str, Entry]:
+        return read_header(self.folder / shard, self._headers[shard])
+
+    def __contains__(self, content: str) -> bool:
+        return content in self._places
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._places)
 
     def about(self) -> dict[str, str | int | None]:
         """What a model card says of the signals: their settings, their number and a hash of all of them."""
-        digest = hashlib.sha256("".join(sorted(self._shards.values())).encode()).hexdigest()
+        digest = hashlib.sha256("".join(sorted(self._headers.values())).encode()).hexdigest()
         return dataclasses.asdict(self.settings) | {"examples": len(self), "fingerprint": digest}
 
     def require(self, **settings) -> None:
@@ -174,41 +86,58 @@ class SignalCache:
 
     def require_same(self, settings: SignalSettings) -> None:
         """Raise a ValueError that names the first setting that is another; what the teacher is called is none."""
-        if different := _different(self.settings, settings):
-            self.require(**{different: getattr(settings, different)})
+        if other := different(self.settings, settings):
+            self.require(**{other: getattr(settings, other)})
 
-    def signal(self, example: Example, encoded: EncodedExample) -> torch.Tensor | None:
-        """The teacher's stepwise attention of an example, float32 [L1, S, M]; None if it has no key words.
+    def entry(self, content: str) -> Entry:
+        """What the cache holds of an example that is in it, by the hash of its text."""
+        return self._entries(self._places[content])[content]
+
+    def read(self, content: str) -> torch.Tensor:
+        """The signal [L1, S, M] of an example, by the hash of its text; float32, L1 = 1 for a mixture.
+
+        Raises:
+            ValueError: it was altered since it was written; names the file.
+        """
+        path, entry = self.folder / self._places[content], self.entry(content)
+        cells = read_cells(path, content, entry, getattr(torch, self.settings.signal_dtype))
+        return unpacked(cells, entry.visible, entry.key_words)
+
+    def reader(self, example: Example, encoded: EncodedExample) -> Callable[[], torch.Tensor] | None:
+        """What reads an example's signal when it is called; None if it has no key words.
 
         Raises:
             ValueError: the cache has no signal of an example with this text, or one whose steps and key words are not
                 the student's; names the example.
         """
         content = text_hash(example, self.settings.template)
-        entry = self._examples.get(content)
-        if entry is None:
+        if content not in self:
             raise ValueError(
                 f"example {example.id}: has no teacher signal in {self.folder}, none of whose {len(self)} texts is "
                 "this example's; run `mold extract` on it"
             )
-        check_agreement(example, encoded, entry["steps"], entry["key_words"])
-        return self._signals.get(content)
+        entry = self.entry(content)
+        check_agreement(example, encoded, entry.steps, entry.key_words)
+        return functools.partial(self.read, content) if entry.key_words else None
 
-    def items(self, examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-        """What `mold.Collator` makes batches of: every example in the student's tokens, with its signal.
+    def signal(self, example: Example, encoded: EncodedExample) -> torch.Tensor | None:
+        """The teacher's stepwise attention of an example, float32 [L1, S, M]; None if it has no key words.
 
         Raises:
-            ValueError: as of `signal`, and of `mold.encode_example`; names the example.
+            ValueError: as of `reader` and `read`.
+        """
+        reader = self.reader(example, encoded)
+        return None if reader is None else reader()
+
+    def items(self, examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+        """What `mold.Collator` makes batches of: every example in the student's tokens, with what reads its signal.
+
+        Raises:
+            ValueError: as of `reader`, and of `mold.encode_example`; names the example.
         """
         template, segments = self.settings.template, self.settings.segments
         pairs = ((example, encode_example(example, tokenizer, template, segments=segments)) for example in examples)
-        return [{"example": encoded, "signal": self.signal(example, encoded)} for example, encoded in pairs]
-
-
-def _different(one: SignalSettings, other: SignalSettings) -> str | None:
-    """The first setting that decides a signal and is not the same."""
-    names = [option.name for option in dataclasses.fields(one) if option.name not in ("teacher", "revision")]
-    return next((name for name in names if getattr(one, name) != getattr(other, name)), None)
+        return [{"example": encoded, "signal": self.reader(example, encoded)} for example, encoded in pairs]
 
 
 def check_agreement(example: Example, encoded: EncodedExample, steps: int, key_words: int) -> None:
@@ -218,39 +147,3 @@ def check_agreement(example: Example, encoded: EncodedExample, steps: int, key_w
             f"example {example.id}: the teacher has {steps} steps and {key_words} key words, the student's text "
             f"{expected[0]} and {expected[1]}"
         )
-
-
-def read_manifests(folder: Path) -> dict[str, dict]:
-    """The manifests of all processes that ever wrote into the folder, by file name, their settings as SignalSettings.
-
-    Raises:
-        ValueError: one is not as `extract_signals` of this version writes it; names the file.
-    """
-    manifests = {}
-    for path in sorted(folder.glob("manifest*.json")):
-        try:
-            manifests[path.name] = _checked_manifest(json_object("it", read_json(path)))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"signals: {path}: {error}; delete the folder and extract again") from error
-    return manifests
-
-
-def _checked_manifest(manifest: dict) -> dict:
-    if (found := manifest.get("format")) != FORMAT_VERSION:
-        raise ValueError(f"format is {reprlib.repr(found)}, must be {FORMAT_VERSION}")
-    for name in ("settings", "shards", "examples"):
-        if not isinstance(manifest.get(name), dict):
-            raise ValueError(f"{name} is {reprlib.repr(manifest.get(name))}, must be an object")
-    try:
-        settings = SignalSettings(**manifest["settings"])
-    except TypeError as error:
-        raise ValueError(f"settings has the keys {', '.join(map(repr, manifest['settings']))} ({error})") from error
-    for name, digest in manifest["shards"].items():
-        if not _SHARD.fullmatch(name) or not isinstance(digest, str):
-            raise ValueError(f"shards holds {reprlib.repr(name)}: {reprlib.repr(digest)}, must hold a hash a shard")
-    for content, entry in manifest["examples"].items():
-        if not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != _ENTRY:
-            raise ValueError(
-                f"examples holds {reprlib.repr(content)}: {reprlib.repr(entry)}, must hold {', '.join(_ENTRY)} each"
-            )
-    return manifest | {"settings": settings}

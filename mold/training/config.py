@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from mold.data.examples import check_template
-from mold.data.segmentation import STEP_UNITS, SegmentOptions
+from mold.data.segmentation import KEY_SCOPES, STEP_UNITS, SegmentOptions
 from mold.method.loss import check_rows
 from mold.training.training_options import REFUSED, check_followed
 
@@ -107,7 +108,7 @@ class MoldConfig(TrainingArguments):
         default=None,
         metadata={
             "help": '"all" (paper), or those of the "question".',
-            "choices": ["all", "question"],
+            "choices": list(KEY_SCOPES),
         },
     )
     step_unit: str = field(
@@ -189,7 +190,19 @@ class MoldConfig(TrainingArguments):
     @property
     def segments(self) -> SegmentOptions:
         """How texts are split into steps and key words."""
-        return SegmentOptions(self.step_unit, self.max_reasoning_steps, self.max_key_words)
+        return SegmentOptions(**{name: getattr(self, name) for name in SegmentOptions.__dataclass_fields__})
+
+    def signal_settings(self, layers: str) -> dict[str, Any]:
+        """What a cache must have been made with to train on it.
+
+        Args:
+            layers: the cache's signal_layers.
+        """
+        settings = {"row_reduction": self.row_reduction, **dataclasses.asdict(self.segments)}
+        if layers == "mixture":
+            settings["signal_layers"] = "all" if self.method == "single_layer" else layers
+            settings |= {"tau_1": self.tau_1, "teacher_layers_left_out": self.mol_teacher_layers_left_out or []}
+        return settings
 
     @property
     def checkpointing_option(self) -> str:

@@ -75,6 +75,8 @@ class StepwiseAttentionMixin(RouterTraining):
             check_followed(options, SFT_REFUSED)
             if options.fp16 and options.device.type == "cpu":
                 raise ValueError("fp16: is True, must be False on a CPU")
+        if signals.settings.signal_layers == "mixture":
+            signals.require(tau_1=tau_1)
         self.signals, self.beta, self.mol_router_learning_rate = signals, beta, mol_router_learning_rate
         self._items: list[dict] = []
         super().__init__(*args, data_collator=self._collate, **kwargs)
@@ -109,7 +111,7 @@ class StepwiseAttentionMixin(RouterTraining):
                 max_length=args.max_length,
                 segments=settings.segments,
             )
-            self._items.append({"example": encoded, "signal": self.signals.signal(example, encoded)})
+            self._items.append({"example": encoded, "signal": self.signals.reader(example, encoded)})
             ids.append(encoded.input_ids)
             masked = zip(encoded.input_ids, encoded.regions, strict=True)
             labels.append([IGNORED_LABEL if region == PROMPT else token for token, region in masked])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from transformers.utils import logging
 
 from mold.data.chat import choose_template, record_template, recorded_template
 from mold.data.conversations import example_from_row
-from mold.data.encoding import Collator, encode_example, has_signal, shortened, with_question_keys
+from mold.data.encoding import Collator, encode_example, has_signal, shortened
 from mold.data.examples import Example
 from mold.files import append_jsonl, sole_use
 from mold.method.attention_interface import check_attention_dropout, use_mold_attention
@@ -137,13 +136,13 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         if args.trains_attention:
             check_attention_dropout(model.config)
         if signals is not None:
-            signals.require(row_reduction=args.row_reduction, **dataclasses.asdict(args.segments))
+            signals.require(**args.signal_settings(signals.settings.signal_layers))
             if args.trains_attention:
                 signals.require_template(self.template)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         check_adapter(model)
-        layers = {}
+        mixed, layers = signals is not None and signals.settings.signal_layers == "mixture", {}
         if args.method == "single_layer":
             layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
         self.mold_loss = MoldLoss.for_config(
@@ -153,7 +152,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
             args.row_norm,
             tau_row=args.tau_row,
             row_keys=args.row_keys,
-            teacher_layers_left_out=args.mol_teacher_layers_left_out or (),
+            teacher_layers_left_out=() if mixed else args.mol_teacher_layers_left_out or (),
             student_layers_left_out=args.mol_student_layers_left_out or (),
             **layers,
         )
@@ -222,11 +221,9 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
             ]
             item: dict[str, Any] = {"example": encoded[0], "signal": None}
             if taught and self.signals is not None:
-                item["signal"] = self.signals.signal(example, encoded[0])
+                item["signal"] = self.signals.reader(example, encoded[0])
             elif taught:
                 item["teacher"] = self.teacher.encode(example, encoded[0])
-            if options.key_scope == "question":
-                item = with_question_keys(item)
             if len(encoded) > 1:
                 item["predict"] = encoded[1]
             items.append(item)

@@ -10,7 +10,7 @@ from mold.commands import cli
 from mold.data.examples import DEFAULT_TEMPLATE
 from mold.data.problems import generate_problems
 from mold.method.extraction import extract_signals
-from mold.method.signals import SignalSettings
+from mold.method.signal_settings import SignalSettings
 from tests.tiny_models import make_model
 from tests.tiny_runs import BARE, EXAMPLES, TEACHER_TOKENIZER, make_teacher
 from tests.tiny_tokenizers import make_tokenizer

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from mold.data.examples import DEFAULT_TEMPLATE
 from mold.method.extraction import extract_signals
-from mold.method.signals import SignalSettings
+from mold.method.signal_settings import SignalSettings
 from tests.tiny_runs import BARE, EXAMPLES, TEACHER_TOKENIZER, make_student, make_teacher, make_trainer, weights
 
 RUNS = {

@@ -3,14 +3,18 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from mold.data.encoding import encode_example
+from mold.data.encoding import Collator, encode_example
 from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.data.problems import generate_problems
 from mold.data.segmentation import SEGMENTATION_VERSION, SegmentOptions
-from mold.method import extraction
+from mold.method import signal_files
 from mold.method.extraction import extract_signals
-from mold.method.signals import SignalCache, SignalSettings
+from mold.method.loss import visible_keys
+from mold.method.signal_settings import SignalSettings
+from mold.method.signals import SignalCache
+from mold_kernels import reference
 from tests.mold.training.test_exactness import pool_by_hand
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
@@ -20,13 +24,17 @@ EXAMPLES = generate_problems(11, seed=2)
 BARE = Example("bare", "Who came first?", "The hen came first.", "the hen")
 
 
+_STORED = ("signal_dtype", "signal_layers", "tau_1", "teacher_layers_left_out")
+
+
 def make_teacher(**options):
     return make_model("qwen3", vocab=len(TOKENIZER), layers=4, heads=4, kv_heads=2, **options).eval()
 
 
 def extract(folder, examples=EXAMPLES, teacher=None, tokenizer=TOKENIZER, **options):
     teacher = teacher or make_teacher()
-    settings = SignalSettings.of(teacher, "tiny", DEFAULT_TEMPLATE, options.pop("row_reduction", "sum"))
+    stored = {name: options.pop(name) for name in _STORED if name in options}
+    settings = SignalSettings.of(teacher, "tiny", DEFAULT_TEMPLATE, options.pop("row_reduction", "sum"), **stored)
     options = {"batch_size": 3, "shard_size": 4, "progress": False} | options
     return extract_signals(teacher, tokenizer, examples, folder, settings, **options)
 
@@ -65,7 +73,7 @@ def test_an_example_without_key_words_has_no_signal(tmp_path):
 def test_killed_at_any_write_it_goes_on(tmp_path, monkeypatch, killed_at):
     """Three shards and three manifests are written; the process dies at one of them, before or after the rename."""
     undisturbed = extract(tmp_path / "undisturbed")
-    write, writes = extraction.write_atomically, []
+    write, writes = signal_files.write_atomically, []
 
     def dying_write(path, data):
         writes.append(path)
@@ -74,10 +82,10 @@ def test_killed_at_any_write_it_goes_on(tmp_path, monkeypatch, killed_at):
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(extraction, "write_atomically", dying_write)
+    monkeypatch.setattr(signal_files, "write_atomically", dying_write)
     with pytest.raises(KeyboardInterrupt):
         extract(tmp_path / "killed")
-    monkeypatch.setattr(extraction, "write_atomically", write)
+    monkeypatch.setattr(signal_files, "write_atomically", write)
     forwards = []
     teacher = make_teacher()
     teacher.model.register_forward_pre_hook(lambda *args: forwards.append(1))
@@ -180,18 +188,32 @@ def test_a_signal_of_other_steps_is_refused(tmp_path):
         cache.signal(EXAMPLES[0], fewer)
 
 
+def flip(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
 def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no manifest"):
         SignalCache(tmp_path)
     extract(tmp_path)
     shard = tmp_path / "shard-00001.safetensors"
     whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors was altered"):
-        SignalCache(tmp_path)
-    shard.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match=r"shard-00001\.safetensors was altered"):
-        SignalCache(tmp_path)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    flipped = (0, 7, 8, header // 2, header - 1)
+    for damaged in (b"", whole[:5], whole[:header], whole[:-10], whole + b"0", *(flip(whole, at) for at in flipped)):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"shard-00001\.safetensors was altered"):
+            SignalCache(tmp_path)
+    # A signal is checked when it is read: the one that was altered is found, the others are served.
+    for at in (header, len(whole) - 1):
+        shard.write_bytes(flip(whole, at))
+        cache, messages = SignalCache(tmp_path), []
+        for example in EXAMPLES:
+            try:
+                cache.signal(example, encode(example))
+            except ValueError as error:
+                messages.append(str(error))
+        assert [("shard-00001.safetensors was altered" in message) for message in messages] == [True]
     shard.unlink()
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is missing"):
         SignalCache(tmp_path)
@@ -237,13 +259,11 @@ def change(*path, value=None):
         change("shards", value="shard-00000.safetensors"),
         change("shards", any, value=7),
         change("shards", "../shard-00000.safetensors", value="0" * 64),
-        change("examples", value=[]),
-        change("examples", any, value=[]),
-        change("examples", any, "tokens"),
-        change("examples", any, "steps", value="2"),
-        change("examples", any, "steps", value=-1),
-        change("examples", any, "key_words", value=99),
-        change("examples", "0" * 64, value={"tokens": "", "steps": 1, "key_words": 1}),
+        change("settings", "signal_dtype", value="int8"),
+        change("settings", "signal_layers", value=["all"]),
+        change("settings", "signal_layers", value="mixture"),
+        change("settings", "tau_1", value=0.1),
+        change("shards", any, value="0" * 64),
     ],
 )
 def test_a_manifest_of_a_wrong_form_is_named(tmp_path, damage):
@@ -303,3 +323,75 @@ def test_a_manifest_of_wrong_limits_is_named(tmp_path, name, value):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=rf"manifest\.json: {name}: is {value!r}, must be"):
         SignalCache(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "relative", "absolute"), [("bfloat16", 2**-8, 0), ("float16", 2**-11, 2**-25)])
+def test_what_is_stored_in_half_the_bytes_is_as_near_as_stated(tmp_path, dtype, relative, absolute):
+    whole, half = (extract(tmp_path / name, signal_dtype=name) for name in ("float32", dtype))
+    for example in EXAMPLES:
+        expected, found = (cache.signal(example, encode(example)) for cache in (whole, half))
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=relative, atol=absolute)
+        assert not torch.equal(found, expected)
+    with pytest.raises(ValueError, match=f"was extracted with signal_dtype='float32', must be '{dtype}'"):
+        extract(tmp_path / "float32", signal_dtype=dtype)
+
+
+@pytest.mark.parametrize("left_out", [[], [0, -1]])
+def test_a_mixture_is_the_mixture_of_all(tmp_path, left_out):
+    every = extract(tmp_path / "every", [*EXAMPLES, BARE])
+    options = {"signal_layers": "mixture", "tau_1": 0.05, "teacher_layers_left_out": left_out}
+    mixed = extract(tmp_path / "mixed", [*EXAMPLES, BARE], **options)
+    kept = slice(1, 3) if left_out else slice(None)
+    for example in EXAMPLES:
+        signal, found = (cache.signal(example, encode(example)) for cache in (every, mixed))
+        counts = torch.tensor([signal.shape[1]]), torch.tensor([signal.shape[2]])
+        weights = reference.teacher_layer_weights(signal[kept, None], *counts, 0.05)
+        assert found.shape == (1, *signal.shape[1:])
+        torch.testing.assert_close(found[0], torch.einsum("l,lsm->sm", weights[0], signal[kept]), rtol=1e-5, atol=1e-7)
+    assert mixed.signal(BARE, encode(BARE)) is None
+    with pytest.raises(ValueError, match=r"was extracted with tau_1=0\.05, must be 0\.1"):
+        extract(tmp_path / "mixed", **options | {"tau_1": 0.1})
+
+
+def test_nothing_is_stored_of_what_no_step_sees(tmp_path):
+    cache = extract(tmp_path, shard_size=100)
+    seen = whole = 0
+    for example in EXAMPLES:
+        encoded = encode(example)
+        visible = visible_keys(torch.tensor([encoded.row_spans]), torch.tensor([encoded.key_spans]))[0]
+        seen, whole = seen + visible.sum().item(), whole + visible.numel()
+        signal = cache.signal(example, encoded)
+        assert (signal[:, ~visible] == 0).all()
+        assert (signal[:, visible] > 0).all()
+    (shard,) = tmp_path.glob("*.safetensors")
+    data = shard.read_bytes()
+    assert len(data) - 8 - int.from_bytes(data[:8], "little") == seen * 4 * 4
+    assert seen < 0.8 * whole
+
+
+def test_signals_are_read_when_a_batch_is_made(tmp_path, monkeypatch):
+    """In the process that makes it: this one, one that was forked, or one that opens the cache for itself."""
+    cache, read = extract(tmp_path), []
+    really = SignalCache.read
+    with monkeypatch.context() as counted:
+        counted.setattr(SignalCache, "read", lambda self, content: read.append(content) or really(self, content))
+        items = cache.items(EXAMPLES, TOKENIZER)
+        assert not read
+        here = [batch["teacher_attention"] for batch in DataLoader(items, 4, collate_fn=Collator(0))]
+        assert len(read) == len(EXAMPLES)
+    items = cache.items(EXAMPLES, TOKENIZER)
+    for way in ("fork", "spawn"):
+        loader = DataLoader(items, 4, collate_fn=Collator(0), num_workers=2, multiprocessing_context=way)
+        for one, other in zip(loader, here, strict=True):
+            assert torch.equal(one["teacher_attention"], other)
+
+
+@pytest.mark.parametrize(("visible", "keys"), [([0, 0], 3), ([3, 3], 3), ([1, 2, 5], 5), ([2], 2), ([0, 1, 1], 4)])
+def test_cells_are_packed_and_unpacked(visible, keys):
+    signal = torch.rand(2, len(visible), keys)
+    for step, count in enumerate(visible):
+        signal[:, step, count:] = 0
+    cells = signal_files.packed(signal, visible)
+    assert cells.shape == (2, sum(visible))
+    assert torch.equal(signal_files.unpacked(cells, visible, keys), signal)

@@ -1,5 +1,6 @@
 """beta: chosen from gradients, rising and falling, kept; presets; key words of the question alone."""
 
+import dataclasses
 import json
 import math
 
@@ -7,9 +8,20 @@ import pytest
 import torch
 
 from mold import MoldConfig
+from mold.method.extraction import extract_signals
 from mold.training import config
 from mold.training.checkpoints import COMPLETE_FILE
-from tests.tiny_runs import BARE, EXAMPLES, make_student, make_trainer, metrics, online_teacher, weights
+from tests.tiny_runs import (
+    BARE,
+    EXAMPLES,
+    TEACHER_TOKENIZER,
+    make_student,
+    make_teacher,
+    make_trainer,
+    metrics,
+    online_teacher,
+    weights,
+)
 
 
 def gradient(trainer, items, terms):
@@ -165,16 +177,22 @@ def test_a_preset_gives_what_is_not_given(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("online", [False, True])
 def test_key_words_of_the_question_alone(tmp_path, signals, online):
-    teaching = online_teacher() if online else None
+    settings = dataclasses.replace(signals.settings, key_scope="question")
+    asked_alone = None
+    if not online:
+        examples = [*EXAMPLES, BARE]
+        asked_alone = extract_signals(
+            make_teacher(), TEACHER_TOKENIZER, examples, tmp_path / "signals", settings, progress=False
+        )
     trainers = {
         scope: make_trainer(
             tmp_path / scope,
-            None if online else signals,
+            None if online else cache,
             key_scope=scope,
-            trainer_options=teaching,
+            trainer_options=online_teacher() if online else None,
             examples=[*EXAMPLES, BARE],
         )
-        for scope in ("all", "question")
+        for scope, cache in (("all", signals), ("question", asked_alone))
     }
     for whole, asked in zip(*(trainer.train_dataset for trainer in trainers.values()), strict=True):
         words = whole["example"].key_word_texts
@@ -185,7 +203,7 @@ def test_key_words_of_the_question_alone(tmp_path, signals, online):
             len(words) - count
         )
         if count and not online:
-            assert torch.equal(asked["signal"], whole["signal"][:, :, :count])
+            torch.testing.assert_close(asked["signal"](), whole["signal"]()[:, :, :count], rtol=1e-5, atol=1e-7)
         if count and online:
             assert asked["teacher"].key_spans == whole["teacher"].key_spans[:count]
     assert any(len(item["example"].key_spans) for item in trainers["question"].train_dataset)
@@ -194,6 +212,9 @@ def test_key_words_of_the_question_alone(tmp_path, signals, online):
     losses = [metrics(tmp_path / scope)[0]["loss_attention"] for scope in trainers]
     assert losses[0] != losses[1]
     assert all(loss > 0 for loss in losses)
+    if not online:
+        with pytest.raises(ValueError, match="was extracted with key_scope='all', must be 'question'"):
+            make_trainer(tmp_path, signals, key_scope="question")
 
 
 @pytest.mark.parametrize(

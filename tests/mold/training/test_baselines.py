@@ -92,7 +92,7 @@ def test_a_single_layer_is_taught_by_a_single_layer(tmp_path, signals):
     assert entry["teacher_layer_weights"] == [0, 1, 0, 0, 0]
     assert entry["student_layer_weights"] == [1, 0, 0]
     item = trainer.eval_dataset[0]
-    teacher, student = item["signal"][1:2, None], torch.tensor(entry["student"])[None, None]
+    teacher, student = item["signal"]()[1:2, None], torch.tensor(entry["student"])[None, None]
     counts = torch.tensor([teacher.shape[2]]), torch.tensor([teacher.shape[3]])
     expected = reference.layer_mixture_kl(teacher, student, torch.ones(1, 1), *counts, row_norm="l1")
     assert entry["kl"] == pytest.approx(expected.item(), rel=1e-4)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mold.data.examples import text_hash
+from mold.method.signal_files import read_header, read_manifests
 from mold.method.signals import SignalCache
 from tests import tiny_runs
 from tests.mold.command_line import flags
@@ -60,12 +62,16 @@ def test_training_is_that_of_one_process(folders, run):
 def test_extraction_is_split(folders):
     one, two = (SignalCache(folder / "signals") for folder in folders)
     assert sorted(p.name for p in two.folder.glob("manifest*")) == ["manifest-1.json", "manifest.json"]
-    shares = [json.loads((two.folder / name).read_text())["examples"] for name in ("manifest.json", "manifest-1.json")]
-    assert not shares[0].keys() & shares[1].keys()
+    shares = [
+        {content for name, digest in manifest["shards"].items() for content in read_header(two.folder / name, digest)}
+        for manifest in read_manifests(two.folder).values()
+    ]
+    assert not shares[0] & shares[1]
     assert sorted(map(len, shares)) == [6, 7]
-    assert one._signals.keys() == two._signals.keys()
-    for name, signal in one._signals.items():
-        torch.testing.assert_close(two._signals[name], signal, rtol=1e-5, atol=1e-6)
+    assert len(one) == len(two) == 13
+    for example in EXAMPLES:
+        content = text_hash(example, one.settings.template)
+        torch.testing.assert_close(two.read(content), one.read(content), rtol=1e-5, atol=1e-6)
 
 
 def test_a_checkpoint_of_two_processes_is_whole(folders, tmp_path):

@@ -12,7 +12,7 @@ from mold.data.examples import Example
 from mold.data.problems import generate_problems
 from mold.files import LOCK
 from mold.method.extraction import extract_signals
-from mold.method.signals import SignalSettings
+from mold.method.signal_settings import SignalSettings
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
 
@@ -208,7 +208,7 @@ def test_signals_are_found_whatever_the_rows_are_called(tmp_path, signals):
     plain = trainer_of_rows(trainer, padded, signals)
     for one, other, example in zip(trainer._items, plain._items, examples, strict=False):
         assert (one["signal"] is None) == (other["signal"] is None) == (example is BARE)
-        assert one["signal"] is None or torch.equal(one["signal"], other["signal"])
+        assert one["signal"] is None or torch.equal(one["signal"](), other["signal"]())
 
 
 def solution(example):
@@ -243,7 +243,7 @@ def test_columns_of_common_sets_are_trained_as_in_mold_trainer(tmp_path, signals
     expected = MoldTrainer(student, options, data, processing_class=tokenizer(), signals=signals).train_dataset
     for mine, theirs in zip(trained._items, expected, strict=True):
         assert dataclasses.replace(mine["example"], id="") == dataclasses.replace(theirs["example"], id="")
-        assert torch.equal(mine["signal"], theirs["signal"])
+        assert torch.equal(mine["signal"](), theirs["signal"]())
     before = parameters(trained)
     trained.train()
     assert losses(trained, "loss_attention")[0] > 0
@@ -253,3 +253,17 @@ def test_columns_of_common_sets_are_trained_as_in_mold_trainer(tmp_path, signals
 def test_data_without_signals_is_refused(tmp_path, signals):
     with pytest.raises(ValueError, match="train-8: has no teacher signal"):
         make_trainer(tmp_path, signals, examples=[*EXAMPLES[:7], BARE, EXAMPLES[7]])
+
+
+def test_a_mixture_of_another_temperature_is_refused(tmp_path, signals):
+    options = {"signal_layers": "mixture", "tau_1": 0.5, "teacher_layers_left_out": []}
+    mixed = extract_signals(
+        make_model("qwen3", vocab=len(tokenizer()), layers=4, seed=8),
+        *(tokenizer(), EXAMPLES[:4], tmp_path / "mixture", dataclasses.replace(signals.settings, **options)),
+        progress=False,
+    )
+    with pytest.raises(ValueError, match=r"was extracted with tau_1=0\.5, must be 0\.1"):
+        make_trainer(tmp_path, mixed, examples=EXAMPLES[:4])
+    trainer = make_trainer(tmp_path, mixed, examples=EXAMPLES[:4], kwargs={"tau_1": 0.5})
+    trainer.train()
+    assert losses(trainer, "loss_attention")[0] > 0
