@@ -239,8 +239,16 @@ def stack_attention(attentions: Sequence[LayerAttention]) -> torch.Tensor:
     """Stepwise attention of all layers, [L, B, S, M], from a model output's `attentions`.
 
     Raises:
-        ValueError: nothing was captured, or something else than the "mold" attention's output. An empty capture must
-            never become a loss of zero.
+        ValueError: as of `check_captured`.
+    """
+    check_captured(attentions)
+    return torch.stack([layer.attention for layer in attentions])
+
+
+def check_captured(attentions: Sequence[LayerAttention]) -> None:
+    """Raise a ValueError if nothing was captured, or something else than the "mold" attention's output.
+
+    An empty capture must never become a loss of zero.
     """
     if not attentions or not all(isinstance(layer, LayerAttention) for layer in attentions):
         found = f"{len(attentions)} of {type(attentions[0]).__name__}" if attentions else "nothing"
@@ -248,7 +256,6 @@ def stack_attention(attentions: Sequence[LayerAttention]) -> torch.Tensor:
             f"attentions: holds {found}, must hold one LayerAttention a layer: load the model with "
             f'attn_implementation="{ATTENTION_NAME}" and call it with output_attentions=True, row_spans and key_spans'
         )
-    return torch.stack([layer.attention for layer in attentions])
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from mold.data.examples import ANSWER, PROMPT, RATIONALE
-from mold.method.attention_interface import LayerAttention, stack_attention
+from mold.method.attention_interface import LayerAttention, check_captured
+from mold.method.layer_mixture import loss_of_mixture
 from mold.method.router import FixedLayer, LayerRouter, check_layer, kept_layers
 from mold_kernels import layer_mixture_kl, teacher_layer_weights
 
@@ -137,14 +138,17 @@ class MoldLoss(nn.Module):
             ValueError: visible is missing, nothing was captured, the shapes do not fit, or the captured attention has
                 no gradient although gradients are on (reentrant activation checkpointing cuts it).
         """
-        student_attention = stack_attention(attentions)
+        check_captured(attentions)
         if any(layer.value_features is None for layer in attentions):
             raise ValueError("attentions: have no value_features; call the model with value_features=True")
-        if self.training and torch.is_grad_enabled() and not student_attention.requires_grad:
+        layers = [layer.attention for layer in attentions]
+        if self.training and torch.is_grad_enabled() and not any(layer.requires_grad for layer in layers):
             raise ValueError(
                 "attentions: carry no gradient. Reentrant activation checkpointing cuts it: use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}; or every parameter of the model is frozen'
             )
+        if self.row_keys == "visible" and visible is None:
+            raise ValueError('visible: is None, must be of visible_keys where row_keys is "visible"')
         features = [layer.value_features for layer in attentions]
         if len(self._student_layers) < self.num_layers == len(features):
             weights = self.router([features[layer] for layer in self._student_layers])
@@ -155,29 +159,30 @@ class MoldLoss(nn.Module):
         if len(kept) < teacher_attention.shape[1]:
             # A mixture of one layer is that layer.
             teacher_attention = teacher_attention[:, kept]
-        with torch.autocast(student_attention.device.type, enabled=False):
-            teacher, student = teacher_attention.transpose(0, 1).to(student_attention.dtype), student_attention
-            if self.row_keys == "visible":
-                if visible is None:
-                    raise ValueError('visible: is None, must be of visible_keys where row_keys is "visible"')
-                # The layers' weights are told from all of the attention, so the teacher is mixed before.
+        with torch.autocast(layers[0].device.type, enabled=False):
+            teacher = teacher_attention.transpose(0, 1).to(layers[0].dtype)
+            if (self.tau_row, self.row_keys) != (1, "all"):
+                # The layers' weights are told from all of the attention as it is, so the teacher is mixed before.
                 mixing = teacher_layer_weights(teacher, num_steps, num_keys, self.tau)
-                teacher = torch.einsum("bl,lbsm->bsm", mixing, teacher)[None]
-            if self.tau_row != 1:
-                teacher, student = teacher / self.tau_row, student / self.tau_row
-            if self.row_keys == "visible" and visible is not None:
-                teacher, student = (mixed.masked_fill(~visible, _HIDDEN) for mixed in (teacher, student))
-            loss = layer_mixture_kl(
-                teacher,
-                student,
-                weights.to(student_attention.dtype),
-                num_steps,
-                num_keys,
-                # Attention over tau_row changes tau_row times as much from key word to key word.
-                tau=self.tau / self.tau_row,
-                row_norm=self.row_norm,
-            )
+                teacher = self._rows(torch.einsum("bl,lbsm->bsm", mixing, teacher)[None], visible)
+            alone = teacher.new_ones(teacher.shape[1], 1)
+
+            def divergence(mixed: torch.Tensor) -> torch.Tensor:
+                student = self._rows(mixed[None], visible)
+                return layer_mixture_kl(
+                    teacher, student, alone, num_steps, num_keys, tau=self.tau, row_norm=self.row_norm
+                )
+
+            loss = loss_of_mixture(divergence, weights.to(layers[0].dtype), layers)
         return AttentionLoss(loss, weights)
+
+    def _rows(self, mixed: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        """What a step's softmax is of."""
+        if self.tau_row != 1:
+            mixed = mixed / self.tau_row
+        if self.row_keys == "visible" and visible is not None:
+            mixed = mixed.masked_fill(~visible, _HIDDEN)
+        return mixed
 
 
 def denominators(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
