@@ -51,6 +51,7 @@ def mold_attention_forward(
     key_spans: torch.Tensor | None = None,
     row_reduction: str = "sum",
     value_features: bool = False,
+    span_layers: Sequence[int] | None = None,
     cu_seqlens: Sequence[int] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -66,6 +67,7 @@ def mold_attention_forward(
         row_spans, key_spans: int32 [B, S, 2] and [B, M, 2], see `mold_kernels.span_attention`; both or neither.
         row_reduction: "sum" or "mean".
         value_features: whether to pool the values for the router.
+        span_layers: the layers that return a LayerAttention, so that the model's `attentions` are theirs; None: all.
         cu_seqlens: where each of B texts begins that stand one behind another in one row, and T at the end; spans
             count from there. The model's forward needs position_ids that start again, and a mask of ones.
         sliding_window: how many keys a row sees, itself included.
@@ -73,13 +75,15 @@ def mold_attention_forward(
         s_aux: [Hq] sinks, as in gpt-oss: one more score a head, whose probability goes nowhere.
 
     Returns:
-        The attention's output [B, T, Hq, D], and a LayerAttention (None without spans).
+        The attention's output [B, T, Hq, D], and a LayerAttention; None without spans and for other than span_layers.
 
     Raises:
         ValueError: spans together with something the pooled attention does not have (a cache, attention dropout, a
             mask that is more than causal, windowed and padding, packing without cu_seqlens, a position bias, a
             bidirectional attention).
     """
+    if span_layers is not None and module.layer_idx not in span_layers:
+        row_spans = key_spans = None
     options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
     options |= {"softcap": softcap, "sinks": s_aux, "row_reduction": row_reduction, "value_features": value_features}
     options |= kwargs
@@ -260,20 +264,25 @@ def check_captured(attentions: Sequence[LayerAttention]) -> None:
 
 @torch.no_grad()
 def observe_attention(
-    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], row_reduction: str = "sum"
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    row_reduction: str = "sum",
+    layers: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Stepwise attention of all layers, [L, B, S, M] on the model's device, of a model that is not trained.
+    """Stepwise attention of layers, [L, B, S, M] on the model's device, of a model that is not trained.
 
     Args:
         model: with the "mold" attention.
         batch: input_ids, attention_mask, row_spans and key_spans as `mold.data.encoding.Collator` makes them.
         row_reduction: "sum" or "mean".
+        layers: which; None: all.
     """
     names = ("input_ids", "attention_mask", "row_spans", "key_spans")
     # The backbone alone: no logits are needed.
     out = model.base_model(
         **{name: batch[name].to(model.device) for name in names},
         row_reduction=row_reduction,
+        span_layers=layers,
         output_attentions=True,
         use_cache=False,
     )

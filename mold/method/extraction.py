@@ -142,9 +142,13 @@ def _signals(
     if not encoded:
         return {}
     batch = collate([{"example": example} for example in encoded.values()])
-    attention = observe_attention(model, batch, settings.row_reduction).float()
+    layers = None
     if settings.signal_layers == "mixture":
-        attention = _mixture(attention, encoded.values(), settings)
+        left_out: Any = settings.teacher_layers_left_out
+        layers = kept_layers("teacher_layers_left_out", left_out, model.config.get_text_config().num_hidden_layers)
+    attention = observe_attention(model, batch, settings.row_reduction, layers).float()
+    if settings.tau_1 is not None:
+        attention = _mixture(attention, encoded.values(), settings.tau_1)
     attention, cells = attention.cpu(), {}
     for index, (content, example) in enumerate(encoded.items()):
         signal = attention[:, index, : len(example.row_spans), : len(example.key_spans)]
@@ -158,10 +162,8 @@ def _signals(
     return cells
 
 
-def _mixture(attention: torch.Tensor, examples: Iterable[EncodedExample], settings: SignalSettings) -> torch.Tensor:
+def _mixture(attention: torch.Tensor, examples: Iterable[EncodedExample], tau: float) -> torch.Tensor:
     """[1, B, S, M] of [L, B, S, M]."""
     counts = torch.tensor([(len(e.row_spans), len(e.key_spans)) for e in examples], device=attention.device)
-    left_out: Any = settings.teacher_layers_left_out
-    attention = attention[kept_layers("teacher_layers_left_out", left_out, len(attention))]
-    weights = teacher_layer_weights(attention, counts[:, 0], counts[:, 1], settings.tau_1 or 0)
+    weights = teacher_layer_weights(attention, counts[:, 0], counts[:, 1], tau)
     return torch.einsum("bl,lbsm->bsm", weights, attention)[None]

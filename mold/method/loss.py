@@ -74,7 +74,8 @@ class MoldLoss(nn.Module):
         self.teacher_layers_left_out = tuple(teacher_layers_left_out)
         self.num_layers = router.num_layers + len(set(student_layers_left_out))
         """Of the student, those that are left out too."""
-        self._student_layers = kept_layers("student_layers_left_out", student_layers_left_out, self.num_layers)
+        self.student_layers = kept_layers("student_layers_left_out", student_layers_left_out, self.num_layers)
+        """Of its mixture."""
         self.router = router
         self.tau = tau
         self.row_norm = row_norm
@@ -128,7 +129,9 @@ class MoldLoss(nn.Module):
         """The loss of each example; 0 with zero gradient for one without key words.
 
         Args:
-            attentions: the student's output `attentions`, of a forward with ``value_features=True``.
+            attentions: the student's output `attentions`, of a forward with ``value_features=True``: of all layers, or
+                of `student_layers` alone (``span_layers=loss_fn.student_layers``). Beside them the loss takes as much
+                as a few of them, and its backward one gradient of each, for which they need not be kept.
             teacher_attention: float32 [B, L1, S, M].
             num_steps: int [B].
             num_keys: int [B].
@@ -141,6 +144,8 @@ class MoldLoss(nn.Module):
         check_captured(attentions)
         if any(layer.value_features is None for layer in attentions):
             raise ValueError("attentions: have no value_features; call the model with value_features=True")
+        if len(attentions) == self.num_layers:
+            attentions = [attentions[layer] for layer in self.student_layers]
         layers = [layer.attention for layer in attentions]
         if self.training and torch.is_grad_enabled() and not any(layer.requires_grad for layer in layers):
             raise ValueError(
@@ -149,12 +154,7 @@ class MoldLoss(nn.Module):
             )
         if self.row_keys == "visible" and visible is None:
             raise ValueError('visible: is None, must be of visible_keys where row_keys is "visible"')
-        features = [layer.value_features for layer in attentions]
-        if len(self._student_layers) < self.num_layers == len(features):
-            weights = self.router([features[layer] for layer in self._student_layers])
-            weights = _spread(weights, self._student_layers, self.num_layers)
-        else:
-            weights = self.router(features)
+        weights = self.router([layer.value_features for layer in attentions])
         kept = self._teacher_layers(teacher_attention.shape[1])
         if len(kept) < teacher_attention.shape[1]:
             # A mixture of one layer is that layer.
@@ -174,7 +174,7 @@ class MoldLoss(nn.Module):
                 )
 
             loss = loss_of_mixture(divergence, weights.to(layers[0].dtype), layers)
-        return AttentionLoss(loss, weights)
+        return AttentionLoss(loss, _spread(weights, self.student_layers, self.num_layers))
 
     def _rows(self, mixed: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
         """What a step's softmax is of."""

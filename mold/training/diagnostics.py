@@ -55,7 +55,7 @@ class Diagnostics(TrainerMixin):
             outputs = self._forward(model, inputs, with_attention=True)
             counts = inputs["num_steps"], inputs["num_keys"]
             teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
-            teacher_weights = self.mold_loss.teacher_weights(teacher, *counts)
+            teacher_weights, layers = self.mold_loss.teacher_weights(teacher, *counts), self.mold_loss.student_layers
             visible = visible_keys(inputs["row_spans"], inputs["key_spans"])
             kl, student_weights = self.mold_loss(outputs.attentions, teacher, *counts, visible)
             maps.append(
@@ -64,7 +64,7 @@ class Diagnostics(TrainerMixin):
                     "steps": item["example"].step_texts,
                     "key_words": item["example"].key_word_texts,
                     "teacher": torch.einsum("bl,blsm->bsm", teacher_weights, teacher)[0].tolist(),
-                    "student": torch.einsum("bl,lbsm->bsm", student_weights, student)[0].tolist(),
+                    "student": torch.einsum("bl,lbsm->bsm", student_weights[:, layers], student)[0].tolist(),
                     "teacher_layer_weights": teacher_weights[0].tolist(),
                     "student_layer_weights": student_weights[0].tolist(),
                     "kl": kl.item(),

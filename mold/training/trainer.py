@@ -314,6 +314,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
             kwargs |= {
                 "output_attentions": True,
                 "value_features": True,
+                "span_layers": self.mold_loss.student_layers,
                 "row_reduction": self.args.row_reduction,
                 "row_spans": inputs["row_spans"],
                 "key_spans": inputs["key_spans"],

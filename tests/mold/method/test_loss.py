@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import MambaConfig
 
-from mold.method.attention_interface import LayerAttention
+from mold.method.attention_interface import LayerAttention, use_mold_attention
 from mold.method.loss import MoldLoss, visible_keys
 from mold.method.router import FixedLayer, LayerRouter
 from mold_kernels import reference
@@ -172,3 +172,22 @@ def test_what_is_missing_is_named():
 def test_a_student_without_attention_is_refused():
     with pytest.raises(ValueError, match="model: is a mamba without attention heads"):
         MoldLoss.for_config(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2))
+
+
+def test_layers_that_are_left_out_need_not_be_captured():
+    """Loss, weights and gradients are those of a forward that captured all of them; no other layer pools anything."""
+    torch.manual_seed(0)
+    model = use_mold_attention(make_model("llama", layers=4)).eval()
+    loss_fn = MoldLoss.for_config(model.config, student_layers_left_out=[1, -1])
+    torch.nn.init.normal_(loss_fn.router.projection.weight, std=0.1)
+    batch = {"input_ids": torch.randint(3, 60, (BATCH, 16)), "row_spans": ROWS.int(), "key_spans": KEY_SPANS.int()}
+    found = []
+    for layers in (None, loss_fn.student_layers):
+        out = model(**batch, output_attentions=True, value_features=True, span_layers=layers, use_cache=False)
+        assert len(out.attentions) == (4 if layers is None else 2)
+        loss, weights = loss_fn(out.attentions, maps(4, dtype=torch.float32), *COUNTS)
+        assert weights.shape == (BATCH, 4)
+        assert (weights[:, [1, 3]] == 0).all()
+        found.append([loss, weights, *torch.autograd.grad(loss.sum(), model.model.layers[2].self_attn.q_proj.weight)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
