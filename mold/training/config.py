@@ -131,7 +131,7 @@ class MoldConfig(TrainingArguments):
     mol_student_layer: int = field(default=-1, metadata={"help": "single_layer: the student's."})
     template: str | None = field(
         default=None,
-        metadata={"help": "Of the texts (docs/training.md); by the data."},
+        metadata={"help": "Of the texts (docs/guides/data.md); by the data."},
     )
     max_length: int | None = field(default=1024, metadata={"help": "Most tokens of an example, else refused."})
     cross_entropy: str = field(

@@ -93,7 +93,7 @@ def test_no_name_shadows_a_module():
 
 
 def test_the_readme_imports_from_the_package_itself():
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.S):
             for node in ast.walk(ast.parse(block)):
                 if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "mold":

@@ -130,5 +130,5 @@ def test_help_says_which_files_are_read_and_the_docs_which_columns(mold, monkeyp
     for command in ("train", "extract", "eval", "generate"):
         said = " ".join(mold(command, "--help")[1].split())
         assert all(name in said for name in (*SUFFIXES, *FORMATS)), command
-    docs = (Path(__file__).parents[3] / "docs/training.md").read_text()
+    docs = (Path(__file__).parents[3] / "docs/guides/data.md").read_text()
     assert conversations.COLUMNS in " ".join(docs.split())
