@@ -27,7 +27,7 @@ from mold.commands.recipe import Recipe, load_recipe
 from mold.commands.recipe_data import collect, row_of, teacher_examples
 from mold.evaluation.comparison import Run, read_run, summarise
 from mold.files import LOCK, digest, file_digest, read_json, write_atomically, write_jsonl
-from mold.report import plots
+from mold.report import drawing, plots
 from mold.report.page import write_comparison, write_report
 from mold.report.results import findings, markdown, table
 
@@ -162,7 +162,7 @@ def _write_results(
     write_atomically(root / "results.md", markdown(summary).encode())
     try:
         for name, figure in plots.comparison_figures(summary).items():
-            write_atomically(root / f"{name}.svg", plots.figure_to_svg(figure).encode())
+            write_atomically(root / f"{name}.svg", drawing.figure_to_svg(figure, "white").encode())
         write_comparison(root, summary, trainings)
     except ImportError as error:
         say(f"pictures and report: not drawn ({error})")

@@ -12,7 +12,9 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -27,12 +29,15 @@ from mold.commands.options import Options
 from mold.commands.parsing import parse, read_yaml
 from mold.data.encoding import check_tokenizer, has_signal
 from mold.data.examples import Example
+from mold.evaluation.comparison import ACCURACY, HELD_OUT, read_outcomes
 from mold.evaluation.likelihoods import log_likelihoods
-from mold.evaluation.predictions import accuracy, generate_predictions
+from mold.evaluation.predictions import accuracy, generate_predictions, wilson_interval
+from mold.evaluation.statistics import change
 from mold.files import json_object, read_json, sole_use, write_atomically, write_jsonl
 from mold.generation.batches import Journal
-from mold.models import load_tokenizer
+from mold.models import load_tokenizer, name_of
 from mold.report.page import write_report
+from mold.report.results import training_rows
 from mold.training.trainer import MoldTrainer
 
 CONFIG = "config.yaml"
@@ -169,8 +174,7 @@ def measure(options: Options, trainer: MoldTrainer, examples: list[Example], whe
     predictions = predict(*about)
     if PartialState().is_main_process:
         write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
-        if when != "before":
-            write_jsonl(options.folder / f"likelihoods_{when}.jsonl", likelihoods(*about))
+        write_jsonl(options.folder / f"likelihoods_{when}.jsonl", likelihoods(*about))
     return {"metrics": metrics, "accuracy": accuracy(predictions)}
 
 
@@ -228,21 +232,22 @@ def _write_maps(folder: Path, before: list[dict], after: list[dict], examples: d
 
 def _summarise(options: Options, trainer: MoldTrainer, before: dict, after: dict, seconds: dict) -> dict:
     names = {
-        "eval_loss_attention": "attention KL",
-        "eval_loss_rationale": "rationale loss",
-        "eval_loss_answer": "answer loss",
-        "eval_loss": "loss",
+        "eval_loss_attention": ("attention KL", "nats"),
+        "eval_loss_rationale": ("rationale loss", "nats a token"),
+        "eval_loss_answer": ("answer loss", "nats a token"),
+        "eval_loss": ("loss", "weighted sum of the terms"),
     }
-    rows = [
-        {"metric": name, "before": before["metrics"][key], "after": after["metrics"][key], "better": "lower"}
-        for key, name in names.items()
+    rows: list[dict] = []
+    if PartialState().is_main_process:  # which wrote what they are from
+        rows += _outcome_rows(options.folder)
+    rows += [
+        {"metric": name, "unit": unit, "before": before["metrics"][key], "after": after["metrics"][key]}
+        for key, (name, unit) in names.items()
         if key in after["metrics"]
     ]
-    rows.append({"metric": "accuracy", "before": before["accuracy"], "after": after["accuracy"], "better": "higher"})
-    layers = trainer.model.config.num_hidden_layers
     teacher = options.teacher.teacher_model_name_or_path
     return {
-        "model": options.student.model_name_or_path or f"{teacher} with {layers} layers",
+        "model": name_of(trainer.model.config),
         "teacher": teacher or (trainer.signals.settings.teacher if trainer.signals else None),
         "rows": rows,
         "num_train": len(trainer.train_dataset),
@@ -252,6 +257,30 @@ def _summarise(options: Options, trainer: MoldTrainer, before: dict, after: dict
         "seconds": seconds,
         "versions": versions(),
     }
+
+
+def _outcome_rows(folder: Path) -> list[dict]:
+    """Accuracy and log-likelihoods of the held-out examples, with their 95 % intervals."""
+    before, after = (
+        read_outcomes(HELD_OUT, folder / f"predictions_{when}.jsonl", folder / f"likelihoods_{when}.jsonl")
+        if (folder / f"likelihoods_{when}.jsonl").is_file()
+        else {}
+        for when in ("before", "after")
+    )
+    rows = []
+    for (_, measure), values in after.items():
+        means, intervals = {"before": None, "after": mean(values.values())}, {}
+        row = {"metric": measure, "unit": "%" if measure == ACCURACY else "nats an example"}
+        if old := before.get((HELD_OUT, measure)):
+            means["before"] = mean(old.values())
+            found = change(np.array([old[one] for one in values]), np.array(list(values.values())))
+            intervals["change"] = found["interval"]
+            row["verdict"] = found["verdict"]
+        if measure == ACCURACY:
+            shares = {when: share for when, share in means.items() if share is not None}
+            intervals |= {when: wilson_interval(share * len(values), len(values)) for when, share in shares.items()}
+        rows.append(row | means | {"intervals": intervals})
+    return rows
 
 
 def versions() -> dict[str, str]:
@@ -268,9 +297,11 @@ def show_summary(summary: dict) -> None:
     """The table of a run, shown by one of its processes."""
     if not PartialState().is_main_process:
         return
-    table = Table("held-out", "before", "after", title=f"{summary['model']}, taught by {summary['teacher']}")
-    for row in summary["rows"]:
-        table.add_row(row["metric"], *("" if row[w] is None else f"{row[w]:.4g}" for w in ("before", "after")))
+    columns = ("metric", "before", "after", "change", "verdict")
+    table = Table(f"{summary['num_eval']} held-out examples", *columns[1:4], "", title_justify="left")
+    table.title = f"{summary['model']}, taught by {summary['teacher']} (95 % intervals)"
+    for row in training_rows(summary):
+        table.add_row(*(row[column] for column in columns))
     get_console().print(table)
     get_console().print(
         f"{summary['num_train']} training examples ({summary['num_without_signal']} without key words), "

@@ -34,12 +34,16 @@ def test_the_whole_path(mold, models, problems, tmp_path):
     assert "report.html" in out
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["metric"] for row in summary["rows"]] == [
+        "accuracy",
+        "rationale log-likelihood",
+        "answer log-likelihood",
         "attention KL",
         "rationale loss",
         "answer loss",
         "loss",
-        "accuracy",
     ]
+    assert all("verdict" in row and "change" in row["intervals"] for row in summary["rows"][:3])
+    assert summary["rows"][0]["intervals"].keys() == {"before", "after", "change"}
     assert (summary["num_train"], summary["num_eval"]) == (10, 4)
     for name in ("report.html", "model.safetensors", "mold_router.safetensors", "metrics.jsonl"):
         assert (folder / name).stat().st_size > 0
@@ -269,6 +273,7 @@ def test_the_untrained_student_need_not_answer(mold, models, problems, tmp_path)
     status, _, _ = mold("train", *options_of(models, problems, folder, predict_before=False, max_steps=1))
     assert status == 0
     assert not (folder / "predictions_before.jsonl").exists()
-    *losses, accuracy = json.loads((folder / "summary.json").read_text())["rows"]
-    assert accuracy["before"] is None
-    assert None not in [accuracy["after"], *(row["before"] for row in losses)]
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    assert [row["before"] is None for row in rows] == [True] * 3 + [False] * 4
+    assert None not in [row["after"] for row in rows]
+    assert not any("verdict" in row for row in rows)

@@ -1,6 +1,6 @@
 import pytest
 
-from mold.report import plots
+from mold.report import drawing, plots
 from mold.report.results import difference_table, findings, markdown, needed_table, table
 
 
@@ -70,20 +70,23 @@ def test_all_tables_in_markdown():
 
 def test_findings_say_what_may_be_chance():
     (said,) = findings(SUMMARY)
-    assert said == "x against y: +10.0 (+5.0 to +15.0) points of accuracy on 10 questions of a, 3 seeds: better."
+    assert said == (
+        "x: 35.0 % right, 100.0 % with y, of 10 questions of a, 3 seeds; "
+        "+10.0 (+5.0 to +15.0) points of accuracy: better."
+    )
     undecided = SUMMARY | {"comparisons": [comparison("x", "accuracy", -0.1, "undecided") | {"seeds": 1}]}
-    assert findings(undecided)[0].endswith("1 seed: may be chance.")
+    assert findings(undecided)[0].endswith("1 seed; -10.0 (-15.0 to -5.0) points of accuracy: may be chance.")
 
 
 def test_pictures():
     pytest.importorskip("matplotlib")
-    svg = plots.figure_to_svg(plots.variant_results(SUMMARY["variants"]))
+    svg = drawing.figure_to_svg(plots.variant_results(SUMMARY["variants"]))
     assert all(text in svg for text in ("accuracy, %", "rationale log-likelihood, nats", "held out", ">x<", ">y<"))
     assert svg.count(">x<") == 2  # a panel each measure, whose sets differ
-    svg = plots.figure_to_svg(plots.variant_differences(SUMMARY["comparisons"]))
+    svg = drawing.figure_to_svg(plots.variant_differences(SUMMARY["comparisons"]))
     assert all(text in svg for text in ("held out", "accuracy, points", "rationale log-likelihood, nats", plots.BLUE))
     variants = {f"{n}, {s}": variant(n, s, s / 1000, {}) for n in ("x", "y") for s in (100, 200, 400)}
-    svg = plots.figure_to_svg(plots.accuracy_by_size(variants))
+    svg = drawing.figure_to_svg(plots.accuracy_by_size(variants))
     assert all(text in svg for text in ("training examples", ">400<", ">x<", ">y<"))
     with pytest.raises(ValueError, match="comparisons: is empty"):
         plots.variant_differences([])
