@@ -96,15 +96,17 @@ def change(before: np.ndarray, after: np.ndarray) -> dict:
         before, after: [questions], right or wrong as 1 and 0, or log-likelihoods; more is better.
 
     Returns:
-        "interval": [low, high], of 95 %, and "verdict": "better", "worse" or, where the interval holds 0 or fewer than
-        `MIN_CHANGED` questions changed, "may be chance".
+        "interval": [low, high], of 95 %, and "verdict": "better", "worse", "unchanged" if no question did, or, where
+        the interval holds 0 or fewer than `MIN_CHANGED` questions changed, "may be chance".
 
     Raises:
         ValueError: as of `paired_difference`.
     """
     found = paired_difference(np.asarray(after)[None], np.asarray(before)[None])
-    decided = (found.low > 0 or found.high < 0) and np.count_nonzero(np.asarray(after) - before) >= MIN_CHANGED
-    verdict = ("better" if found.mean > 0 else "worse") if decided else "may be chance"
+    changed = np.count_nonzero(np.asarray(after) - before)
+    verdict = "may be chance" if changed else "unchanged"
+    if (found.low > 0 or found.high < 0) and changed >= MIN_CHANGED:
+        verdict = "better" if found.mean > 0 else "worse"
     return {"interval": [found.low, found.high], "verdict": verdict}
 
 

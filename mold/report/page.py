@@ -83,6 +83,10 @@ def write_comparison(folder: Path, summary: Mapping[str, Any], trainings: Sequen
     Raises:
         ImportError: the extra ``report`` is not installed.
     """
+    alike = [
+        f"No variant differs in {measure} on {name}."
+        for measure, name in results.without_difference(summary["comparisons"])
+    ]
     tables, figures = results.sections(summary), plots.comparison_figures(summary)
     shown = [
         {
@@ -93,10 +97,10 @@ def write_comparison(folder: Path, summary: Mapping[str, Any], trainings: Sequen
         }
         for name, title, *remarks in (
             ("results", "", "A ring is a seed, a dot their mean, a line its interval. Further right is better."),
-            ("differences", f"Differences to {summary['baseline']}"),
+            ("differences", f'Differences to "{summary["baseline"]}"', *alike),
             ("sizes", "By number of training examples"),
         )
-        if name in figures
+        if name in tables or name in figures
     ]
     found = results.findings(summary)
     if len(found) > FINDINGS_SHOWN:

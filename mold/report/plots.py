@@ -31,7 +31,7 @@ from mold.report.drawing import (
     mark_not_finite,
     printable,
 )
-from mold.report.results import number, row_name
+from mold.report.results import number, row_name, without_difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,8 +155,9 @@ def comparison_figures(summary: Mapping[str, Any]) -> dict[str, Figure]:
         ImportError: matplotlib is not installed.
     """
     found = {"results": variant_results(summary["variants"])}
-    if summary["comparisons"]:
-        found["differences"] = variant_differences(summary["comparisons"])
+    alike = without_difference(summary["comparisons"])
+    if differing := [entry for entry in summary["comparisons"] if (entry["measure"], entry["set"]) not in alike]:
+        found["differences"] = variant_differences(differing)
     if len({entry["size"] for entry in summary["variants"].values()}) > 1:
         found["sizes"] = accuracy_by_size(summary["variants"])
     return found

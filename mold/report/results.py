@@ -31,7 +31,7 @@ def number(value: float | str | None) -> str:
 def training_rows(summary: Mapping) -> list[dict[str, str]]:
     """What came of a training, a row a measure, in words: metric (with its unit), before, after, change, verdict.
 
-    A verdict, "better", "worse" or "may be chance", is there where an interval is, and where a measure became NaN.
+    A verdict is there where an interval is (see `mold.evaluation.statistics.change`), and where a measure became NaN.
 
     Args:
         summary: as summary.json has it.
@@ -68,12 +68,13 @@ def training_sentences(summary: Mapping) -> list[str]:
     found = []
     asked = "" if summary.get("num_eval") is None else f" on {summary['num_eval']:,} held-out problems"
     for row in training_rows(summary)[:1]:
-        name = row["metric"][:1].upper() + row["metric"][1:]
+        name, _, unit = row["metric"].partition(", ")
+        name = name[:1].upper() + name[1:] + asked + (f", in {unit}" if unit else "")
         if row["before"] == number(None):
-            found.append(f"{name}{asked}: {row['after']} after training; not measured before.")
+            found.append(f"{name}: {row['after']} after training; not measured before.")
         else:
             change = row["change"] + (f": {row['verdict']}" if row["verdict"] else "")
-            found.append(f"{name}{asked}: {row['after']} after training, {row['before']} before; change {change}.")
+            found.append(f"{name}: {row['after']} after training, {row['before']} before; change {change}.")
     text = f"{summary.get('model') or 'The student'} learnt from {summary.get('teacher') or 'its teacher'}"
     if summary.get("num_train") is not None:
         text += f" on {summary['num_train']:,} examples"
@@ -116,6 +117,15 @@ def difference_table(comparisons: Sequence[Mapping]) -> Iterator[list[str]]:
 def row_name(entry: Mapping) -> str:
     """How a comparison's row is called."""
     return entry["variant"] if entry["size"] is None else f"{entry['variant']}, {entry['size']}"
+
+
+def without_difference(comparisons: Sequence[Mapping]) -> list[tuple[str, str]]:
+    """The (measure, set) in which no variant differs from the baseline at all."""
+    largest: dict[tuple[str, str], float] = {}
+    for entry in comparisons:
+        key = entry["measure"], entry["set"]
+        largest[key] = max(largest.get(key, 0), *(abs(entry[end]) for end in ("mean", "low", "high")))
+    return [key for key, value in largest.items() if value < 1e-9]
 
 
 def needed_table(needed: Sequence[Mapping]) -> Iterator[list[str]]:
@@ -164,13 +174,12 @@ def findings(summary: Mapping) -> list[str]:
         if entry["measure"] == "accuracy" and entry["set"] in summary["variants"][row_name(entry)]["sets"]:
             verdict = {"undecided": "may be chance"}.get(entry["verdict"], entry["verdict"])
             seeds = f"{entry['seeds']} seed{'s' if entry['seeds'] > 1 else ''}"
-            difference = f"{_difference(entry).strip('*')} points of accuracy"
             asked = f"{entry['questions']} questions of {entry['set']}, {seeds}"
             base = summary["baseline"] if entry["size"] is None else f"{summary['baseline']}, {entry['size']}"
             mean, theirs = (100 * summary["variants"][n]["sets"][entry["set"]]["mean"] for n in (row_name(entry), base))
             found.append(
-                f"{row_name(entry)}: {mean:.1f} % right, {theirs:.1f} % with {summary['baseline']}, of {asked}; "
-                f"{difference}: {verdict}."
+                f"{row_name(entry)}: {mean:.1f} % right, {base}: {theirs:.1f} %, of {asked}; "
+                f"difference {_difference(entry).strip('*')} points: {verdict}."
             )
     return found
 

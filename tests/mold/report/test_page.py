@@ -131,7 +131,7 @@ def test_a_change_is_judged_where_it_has_an_interval(run_folder):
     }
     summary["rows"][1] |= {"after": 1.25, "intervals": {"change": [-0.5, 0]}, "verdict": "may be chance"}
     assert training_rows(summary)[1]["change"] == "\N{MINUS SIGN}0.25 (\N{MINUS SIGN}0.5 to 0)"
-    said = "Accuracy, % on 20 held-out problems: 50.0 (30.0 to 70.0) after training, 25.0 (11.0 to 47.0) before; "
+    said = "Accuracy on 20 held-out problems, in %: 50.0 (30.0 to 70.0) after training, 25.0 (11.0 to 47.0) before; "
     assert training_sentences(summary)[0] == said + "change +25.0 (+10.0 to +40.0): better."
     summary["rows"][0] |= {"before": None, "intervals": {"after": [0.3, 0.7]}}
     assert training_sentences(summary)[0].endswith("50.0 (30.0 to 70.0) after training; not measured before.")

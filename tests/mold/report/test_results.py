@@ -71,11 +71,10 @@ def test_all_tables_in_markdown():
 def test_findings_say_what_may_be_chance():
     (said,) = findings(SUMMARY)
     assert said == (
-        "x: 35.0 % right, 100.0 % with y, of 10 questions of a, 3 seeds; "
-        "+10.0 (+5.0 to +15.0) points of accuracy: better."
+        "x: 35.0 % right, y: 100.0 %, of 10 questions of a, 3 seeds; difference +10.0 (+5.0 to +15.0) points: better."
     )
     undecided = SUMMARY | {"comparisons": [comparison("x", "accuracy", -0.1, "undecided") | {"seeds": 1}]}
-    assert findings(undecided)[0].endswith("1 seed; -10.0 (-15.0 to -5.0) points of accuracy: may be chance.")
+    assert findings(undecided)[0].endswith("1 seed; difference -10.0 (-15.0 to -5.0) points: may be chance.")
 
 
 def test_pictures():
