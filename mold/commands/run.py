@@ -23,6 +23,7 @@ from mold.commands import extract, generate, keywords, train
 from mold.commands.dry_run import dry_run
 from mold.commands.options import Options
 from mold.commands.parsing import Parser, make_options
+from mold.commands.progress import say
 from mold.commands.recipe import Recipe, load_recipe
 from mold.commands.recipe_data import collect, row_of, teacher_examples
 from mold.evaluation.comparison import Run, read_run, summarise
@@ -70,12 +71,12 @@ def run(arguments: Sequence[str], recipe: str | None = None) -> None:
     changes = [*chosen.set, *([f"output_dir={chosen.output_dir}"] if chosen.output_dir else [])]
     loaded = load_recipe(recipe or chosen.recipe, chosen.data_dir, changes)
 
-    def say(line: str) -> None:
+    def show(line: str) -> None:
         get_console().print(line, soft_wrap=True, highlight=False, markup=False)
 
     if chosen.dry_run:
         for line in dry_run(loaded):
-            say(line)
+            show(line)
         return
     summary = run_recipe(loaded, say)
     heading, *rows = table(summary)
@@ -84,8 +85,8 @@ def run(arguments: Sequence[str], recipe: str | None = None) -> None:
         shown.add_row(*row)
     get_console().print(shown)
     for finding in findings(summary):
-        say(finding)
-    say(f"report: {loaded.output_dir}/report.html; tables: results.md, results.json")
+        show(finding)
+    show(f"report: {loaded.output_dir}/report.html; tables: results.md, results.json")
 
 
 def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:

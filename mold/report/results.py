@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-_LOSSES = ("attention KL", "rationale loss", "answer loss")
+_LOSSES = {"attention KL": "nats", "rationale loss": "nats a token", "answer loss": "nats a token"}
 _NOTE = "Accuracy in %, mean over seeds, with the 95 % interval for the set's size; losses of held-out examples."
 _COMPARED = (
     "Differences to {baseline}, paired over questions and seeds, with their 95 % intervals: accuracy in points, "
@@ -92,7 +92,9 @@ def table(summary: Mapping) -> Iterator[list[str]]:
     variants = summary["variants"]
     sets = list(dict.fromkeys(name for entry in variants.values() for name in entry["sets"]))
     losses = [name for name in _LOSSES if any(name in entry["held_out"] for entry in variants.values())]
-    yield ["variant", "seeds", *sets, "mean", *losses]
+    sizes = {name: found["total"] for entry in variants.values() for name, found in entry["sets"].items()}
+    columns = [f"{name}, % of {sizes[name]}" for name in sets]
+    yield ["variant", "seeds", *columns, "mean, %", *(f"{name}, {_LOSSES[name]}" for name in losses)]
     for name, entry in variants.items():
         cells = [
             f"{100 * s['mean']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})"

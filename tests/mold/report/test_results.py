@@ -35,7 +35,7 @@ SUMMARY = {
 
 def test_accuracies_and_losses():
     rows = list(table(SUMMARY))
-    assert rows[0] == ["variant", "seeds", "a", "mean", "attention KL"]
+    assert rows[0] == ["variant", "seeds", "a, % of 10", "mean, %", "attention KL, nats"]
     assert rows[1] == ["x", "1", "35.0 (25.0 to 45.0)", "35.0", "1.5"]
     assert rows[2][3:] == ["100.0", ""]
 
@@ -59,7 +59,10 @@ def test_examples_needed():
 
 def test_all_tables_in_markdown():
     text = markdown(SUMMARY)
-    assert text.splitlines()[2:4] == ["| variant | seeds | a | mean | attention KL |", "|---|---|---|---|---|"]
+    assert text.splitlines()[2:4] == [
+        "| variant | seeds | a, % of 10 | mean, % | attention KL, nats |",
+        "|---|---|---|---|---|",
+    ]
     assert "Differences to y, paired over questions and seeds" in text
     assert "2 intervals are shown, about 1 of which miss the truth by chance" in text
     assert "| x | 100 | 141" in text
