@@ -67,6 +67,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **kwargs_of_source | kwargs)
     except OSError as error:
         raise ValueError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    model.name_or_path = model.config.name_or_path = name  # of a .gguf file transformers knows the folder alone
     return model, tokenizer
 
 
@@ -148,11 +149,24 @@ def config_of_layers(config: PretrainedConfig, layers: Sequence[int]) -> Pretrai
     total = config.num_hidden_layers
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= total:
         raise ValueError(f"student_layers: is {list(layers)}, must be ascending indices from 0 to {total - 1}")
+    name = config.name_or_path
     config = copy.deepcopy(config)
+    config.taken_layers = {"from": name, "layers": list(layers), "total": total}
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in layers]
     return config
+
+
+def name_of(config: PretrainedConfig) -> str:
+    """What a model is called: the folder or hub name that its weights are from, and which of its layers it has."""
+    name = config.name_or_path or "a model made in Python"
+    taken = getattr(config, "taken_layers", None)
+    if not taken:
+        return name
+    layers, total = taken["layers"], taken["total"]
+    which = f"{len(layers)} of {total} layers ({', '.join(map(str, layers))})"
+    return f"{name} with {which}" if taken["from"] == config.name_or_path else f"{name}, {which} of {taken['from']}"
 
 
 def spread_layers(total: int, count: int) -> list[int]:

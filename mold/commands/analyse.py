@@ -15,7 +15,7 @@ from mold.data.chat import choose_template
 from mold.evaluation.analysis import key_word_mass
 from mold.files import write_atomically
 from mold.models import load_model, load_tokenizer
-from mold.report import plots
+from mold.report import drawing, plots
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse("analyse", arguments)
     table = Table("attention to key words, %", "beginning", "end", "evenly spread: beginning", "end", "examples")
     for name, entry in analyse(options).items():
-        layers = [sum(layer[place] or 0 for layer in entry["mass"]) / len(entry["mass"]) for place in (0, -1)]
+        layers = [sum(layer[place] for layer in entry["mass"]) / len(entry["mass"]) for place in (0, -1)]
         shares = [f"{100 * value:.2f}" for value in (*layers, entry["even"][0], entry["even"][-1])]
         table.add_row(name, *shares, f"{entry['examples']} ({entry['without_key_words']} without key words)")
     get_console().print(table)
@@ -63,6 +63,6 @@ def analyse(options: Options) -> dict[str, dict]:
         )
     options.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(options.folder / "analysis.json", json.dumps(found, indent=1).encode())
-    svg = plots.figure_to_svg(plots.key_word_attention(found))
+    svg = drawing.figure_to_svg(plots.key_word_attention(found), "white")
     write_atomically(options.folder / "analysis.svg", svg.encode())
     return found

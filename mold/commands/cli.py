@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import logging
 import os
 import sys
 import traceback
+
+from mold.commands import verbosity
 
 COMMANDS = {
     "demo": "A student with and without attention, on generated problems.",
@@ -33,8 +34,9 @@ def usage() -> str:
     lines = ["usage: mold COMMAND [options]", "", "Distil where a teacher looks while it reasons.", ""]
     lines += [f"  {name:9} {summary}" for name, summary in COMMANDS.items()]
     lines += ["", "A killed command goes on where it stopped when it is started again."]
-    lines += ["mold COMMAND --help lists a command's options; --traceback beside them shows"]
-    lines += ["where an error is from; mold --version says which one this is."]
+    lines += ["mold COMMAND --help lists a command's options; all take --verbosity, quiet"]
+    lines += ["(results, warnings and errors), normal or debug (all that there is), and"]
+    lines += ["--traceback, where an error is from. mold --version says which one this is."]
     return "\n".join(lines)
 
 
@@ -58,7 +60,8 @@ def dispatch(arguments: list[str]) -> None:
         sys.exit(2)
     elif "--help" in rest or "-h" in rest:
         module = importlib.import_module(f"mold.commands.{name}")
-        print(f"usage: mold {name} {getattr(module, 'USAGE', '[options]')}\n\n{COMMANDS[name]}\n")
+        usage_of = f"usage: mold {name} {getattr(module, 'USAGE', '[options]')}"
+        print(f"{usage_of} [--verbosity {'|'.join(verbosity.LEVELS)}] [--traceback]\n\n{COMMANDS[name]}\n")
         print(module.help_text() if hasattr(module, "help_text") else _options_help(name))
     else:
         importlib.import_module(f"mold.commands.{name}").main(rest)
@@ -70,17 +73,13 @@ def _options_help(name: str) -> str:
     return help_text(name)
 
 
-def _is_for_the_user(record: logging.LogRecord) -> bool:
-    """Not what bitsandbytes says wherever it is installed without `kernels`, of a CPU kernel that nobody asked for."""
-    return "from kernels-community" not in str(record.msg)
-
-
 def main() -> None:
     """Run the command line; an error is one line on stderr and exit status 1, with --traceback its traceback too."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
     shown = len(arguments) < len(sys.argv) - 1
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_for_the_user)
     try:
+        arguments = verbosity.choose(arguments)
+        shown = shown or verbosity.is_debug()
         dispatch(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads our output has seen enough

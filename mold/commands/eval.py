@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich import get_console
@@ -14,13 +14,13 @@ from transformers.utils import logging
 from mold.commands.inputs import load_models, load_teacher, make_student, read_data, student_config, teaching
 from mold.commands.options import Options
 from mold.commands.parsing import parse
-from mold.commands.train import likelihoods, measure, predict, write_once
+from mold.commands.train import LOSSES, likelihoods, measure, predict, write_once
 from mold.data.chat import choose_template, recorded_template
 from mold.data.examples import Example, question_key
 from mold.data.problems import generate_problems
 from mold.data.readers import read_examples
 from mold.evaluation.harness import Tasks, evaluate_tasks
-from mold.evaluation.predictions import score
+from mold.evaluation.predictions import score, wilson_interval
 from mold.files import digest, write_atomically, write_jsonl
 from mold.generation.batches import Journal
 from mold.models import weights_fingerprint
@@ -46,10 +46,7 @@ def main(arguments: Sequence[str]) -> None:
             say(remark)
         say(f"predictions: {options.folder / 'predictions'}", soft_wrap=True)
     elif options.data.dataset:
-        table = Table("metric", "value")
-        for name, value in evaluate(options).items():
-            table.add_row(name, f"{value:.4g}")
-        say(table)
+        say(evaluation_table(evaluate(options)))
         say(f"predictions: {options.folder / 'predictions_eval.jsonl'}", soft_wrap=True)
 
 
@@ -73,6 +70,19 @@ def evaluate(options: Options) -> dict:
     metrics = result["metrics"] | {"accuracy": result["accuracy"], "num_eval": len(examples)}
     write_once(options.folder / "eval.json", json.dumps(metrics, indent=1).encode())
     return metrics
+
+
+def evaluation_table(metrics: Mapping[str, float]) -> Table:
+    """A row a metric, with its unit."""
+    total = int(metrics["num_eval"])
+    table = Table(f"{total} examples", "value")
+    low, high = wilson_interval(metrics["accuracy"] * total, total)
+    shares = "{:.1f} ({:.1f} to {:.1f})".format(*(100 * share for share in (metrics["accuracy"], low, high)))
+    table.add_row("accuracy, % (95 % interval)", shares)
+    for key, (name, unit) in LOSSES.items():
+        if key in metrics:
+            table.add_row(f"{name}, {unit}", f"{metrics[key]:.4g}")
+    return table
 
 
 def compare(options: Options, trained_on: Sequence[Example] = ()) -> list[dict]:
@@ -176,7 +186,7 @@ def comparison_table(results: list[dict]) -> Table:
     """A row a model, a column a data set: accuracy in percent with its 95 % interval."""
     sets = list(dict.fromkeys(result["set"] for result in results))
     sizes = {result["set"]: result["total"] for result in results}
-    table = Table("model", *(f"{name} ({sizes[name]})" for name in sets), title="accuracy, % (95 % interval)")
+    table = Table("model", *(f"{name} ({sizes[name]} questions)" for name in sets), title="accuracy, % (95 % interval)")
     for model in dict.fromkeys(result["model"] for result in results):
         cells = {result["set"]: result for result in results if result["model"] == model}
         table.add_row(
@@ -206,9 +216,10 @@ def remarks(results: list[dict]) -> Iterator[str]:
 def tasks_table(results: list[dict]) -> Table:
     """A row a task and metric, a column a model: the value with its standard error."""
     models = list(dict.fromkeys(result["model"] for result in results))
-    table = Table("task", "metric", *models, title="lm-evaluation-harness (+- standard error)")
+    table = Table("task", "examples", "metric", *models, title="lm-evaluation-harness (+- standard error)")
     for task, metric in dict.fromkeys((result["task"], result["metric"]) for result in results):
         cells = {r["model"]: r for r in results if (r["task"], r["metric"]) == (task, metric)}
         errors = {m: "" if cells[m]["stderr"] is None else f" +- {cells[m]['stderr']:.3f}" for m in models}
-        table.add_row(task, metric, *(f"{cells[m]['value']:.3f}{errors[m]}" for m in models))
+        total = next((f"{cell['total']}" for cell in cells.values() if cell["total"]), "")
+        table.add_row(task, total, metric, *(f"{cells[m]['value']:.3f}{errors[m]}" for m in models))
     return table

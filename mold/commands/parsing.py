@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
 from mold.commands.options import GROUPS, NEEDS, OURS, PLACE, TAKES, Options, names
+from mold.commands.verbosity import is_quiet
 from mold.training.config import MoldConfig
 
 logger = logging.get_logger(__name__)
@@ -78,7 +79,9 @@ def make_options(command: str, chosen: Mapping[str, Any], arguments: Sequence[st
         if group is MoldConfig:
             values |= _FIXED.get(command, {})
         groups[attribute] = group(**values)
-    return Options(**groups)
+    options = Options(**groups)
+    options.training.disable_tqdm |= is_quiet()  # no option that was chosen: a run goes on without it
+    return options
 
 
 def parse(command: str, arguments: Sequence[str], defaults: Mapping[str, Any] | None = None) -> Options:

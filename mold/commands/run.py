@@ -23,12 +23,13 @@ from mold.commands import extract, generate, keywords, train
 from mold.commands.dry_run import dry_run
 from mold.commands.options import Options
 from mold.commands.parsing import Parser, make_options
+from mold.commands.progress import say
 from mold.commands.recipe import Recipe, load_recipe
 from mold.commands.recipe_data import collect, row_of, teacher_examples
 from mold.data.segmentation import SegmentOptions
 from mold.evaluation.comparison import Run, read_run, summarise
 from mold.files import LOCK, digest, file_digest, read_json, write_atomically, write_jsonl
-from mold.report import plots
+from mold.report import drawing, plots
 from mold.report.page import write_comparison, write_report
 from mold.report.results import findings, markdown, table
 
@@ -71,12 +72,12 @@ def run(arguments: Sequence[str], recipe: str | None = None) -> None:
     changes = [*chosen.set, *([f"output_dir={chosen.output_dir}"] if chosen.output_dir else [])]
     loaded = load_recipe(recipe or chosen.recipe, chosen.data_dir, changes)
 
-    def say(line: str) -> None:
+    def show(line: str) -> None:
         get_console().print(line, soft_wrap=True, highlight=False, markup=False)
 
     if chosen.dry_run:
         for line in dry_run(loaded):
-            say(line)
+            show(line)
         return
     summary = run_recipe(loaded, say)
     heading, *rows = table(summary)
@@ -85,8 +86,8 @@ def run(arguments: Sequence[str], recipe: str | None = None) -> None:
         shown.add_row(*row)
     get_console().print(shown)
     for finding in findings(summary):
-        say(finding)
-    say(f"report: {loaded.output_dir}/report.html; tables: results.md, results.json")
+        show(finding)
+    show(f"report: {loaded.output_dir}/report.html; tables: results.md, results.json")
 
 
 def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
@@ -164,7 +165,7 @@ def _write_results(
     write_atomically(root / "results.md", markdown(summary).encode())
     try:
         for name, figure in plots.comparison_figures(summary).items():
-            write_atomically(root / f"{name}.svg", plots.figure_to_svg(figure).encode())
+            write_atomically(root / f"{name}.svg", drawing.figure_to_svg(figure, "white").encode())
         write_comparison(root, summary, trainings)
     except ImportError as error:
         say(f"pictures and report: not drawn ({error})")

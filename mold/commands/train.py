@@ -12,30 +12,44 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import mean
 
+import numpy as np
 import torch
 import transformers
 import yaml
 from accelerate import PartialState
 from rich import get_console
+from rich.box import SIMPLE
 from rich.table import Table
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 import mold
 from mold.commands.inputs import load_split, load_teacher, lora_config, make_student, student_config, teaching
 from mold.commands.options import Options
 from mold.commands.parsing import parse, read_yaml
+from mold.commands.progress import SayHowItGoes, StepBar, say
 from mold.data.encoding import check_tokenizer, has_signal
 from mold.data.examples import Example
+from mold.evaluation.comparison import ACCURACY, HELD_OUT, read_outcomes
 from mold.evaluation.likelihoods import log_likelihoods
-from mold.evaluation.predictions import accuracy, generate_predictions
+from mold.evaluation.predictions import accuracy, generate_predictions, wilson_interval
+from mold.evaluation.statistics import change
 from mold.files import json_object, read_json, sole_use, write_atomically, write_jsonl
 from mold.generation.batches import Journal
-from mold.models import load_tokenizer
+from mold.models import load_tokenizer, name_of
 from mold.report.page import write_report
+from mold.report.results import training_rows
 from mold.training.trainer import MoldTrainer
 
 CONFIG = "config.yaml"
+LOSSES = {
+    "eval_loss_attention": ("attention KL", "nats"),
+    "eval_loss_rationale": ("rationale loss", "nats a token"),
+    "eval_loss_answer": ("answer loss", "nats a token"),
+    "eval_loss": ("loss", "weighted sum of the terms"),
+}
+"""What the losses of held-out examples are called, and their units."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -85,6 +99,10 @@ def _train(
         peft_config=lora_config(options.student),
         **taught_by,
     )
+    for printing in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printing)
+    trainer.add_callback(StepBar())
+    trainer.add_callback(SayHowItGoes())
     options.training.template = trainer.template  # as a resumed run reads it from the config: no checkpoint differs
     if not (folder / CONFIG).is_file():
         write_once(
@@ -104,7 +122,6 @@ def _train(
         write_once(before_file, json.dumps(before).encode())
     evaluated = time.perf_counter()
     set_seed(options.training.seed)  # what is random from here on is so whether anything was measured before or not
-    trainer.add_callback(SayWhereItBegins())
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     say(f"saved to {folder}")
@@ -115,22 +132,6 @@ def _train(
     summary = _summarise(options, trainer, before, after, seconds)
     write_once(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
-
-
-class SayWhereItBegins(TrainerCallback):
-    """A line for the user: a killed training goes on, another starts."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step:
-            say(f"resuming at step {state.global_step} of {state.max_steps}")
-        else:
-            say(f"starting: {state.max_steps} steps")
-
-
-def say(line: str) -> None:
-    """A line for the user, once whatever the number of processes."""
-    if PartialState().is_main_process:
-        get_console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def write_once(path: Path, data: bytes) -> None:
@@ -169,8 +170,7 @@ def measure(options: Options, trainer: MoldTrainer, examples: list[Example], whe
     predictions = predict(*about)
     if PartialState().is_main_process:
         write_jsonl(options.folder / f"predictions_{when}.jsonl", predictions)
-        if when != "before":
-            write_jsonl(options.folder / f"likelihoods_{when}.jsonl", likelihoods(*about))
+        write_jsonl(options.folder / f"likelihoods_{when}.jsonl", likelihoods(*about))
     return {"metrics": metrics, "accuracy": accuracy(predictions)}
 
 
@@ -227,22 +227,17 @@ def _write_maps(folder: Path, before: list[dict], after: list[dict], examples: d
 
 
 def _summarise(options: Options, trainer: MoldTrainer, before: dict, after: dict, seconds: dict) -> dict:
-    names = {
-        "eval_loss_attention": "attention KL",
-        "eval_loss_rationale": "rationale loss",
-        "eval_loss_answer": "answer loss",
-        "eval_loss": "loss",
-    }
-    rows = [
-        {"metric": name, "before": before["metrics"][key], "after": after["metrics"][key], "better": "lower"}
-        for key, name in names.items()
+    rows: list[dict] = []
+    if PartialState().is_main_process:  # which wrote what they are from
+        rows += _outcome_rows(options.folder)
+    rows += [
+        {"metric": name, "unit": unit, "before": before["metrics"][key], "after": after["metrics"][key]}
+        for key, (name, unit) in LOSSES.items()
         if key in after["metrics"]
     ]
-    rows.append({"metric": "accuracy", "before": before["accuracy"], "after": after["accuracy"], "better": "higher"})
-    layers = trainer.model.config.num_hidden_layers
     teacher = options.teacher.teacher_model_name_or_path
     return {
-        "model": options.student.model_name_or_path or f"{teacher} with {layers} layers",
+        "model": name_of(trainer.model.config),
         "teacher": teacher or (trainer.signals.settings.teacher if trainer.signals else None),
         "rows": rows,
         "num_train": len(trainer.train_dataset),
@@ -252,6 +247,30 @@ def _summarise(options: Options, trainer: MoldTrainer, before: dict, after: dict
         "seconds": seconds,
         "versions": versions(),
     }
+
+
+def _outcome_rows(folder: Path) -> list[dict]:
+    """Accuracy and log-likelihoods of the held-out examples, with their 95 % intervals."""
+    before, after = (
+        read_outcomes(HELD_OUT, folder / f"predictions_{when}.jsonl", folder / f"likelihoods_{when}.jsonl")
+        if (folder / f"likelihoods_{when}.jsonl").is_file()
+        else {}
+        for when in ("before", "after")
+    )
+    rows = []
+    for (_, measure), values in after.items():
+        means, intervals = {"before": None, "after": mean(values.values())}, {}
+        row = {"metric": measure, "unit": "%" if measure == ACCURACY else "nats an example"}
+        if old := before.get((HELD_OUT, measure)):
+            means["before"] = mean(old.values())
+            found = change(np.array([old[one] for one in values]), np.array(list(values.values())))
+            intervals["change"] = found["interval"]
+            row["verdict"] = found["verdict"]
+        if measure == ACCURACY:
+            shares = {when: share for when, share in means.items() if share is not None}
+            intervals |= {when: wilson_interval(share * len(values), len(values)) for when, share in shares.items()}
+        rows.append(row | means | {"intervals": intervals})
+    return rows
 
 
 def versions() -> dict[str, str]:
@@ -268,9 +287,14 @@ def show_summary(summary: dict) -> None:
     """The table of a run, shown by one of its processes."""
     if not PartialState().is_main_process:
         return
-    table = Table("held-out", "before", "after", title=f"{summary['model']}, taught by {summary['teacher']}")
-    for row in summary["rows"]:
-        table.add_row(row["metric"], *("" if row[w] is None else f"{row[w]:.4g}" for w in ("before", "after")))
+    table = Table(f"{summary['num_eval']} held-out examples", "before", "after", "change", box=SIMPLE, pad_edge=False)
+    table.title = f"{summary['model']}, taught by {summary['teacher']}; 95 % intervals"
+    for row in training_rows(summary):
+        # An interval under its value, a unit under its name: what 80 columns hold.
+        cells = [row[name].replace(" (", "\n(") for name in ("before", "after")]
+        change, _, interval = row["change"].partition(" (")
+        change = " ".join(filter(None, (change, row["verdict"]))) + (f"\n({interval}" if interval else "")
+        table.add_row(row["metric"].replace(", nats an", ",\nnats an"), *cells, change)
     get_console().print(table)
     get_console().print(
         f"{summary['num_train']} training examples ({summary['num_without_signal']} without key words), "

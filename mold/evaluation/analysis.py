@@ -37,8 +37,8 @@ def key_word_mass(
 ) -> dict:
     """Attention to key words over the course of the reasoning.
 
-    Steps are put into bins by their place, so that texts of different lengths can be averaged: of S steps, step s goes
-    into bin s (bins - 1) / (S - 1), rounded. The question is in the first bin, the last step in the last one.
+    So that texts of different lengths can be averaged, the reasoning of each goes from 0 to 1: of S steps, the question
+    first, step s lasts from s / S to (s + 1) / S, and a bin takes of every step what of it is in the bin.
 
     Args:
         model: a causal language model; its attention is switched to "mold".
@@ -51,8 +51,7 @@ def key_word_mass(
         progress: whether to show a progress bar.
 
     Returns:
-        {"mass": [L][bins], "even": [bins], "steps": [bins] (how many), "examples", "without_key_words"}; None where no
-        step fell into a bin.
+        {"mass": [L][bins], "even": [bins], "examples", "without_key_words"}: means over the examples.
 
     Raises:
         ValueError: no example has key words, or one does not fit (see `encode_example`).
@@ -67,7 +66,7 @@ def key_word_mass(
     collate = Collator(pad_token_id=tokenizer.eos_token_id)
     layers = model.config.get_text_config().num_hidden_layers
     mass = torch.zeros(layers, bins, dtype=torch.float64)
-    even, steps = torch.zeros(bins, dtype=torch.float64), torch.zeros(bins, dtype=torch.int64)
+    even = torch.zeros(bins, dtype=torch.float64)
     starts = range(0, len(chosen), batch_size)
     for start in tqdm(starts, desc="Attention to key words", disable=not progress):
         batch_examples = chosen[start : start + batch_size]
@@ -75,21 +74,22 @@ def key_word_mass(
         pooled = attention.double().sum(-1).cpu()
         for index, example in enumerate(batch_examples):
             count = len(example.row_spans)
-            places = (torch.arange(count) * (bins - 1) / max(1, count - 1)).round().long()
-            mass.index_add_(1, places, pooled[:, index, :count])
-            even.index_add_(0, places, _even(example))
-            steps.index_add_(0, places, torch.ones(count, dtype=torch.int64))
-
-    def means(sums: torch.Tensor) -> list:
-        return [value if n else None for value, n in zip((sums / steps).tolist(), steps.tolist(), strict=True)]
-
+            shares = _shares_of_bins(count, bins)
+            mass += pooled[:, index, :count] @ shares
+            even += _even(example) @ shares
     return {
-        "mass": [means(layer) for layer in mass],
-        "even": means(even),
-        "steps": steps.tolist(),
+        "mass": (mass / len(chosen)).tolist(),
+        "even": (even / len(chosen)).tolist(),
         "examples": len(chosen),
         "without_key_words": len(encoded) - len(chosen),
     }
+
+
+def _shares_of_bins(steps: int, bins: int) -> torch.Tensor:
+    """How much of each bin is in each step, [S, bins]; of a bin they sum to 1."""
+    edges = torch.arange(steps + 1, dtype=torch.float64) / steps
+    inside = (edges[:, None] * bins - torch.arange(bins)).clamp(0, 1)
+    return inside.diff(dim=0)
 
 
 def _even(example: EncodedExample) -> torch.Tensor:

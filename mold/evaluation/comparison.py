@@ -17,7 +17,8 @@ from mold.files import json_lines
 
 HELD_OUT = "held out"
 """The name of the examples that were kept from training, beside the test sets."""
-MEASURES = ("accuracy", "rationale log-likelihood", "answer log-likelihood")
+ACCURACY = "accuracy"
+MEASURES = (ACCURACY, "rationale log-likelihood", "answer log-likelihood")
 
 
 class Run(NamedTuple):
@@ -49,13 +50,14 @@ def read_run(student: Path, evaluated: Path, variant: str, size: int | None, see
     outcomes: dict[tuple[str, str], dict[str, float]] = {}
     for entry in sets:
         stem = f"{entry['model']}--{entry['set']}.jsonl"
-        outcomes |= _outcomes(entry["set"], evaluated / "predictions" / stem, evaluated / "likelihoods" / stem)
-    outcomes |= _outcomes(HELD_OUT, student / "predictions_after.jsonl", student / "likelihoods_after.jsonl")
+        outcomes |= read_outcomes(entry["set"], evaluated / "predictions" / stem, evaluated / "likelihoods" / stem)
+    outcomes |= read_outcomes(HELD_OUT, student / "predictions_after.jsonl", student / "likelihoods_after.jsonl")
     held_out = {row["metric"]: row["after"] for row in rows}
     return Run(variant, size, seed, tuple(sets[0]["tasks"]), sets, held_out, outcomes)
 
 
-def _outcomes(name: str, predictions: Path, likelihoods: Path) -> dict[tuple[str, str], dict[str, float]]:
+def read_outcomes(name: str, predictions: Path, likelihoods: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """The value of every question by id, by set and measure, from what an evaluation wrote of the set."""
     found = {(name, MEASURES[0]): {row["id"]: float(row["correct"]) for _, row in json_lines(predictions)}}
     rows = [row for _, row in json_lines(likelihoods)]
     for term, measure in (("rationale", MEASURES[1]), ("answer", MEASURES[2])):

@@ -27,6 +27,11 @@ MIN_SEEDS = 3
 """Trainings of a variant below which nothing is called better: how much trainings differ is not known."""
 
 
+MIN_CHANGED = 6
+"""Questions that a training must change before anything is made of it: of five, were each as likely to get better as
+worse, all would go the same way in one training of sixteen."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """A mean paired difference with its 95 % interval, over so many seeds and questions."""
@@ -80,6 +85,29 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, draws: int = 5_0
     means = (seeds @ difference * questions).sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Difference(float(difference.mean()), float(low), float(high), *difference.shape)
+
+
+def change(before: np.ndarray, after: np.ndarray) -> dict:
+    """What became of the same questions by one training: its mean change, and whether chance would do as much.
+
+    The interval is over the questions alone, so it is about this training; another may change them otherwise.
+
+    Args:
+        before, after: [questions], right or wrong as 1 and 0, or log-likelihoods; more is better.
+
+    Returns:
+        "interval": [low, high], of 95 %, and "verdict": "better", "worse", "unchanged" if no question did, or, where
+        the interval holds 0 or fewer than `MIN_CHANGED` questions changed, "may be chance".
+
+    Raises:
+        ValueError: as of `paired_difference`.
+    """
+    found = paired_difference(np.asarray(after)[None], np.asarray(before)[None])
+    changed = np.count_nonzero(np.asarray(after) - before)
+    verdict = "may be chance" if changed else "unchanged"
+    if (found.low > 0 or found.high < 0) and changed >= MIN_CHANGED:
+        verdict = "better" if found.mean > 0 else "worse"
+    return {"interval": [found.low, found.high], "verdict": verdict}
 
 
 def examples_needed(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mold.extras import missing_extra
 from mold.files import json_lines, write_atomically
-from mold.report import plots, results
+from mold.report import drawing, maps, plots, results
 
 MAPS_OPEN, MAPS_SHOWN, PREDICTIONS_SHOWN, FINDINGS_SHOWN = 2, 12, 12, 6
 LAYER_WEIGHTS = ("teacher_layer_weights", "student_layer_weights_before", "student_layer_weights_after")
@@ -45,12 +44,12 @@ def write_report(run_folder: str | Path) -> Path:
     there = {name: folder / name for name in WHAT_IS_IN if (folder / name).is_file()}
     notes = [f"{name} is not in this folder: no {what}." for name, what in WHAT_IS_IN.items() if name not in there]
     metrics = merged_metrics(there.get("metrics.jsonl"), notes)
-    maps = _read_json(there["attention_maps.json"]) if "attention_maps.json" in there else []
+    entries = _read_json(there["attention_maps.json"]) if "attention_maps.json" in there else []
     shown = []
-    for entry in maps[:MAPS_SHOWN]:
+    for entry in entries[:MAPS_SHOWN]:
         weighed = all(entry.get(name) for name in LAYER_WEIGHTS)
-        weights = plots.teacher_student_layer_weights(entry) if weighed else None
-        shown.append({"entry": entry, "map": plots.attention_comparison(entry), "weights": weights})
+        weights = maps.teacher_student_layer_weights(entry) if weighed else None
+        shown.append({"entry": entry, "map": maps.attention_comparison(entry), "weights": weights})
     has_router = any(row.get("router_weights") is not None for row in metrics)
     has_losses = any(
         row.get(when + name) is not None for row in metrics for name in plots.PANELS for when in ("", "eval_")
@@ -60,11 +59,11 @@ def write_report(run_folder: str | Path) -> Path:
         "page.html",
         name=folder.resolve().name,
         summary=summary,
-        sentence=_sentence(summary),
-        rows=[_change(row) for row in summary.get("rows", [])],
+        sentences=results.training_sentences(summary),
+        rows=results.training_rows(summary),
         maps=shown,
         maps_open=MAPS_OPEN,
-        maps_left_out=len(maps) - len(shown),
+        maps_left_out=len(entries) - len(shown),
         router=plots.layer_weights_over_training(metrics) if has_router else None,
         losses=plots.loss_curves(metrics) if has_losses else None,
         config=there["config.yaml"].read_text("utf-8", errors="replace") if "config.yaml" in there else None,
@@ -84,6 +83,10 @@ def write_comparison(folder: Path, summary: Mapping[str, Any], trainings: Sequen
     Raises:
         ImportError: the extra ``report`` is not installed.
     """
+    alike = [
+        f"No variant differs in {measure} on {name}."
+        for measure, name in results.without_difference(summary["comparisons"])
+    ]
     tables, figures = results.sections(summary), plots.comparison_figures(summary)
     shown = [
         {
@@ -94,10 +97,10 @@ def write_comparison(folder: Path, summary: Mapping[str, Any], trainings: Sequen
         }
         for name, title, *remarks in (
             ("results", "", "A ring is a seed, a dot their mean, a line its interval. Further right is better."),
-            ("differences", f"Differences to {summary['baseline']}"),
+            ("differences", f'Differences to "{summary["baseline"]}"', *alike),
             ("sizes", "By number of training examples"),
         )
-        if name in figures
+        if name in tables or name in figures
     ]
     found = results.findings(summary)
     if len(found) > FINDINGS_SHOWN:
@@ -115,26 +118,16 @@ def _write_page(folder: Path, template: str, **values) -> Path:
         raise missing_extra("the report", "jinja2", "report") from error
 
     def svg(figure):
-        return Markup(_themed(plots.figure_to_svg(figure), figure.get_figwidth()))  # the figures' own SVG, not input
+        return Markup(_themed(drawing.figure_to_svg(figure), figure.get_figwidth()))  # the figures' own SVG, not input
 
     files = importlib.resources.files("mold.report")
     loader = FunctionLoader(lambda name: (files / name).read_text("utf-8"))
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "svg": svg}
+    environment.filters |= {"number": results.number, "svg": svg}
     html = environment.get_template(template).render(**values)
     path = folder / "report.html"
     write_atomically(path, html.encode("utf-8", "replace"))  # a lone surrogate in a completion
     return path
-
-
-def number(value: float | str | None) -> str:
-    """A number as a reader wants it: four significant digits, NaN as NaN, a dash for what was not measured."""
-    if value is None:
-        return "\N{EN DASH}"
-    value = float(value)
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{value:+}"
-    return str(int(value)) if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _rows(path: Path | None, notes: list[str]) -> list[tuple[str, dict]]:
@@ -163,34 +156,6 @@ def merged_metrics(path: Path | None, notes: list[str]) -> list[dict]:
     return [last[key] for key in sorted(last)]
 
 
-def _change(row: Mapping[str, Any]) -> dict[str, Any]:
-    before, after = row.get("before"), row.get("after")
-    change = verdict = None
-    if before is not None and after is not None:
-        change = after - before
-        if math.isnan(after) and not math.isnan(before):
-            verdict = "worse"
-        elif change and not math.isnan(change):
-            verdict = "better" if (change > 0) == (row["better"] == "higher") else "worse"
-    sign = "+" if change is not None and change > 0 else ""
-    return {**row, "change": sign + number(change).replace("-", "\N{MINUS SIGN}"), "verdict": verdict or ""}
-
-
-def _sentence(summary: Mapping[str, Any]) -> str:
-    text = f"{summary.get('model') or 'The student'} learnt from {summary.get('teacher') or 'its teacher'}"
-    if summary.get("num_train") is not None:
-        text += f" on {summary['num_train']:,} examples"
-    if summary.get("num_without_signal"):
-        text += f" ({summary['num_without_signal']:,} of them without an attention signal)"
-    measured = [row for row in summary.get("rows", []) if None not in (row.get("before"), row.get("after"))]
-    if measured:
-        row = measured[0]
-        text += f"; {row['metric']} went from {number(row['before'])} to {number(row['after'])}"
-        if summary.get("num_eval") is not None:
-            text += f" on {summary['num_eval']:,} held-out problems"
-    return text + "."
-
-
 def _predictions(there: Mapping[str, Path], notes: list[str]) -> dict[str, Any]:
     """The first problems as they come, not chosen, and how many of all turned right or wrong."""
     files = {when: there.get(f"predictions_{when}.jsonl") for when in ("before", "after")}
@@ -214,7 +179,7 @@ def _predictions(there: Mapping[str, Path], notes: list[str]) -> dict[str, Any]:
 
 def _themed(svg: str, inches: float) -> str:
     """Let the page's light and dark colours reach into a figure, and its width follow the page within limits."""
-    for colour, name in plots.THEME.items():
+    for colour, name in drawing.THEME.items():
         svg = svg.replace(colour, f"var(--{name})")
     size = f"width:100%;max-width:{inches:.2f}in;min-width:{0.8 * inches:.2f}in;height:auto"
     return svg.replace("<svg ", f'<svg role="img" style="{size}" ', 1)

@@ -1,10 +1,11 @@
-"""Tables of a comparison of variants, in Markdown."""
+"""What came of a training, and of variants that were compared, as tables of text and sentences."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
-_LOSSES = ("attention KL", "rationale loss", "answer loss")
+_LOSSES = {"attention KL": "nats", "rationale loss": "nats a token", "answer loss": "nats a token"}
 _NOTE = "Accuracy in %, mean over seeds, with the 95 % interval for the set's size; losses of held-out examples."
 _COMPARED = (
     "Differences to {baseline}, paired over questions and seeds, with their 95 % intervals: accuracy in points, "
@@ -17,6 +18,71 @@ _NEEDED = (
 )
 
 
+def number(value: float | str | None) -> str:
+    """A number as a reader wants it: four significant digits, NaN as NaN, a dash for what was not measured."""
+    if value is None:
+        return "\N{EN DASH}"
+    value = float(value)
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{value:+}"
+    return str(int(value)) if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def training_rows(summary: Mapping) -> list[dict[str, str]]:
+    """What came of a training, a row a measure, in words: metric (with its unit), before, after, change, verdict.
+
+    A verdict is there where an interval is (see `mold.evaluation.statistics.change`), and where a measure became NaN.
+
+    Args:
+        summary: as summary.json has it.
+    """
+    return [_training_row(row) for row in summary.get("rows", [])]
+
+
+def _training_row(row: Mapping) -> dict[str, str]:
+    before, after, intervals = row.get("before"), row.get("after"), row.get("intervals", {})
+    change, verdict = None, row.get("verdict", "")
+    if before is not None and after is not None:
+        change = after - before
+        if math.isnan(after) and not math.isnan(before):
+            verdict = "worse"
+    scale = 100 if row.get("unit") == "%" else 1
+
+    def said(value: float | None, name: str) -> str:
+        if value is None or not math.isfinite(value):
+            return number(value)
+        sign = "+" if name == "change" else ""
+        one, *ends = (
+            f"{scale * v:{sign}.1f}" if scale == 100 else sign * (v > 0) + number(v)
+            for v in (value, *intervals.get(name, ()))
+        )
+        return (f"{one} ({ends[0]} to {ends[1]})" if ends else one).replace("-", "\N{MINUS SIGN}")
+
+    unit = f", {row['unit']}" if row.get("unit") else ""
+    values = {name: said(value, name) for name, value in (("before", before), ("after", after), ("change", change))}
+    return {"metric": row["metric"] + unit, **values, "verdict": verdict}
+
+
+def training_sentences(summary: Mapping) -> list[str]:
+    """The first measure before and after, and who learnt what from whom."""
+    found = []
+    asked = "" if summary.get("num_eval") is None else f" on {summary['num_eval']:,} held-out problems"
+    for row in training_rows(summary)[:1]:
+        name, _, unit = row["metric"].partition(", ")
+        name = name[:1].upper() + name[1:] + asked + (f", in {unit}" if unit else "")
+        if row["before"] == number(None):
+            found.append(f"{name}: {row['after']} after training; not measured before.")
+        else:
+            change = row["change"] + (f": {row['verdict']}" if row["verdict"] else "")
+            found.append(f"{name}: {row['after']} after training, {row['before']} before; change {change}.")
+    text = f"{summary.get('model') or 'The student'} learnt from {summary.get('teacher') or 'its teacher'}"
+    if summary.get("num_train") is not None:
+        text += f" on {summary['num_train']:,} examples"
+    if summary.get("num_without_signal"):
+        text += f" ({summary['num_without_signal']:,} of them without an attention signal)"
+    return [*found, text + "."]
+
+
 def table(summary: Mapping) -> Iterator[list[str]]:
     """Rows of text, the heading first: a row a variant, a column a test set, the mean of these, held-out losses.
 
@@ -26,7 +92,9 @@ def table(summary: Mapping) -> Iterator[list[str]]:
     variants = summary["variants"]
     sets = list(dict.fromkeys(name for entry in variants.values() for name in entry["sets"]))
     losses = [name for name in _LOSSES if any(name in entry["held_out"] for entry in variants.values())]
-    yield ["variant", "seeds", *sets, "mean", *losses]
+    sizes = {name: found["total"] for entry in variants.values() for name, found in entry["sets"].items()}
+    columns = [f"{name}, % of {sizes[name]}" for name in sets]
+    yield ["variant", "seeds", *columns, "mean, %", *(f"{name}, {_LOSSES[name]}" for name in losses)]
     for name, entry in variants.items():
         cells = [
             f"{100 * s['mean']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})"
@@ -51,6 +119,15 @@ def difference_table(comparisons: Sequence[Mapping]) -> Iterator[list[str]]:
 def row_name(entry: Mapping) -> str:
     """How a comparison's row is called."""
     return entry["variant"] if entry["size"] is None else f"{entry['variant']}, {entry['size']}"
+
+
+def without_difference(comparisons: Sequence[Mapping]) -> list[tuple[str, str]]:
+    """The (measure, set) in which no variant differs from the baseline at all."""
+    largest: dict[tuple[str, str], float] = {}
+    for entry in comparisons:
+        key = entry["measure"], entry["set"]
+        largest[key] = max(largest.get(key, 0), *(abs(entry[end]) for end in ("mean", "low", "high")))
+    return [key for key, value in largest.items() if value < 1e-9]
 
 
 def needed_table(needed: Sequence[Mapping]) -> Iterator[list[str]]:
@@ -99,9 +176,13 @@ def findings(summary: Mapping) -> list[str]:
         if entry["measure"] == "accuracy" and entry["set"] in summary["variants"][row_name(entry)]["sets"]:
             verdict = {"undecided": "may be chance"}.get(entry["verdict"], entry["verdict"])
             seeds = f"{entry['seeds']} seed{'s' if entry['seeds'] > 1 else ''}"
-            difference = f"{_difference(entry).strip('*')} points of accuracy"
             asked = f"{entry['questions']} questions of {entry['set']}, {seeds}"
-            found.append(f"{row_name(entry)} against {summary['baseline']}: {difference} on {asked}: {verdict}.")
+            base = summary["baseline"] if entry["size"] is None else f"{summary['baseline']}, {entry['size']}"
+            mean, theirs = (100 * summary["variants"][n]["sets"][entry["set"]]["mean"] for n in (row_name(entry), base))
+            found.append(
+                f"{row_name(entry)}: {mean:.1f} % right, {base}: {theirs:.1f} %, of {asked}; "
+                f"difference {_difference(entry).strip('*')} points: {verdict}."
+            )
     return found
 
 

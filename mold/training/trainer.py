@@ -393,6 +393,11 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
             self._load_best_model()
         return TrainOutput(state.global_step, math.nan, {})
 
+    def _issue_warnings_after_load(self, load_result):
+        tied = getattr(self.model, "all_tied_weights_keys", {})  # a file holds one of two that are the same
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _find_best_checkpoint(self) -> None:
         """The state has its path as it was when it was written: the folder may lie elsewhere by now."""
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"

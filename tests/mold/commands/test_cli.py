@@ -70,6 +70,28 @@ def test_other_libraries_lines_about_what_nobody_asked_for(mold, caplog):
     assert caplog.messages == ["a real warning"]
 
 
+def test_a_share_of_the_steps_is_no_other_number_of_steps(mold, caplog):
+    mold("--version")
+    logger, warning = logging.getLogger("transformers.trainer_utils"), "The following do not match:"
+    logger.warning(f"{warning}\n\tlogging_steps: 0.02 (from args) != 1 (from trainer_state.json)")
+    assert not caplog.messages
+    logger.warning(f"{warning}\n\tlogging_steps: 0.02 (from args) != 1\n\tsave_steps: 5 (from args) != 3")
+    assert len(caplog.messages) == 1
+    mold("--version", "--verbosity", "debug")
+    logger.warning(f"{warning}\n\tlogging_steps: 0.02 (from args) != 1 (from trainer_state.json)")
+    assert len(caplog.messages) == 2
+
+
+def test_verbosity(mold):
+    assert mold("--version", "--verbosity", "quiet")[0] == mold("--version", "--verbosity=debug")[0] == 0
+    for wrong in (["--verbosity", "loud"], ["--verbosity=loud"]):
+        assert refusal(mold("info", *wrong)).endswith("is 'loud', must be one of quiet, normal, debug")
+    assert refusal(mold("info", "--verbosity")).endswith("is '', must be one of quiet, normal, debug")
+    mold("--version", "--verbosity", "debug")
+    status, _, err = mold("extract", "--verbosity", "debug")
+    assert (status, "Traceback" in err) == (1, True)
+
+
 def test_an_expected_error_is_one_line_and_its_traceback_is_there_on_request(mold, models, problems, tmp_path):
     options = extract_options(models, tmp_path / "none.jsonl", tmp_path)
     assert refusal(mold("extract", *options)).endswith("none.jsonl does not exist")

@@ -53,7 +53,7 @@ def test_from_files_to_the_table(mold, tiny):
     assert len(list(folder.glob("train-*/report.html"))) == 8
     page = (folder / "report.html").read_text("utf-8")
     assert page.count("<svg") == 2
-    assert "a pair against mixture: " in page
+    assert "a pair: " in page
     links = re.findall(r'<a href="([^"]+)">', page)
     assert len(links) == 8
     assert all((folder / link).is_file() for link in links)

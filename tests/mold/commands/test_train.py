@@ -1,7 +1,10 @@
 """mold train, with tiny random models."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from mold.data.problems import generate_problems
 from mold.training.trainer import MoldTrainer
 from tests.mold.command_line import eval_options, extract_options, flags, options_of, refusal
 from tests.mold.conftest import rows_of, write_rows
+from tests.tiny_models import make_model
+from tests.tiny_tokenizers import make_tokenizer
 
 
 def held_out_of(folder, problems):
@@ -34,12 +39,16 @@ def test_the_whole_path(mold, models, problems, tmp_path):
     assert "report.html" in out
     summary = json.loads((folder / "summary.json").read_text())
     assert [row["metric"] for row in summary["rows"]] == [
+        "accuracy",
+        "rationale log-likelihood",
+        "answer log-likelihood",
         "attention KL",
         "rationale loss",
         "answer loss",
         "loss",
-        "accuracy",
     ]
+    assert all("verdict" in row and "change" in row["intervals"] for row in summary["rows"][:3])
+    assert summary["rows"][0]["intervals"].keys() == {"before", "after", "change"}
     assert (summary["num_train"], summary["num_eval"]) == (10, 4)
     for name in ("report.html", "model.safetensors", "mold_router.safetensors", "metrics.jsonl"):
         assert (folder / name).stat().st_size > 0
@@ -78,6 +87,48 @@ def test_the_whole_path(mold, models, problems, tmp_path):
     status, out, _ = mold("train", "--config", folder / "config.yaml")
     assert status == 0
     assert json.loads((folder / "summary.json").read_text())["rows"] == summary["rows"]
+
+
+def test_a_line_a_logging_step_and_nothing_else_of_other_libraries(models, problems, tmp_path):
+    options = options_of(models, problems, tmp_path / "run", teacher_online=True, logging_steps=1, disable_tqdm=False)
+    command = [sys.executable, "-m", "mold.commands.cli", "train", *map(str, options), "--verbosity"]
+    done = subprocess.run([*command, "normal"], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith(("starting", "resuming", "saved"))] == [
+        "starting: 3 steps",
+        f"saved to {tmp_path / 'run'}",
+    ]
+    steps = [line for line in lines if re.match(r"(before training|step [1-3] of 3): (held-out )?loss \d", line)]
+    assert len(steps) == 1 + 3 + 1
+    assert re.fullmatch(
+        r"step 2 of 3: loss \S+ \(rationale \S+, answer \S+, attention \S+\), weight of attention 1, "
+        r"gradient norm \S+, learning rate \S+",
+        steps[2],
+    )
+    assert "{" not in done.stdout
+    assert "Training:" in done.stderr
+    for noise in ("Loading weights", "Writing model", "missing keys", "FutureWarning"):
+        assert noise not in done.stderr
+
+    shutil.rmtree(tmp_path / "run/checkpoint-3")
+    done = subprocess.run([*command, "quiet"], capture_output=True, text=True, check=True)
+    assert "it/s" not in done.stderr
+    assert "accuracy, %" in done.stdout
+    assert "step" not in done.stdout
+
+
+def test_a_checkpoint_of_tied_heads_lacks_nothing(mold, models, problems, tmp_path, caplog):
+    tied = make_model("llama", vocab=len(make_tokenizer("smollm")), attention="eager", tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    make_tokenizer("smollm").save_pretrained(tmp_path / "tied")
+    options = options_of(models, problems, tmp_path / "run", teacher_online=True, model_name_or_path=tmp_path / "tied")
+    assert mold("train", *options)[0] == 0
+    shutil.rmtree(tmp_path / "run/checkpoint-3")
+    caplog.clear()
+    status, out, _ = mold("train", *options)
+    assert status == 0
+    assert "resuming at step 2 of 3" in out
+    assert not [message for message in caplog.messages if "missing" in message or "do not match" in message]
 
 
 def test_a_student_of_the_teachers_layers(mold, models, problems, tmp_path):
@@ -269,6 +320,7 @@ def test_the_untrained_student_need_not_answer(mold, models, problems, tmp_path)
     status, _, _ = mold("train", *options_of(models, problems, folder, predict_before=False, max_steps=1))
     assert status == 0
     assert not (folder / "predictions_before.jsonl").exists()
-    *losses, accuracy = json.loads((folder / "summary.json").read_text())["rows"]
-    assert accuracy["before"] is None
-    assert None not in [accuracy["after"], *(row["before"] for row in losses)]
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    assert [row["before"] is None for row in rows] == [True] * 3 + [False] * 4
+    assert None not in [row["after"] for row in rows]
+    assert not any("verdict" in row for row in rows)

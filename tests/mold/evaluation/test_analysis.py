@@ -7,7 +7,7 @@ from mold.data.encoding import encode_example
 from mold.data.examples import DEFAULT_TEMPLATE, Example
 from mold.data.problems import generate_problems
 from mold.evaluation.analysis import key_word_mass
-from mold.report import plots
+from mold.report import drawing, plots
 from tests.mold.command_line import refusal
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
@@ -22,51 +22,55 @@ def by_hand(model, example, bins):
     with torch.no_grad():
         maps = model(torch.tensor([encoded.input_ids]), output_attentions=True).attentions
     attention = torch.stack(maps)[:, 0].mean(1).double()
-    mass, even, counts = torch.zeros(len(maps), bins, dtype=torch.float64), torch.zeros(bins), torch.zeros(bins)
+    mass, even = torch.zeros(len(maps), bins, dtype=torch.float64), torch.zeros(bins, dtype=torch.float64)
+    count = len(encoded.row_spans)
     for step, (first, last) in enumerate(encoded.row_spans):
-        place = round(step * (bins - 1) / (len(encoded.row_spans) - 1))
-        counts[place] += 1
-        for row in range(first, last):
-            for start, end in encoded.key_spans:
-                mass[:, place] += attention[:, row, start:end].sum(-1) / (last - first)
-                even[place] += max(0, min(end, row + 1) - start) / (row + 1) / (last - first)
-    return mass, even, counts
+        for place in range(bins):
+            share = bins * max(0, min((step + 1) / count, (place + 1) / bins) - max(step / count, place / bins))
+            for row in range(first, last):
+                for start, end in encoded.key_spans:
+                    mass[:, place] += share * attention[:, row, start:end].sum(-1) / (last - first)
+                    even[place] += share * max(0, min(end, row + 1) - start) / (row + 1) / (last - first)
+    return mass, even
 
 
-@pytest.mark.parametrize("bins", [1, 3])
+@pytest.mark.parametrize("bins", [1, 3, 7])
 def test_the_mass_is_that_of_eager_maps(bins):
     options = {"vocab": len(TOKENIZER), "initializer_range": 0.2}
     eager = make_model("qwen3", attention="eager", **options).eval()
     expected = [by_hand(eager, example, bins) for example in EXAMPLES[:-1]]
-    mass, even, counts = (torch.stack(parts).sum(0) for parts in zip(*expected, strict=True))
+    mass, even = (torch.stack(parts).mean(0) for parts in zip(*expected, strict=True))
     model = make_model("qwen3", attention="sdpa", **options)
     found = key_word_mass(model, TOKENIZER, EXAMPLES, bins=bins, batch_size=2, progress=False)
-    assert found["steps"] == counts.tolist()
-    torch.testing.assert_close(torch.tensor(found["mass"]).double(), mass / counts, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(torch.tensor(found["even"]), even / counts, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(found["mass"]).double(), mass, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(found["even"]).double(), even, rtol=1e-4, atol=1e-6)
     assert (found["examples"], found["without_key_words"]) == (5, 1)
 
 
-def test_bins_that_no_step_falls_into_are_empty():
+def test_a_rationale_of_fewer_steps_than_bins_is_in_all_of_them():
     model = make_model("llama", vocab=len(TOKENIZER), attention="sdpa")
     example = Example("a", "Is it 3?", "It is 3.", "3")
     found = key_word_mass(model, TOKENIZER, [example], bins=4, progress=False)
-    assert [value is None for value in found["even"]] == [False, True, True, False]
-    assert [value is None for value in found["mass"][0]] == [False, True, True, False]
+    for values in (found["even"], found["mass"][0]):
+        assert values == pytest.approx([values[0]] * 2 + [values[3]] * 2)
+        assert values[0] != values[3]
     with pytest.raises(ValueError, match="none of its 1 examples has key words"):
         key_word_mass(model, TOKENIZER, EXAMPLES[-1:], progress=False)
 
 
 def test_the_plot():
     pytest.importorskip("matplotlib")
-    entry = {"mass": [[0.1, None, 0.3], [0.2, None, 0.4]], "even": [0.1, None, 0.2]}
+    entry = {"mass": [[0.1, 0.2, 0.3], [0.2, 0.2, 0.4]], "even": [0.1, 0.1, 0.2]}
     figure = plots.key_word_attention({"teacher": entry, "$student": entry})
     assert [axes.get_title("left") for axes in figure.axes if axes.images and axes.get_title("left")] == [
         "teacher",
         "$student",
     ]
-    assert [line.get_ydata()[0] for line in figure.axes[0].lines] == pytest.approx([0.15, 0.1] * 2)
-    assert "<svg" in plots.figure_to_svg(figure)
+    curves = [line.get_ydata()[0] for line in figure.axes[0].lines if len(line.get_ydata())]
+    assert curves == pytest.approx([15, 10] * 2)
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["teacher", "$student", "spread evenly over the text so far"]
+    assert "<svg" in drawing.figure_to_svg(figure)
     with pytest.raises(ValueError, match="models: is empty"):
         plots.key_word_attention({})
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mold.evaluation.statistics import MIN_SEEDS, examples_needed, paired_difference
+from mold.evaluation.statistics import MIN_SEEDS, change, examples_needed, paired_difference
 
 DATASETS = 200
 # 99.9 % of binomial samples: mean -+ 3.3 standard deviations.
@@ -148,3 +148,19 @@ def test_tables_that_do_not_fit_are_refused():
         examples_needed({1: table}, {1: table})
     with pytest.raises(ValueError, match="must be of one"):
         examples_needed({1: table}, {1: table, 2: table[:, :2]})
+
+
+@pytest.mark.parametrize(
+    ("turned", "of", "verdict"),
+    [(0, 40, "unchanged"), (3, 3, "may be chance"), (5, 5, "may be chance"), (6, 6, "better"), (12, 40, "better")],
+)
+def test_the_change_of_one_training(turned, of, verdict):
+    before, after = np.zeros(of), (np.arange(of) < turned).astype(float)
+    found = change(before, after)
+    assert found["verdict"] == verdict
+    low, high = found["interval"]
+    assert low <= turned / of <= high
+    opposite = {"better": "worse"}.get(verdict, verdict)
+    assert change(after, before)["verdict"] == opposite
+    as_many_back = np.concatenate([after - before, before - after])
+    assert change(np.zeros(2 * of), as_many_back)["verdict"] == ("may be chance" if turned else "unchanged")

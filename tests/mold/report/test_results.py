@@ -1,6 +1,6 @@
 import pytest
 
-from mold.report import plots
+from mold.report import drawing, plots
 from mold.report.results import difference_table, findings, markdown, needed_table, table
 
 
@@ -35,7 +35,7 @@ SUMMARY = {
 
 def test_accuracies_and_losses():
     rows = list(table(SUMMARY))
-    assert rows[0] == ["variant", "seeds", "a", "mean", "attention KL"]
+    assert rows[0] == ["variant", "seeds", "a, % of 10", "mean, %", "attention KL, nats"]
     assert rows[1] == ["x", "1", "35.0 (25.0 to 45.0)", "35.0", "1.5"]
     assert rows[2][3:] == ["100.0", ""]
 
@@ -59,7 +59,10 @@ def test_examples_needed():
 
 def test_all_tables_in_markdown():
     text = markdown(SUMMARY)
-    assert text.splitlines()[2:4] == ["| variant | seeds | a | mean | attention KL |", "|---|---|---|---|---|"]
+    assert text.splitlines()[2:4] == [
+        "| variant | seeds | a, % of 10 | mean, % | attention KL, nats |",
+        "|---|---|---|---|---|",
+    ]
     assert "Differences to y, paired over questions and seeds" in text
     assert "2 intervals are shown, about 1 of which miss the truth by chance" in text
     assert "| x | 100 | 141" in text
@@ -70,20 +73,22 @@ def test_all_tables_in_markdown():
 
 def test_findings_say_what_may_be_chance():
     (said,) = findings(SUMMARY)
-    assert said == "x against y: +10.0 (+5.0 to +15.0) points of accuracy on 10 questions of a, 3 seeds: better."
+    assert said == (
+        "x: 35.0 % right, y: 100.0 %, of 10 questions of a, 3 seeds; difference +10.0 (+5.0 to +15.0) points: better."
+    )
     undecided = SUMMARY | {"comparisons": [comparison("x", "accuracy", -0.1, "undecided") | {"seeds": 1}]}
-    assert findings(undecided)[0].endswith("1 seed: may be chance.")
+    assert findings(undecided)[0].endswith("1 seed; difference -10.0 (-15.0 to -5.0) points: may be chance.")
 
 
 def test_pictures():
     pytest.importorskip("matplotlib")
-    svg = plots.figure_to_svg(plots.variant_results(SUMMARY["variants"]))
+    svg = drawing.figure_to_svg(plots.variant_results(SUMMARY["variants"]))
     assert all(text in svg for text in ("accuracy, %", "rationale log-likelihood, nats", "held out", ">x<", ">y<"))
     assert svg.count(">x<") == 2  # a panel each measure, whose sets differ
-    svg = plots.figure_to_svg(plots.variant_differences(SUMMARY["comparisons"]))
+    svg = drawing.figure_to_svg(plots.variant_differences(SUMMARY["comparisons"]))
     assert all(text in svg for text in ("held out", "accuracy, points", "rationale log-likelihood, nats", plots.BLUE))
     variants = {f"{n}, {s}": variant(n, s, s / 1000, {}) for n in ("x", "y") for s in (100, 200, 400)}
-    svg = plots.figure_to_svg(plots.accuracy_by_size(variants))
+    svg = drawing.figure_to_svg(plots.accuracy_by_size(variants))
     assert all(text in svg for text in ("training examples", ">400<", ">x<", ">y<"))
     with pytest.raises(ValueError, match="comparisons: is empty"):
         plots.variant_differences([])
