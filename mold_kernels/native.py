@@ -45,7 +45,7 @@ def set_level(name: str) -> None:
     _native.set_level(name)
 
 
-def attention_with_lse_forward(q, k, v, mask, ranges, scale, softcap):
+def attention_with_lse_forward(q, k, v, mask, first, ranges, scale, softcap, causal):
     """(out, lse)"""
     out, lse = empty_heads(q), _empty_lse(q)
     seen = *_views(mask, ranges), scale, softcap or 0.0
@@ -53,7 +53,7 @@ def attention_with_lse_forward(q, k, v, mask, ranges, scale, softcap):
     return out, lse
 
 
-def attention_with_lse_backward(grad_out, grad_lse, q, k, v, out, lse, mask, ranges, scale, softcap):
+def attention_with_lse_backward(grad_out, grad_lse, q, k, v, out, lse, mask, first, ranges, scale, softcap, causal):
     """(dq, dk, dv); a gradient that is None is zero."""
     grad_out = out.new_zeros(()).expand_as(out) if grad_out is None else grad_out
     grad_lse = lse.new_zeros(()).expand_as(lse) if grad_lse is None else grad_lse
@@ -63,7 +63,7 @@ def attention_with_lse_backward(grad_out, grad_lse, q, k, v, out, lse, mask, ran
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def attention_lse_forward(q, k, mask, ranges, scale, softcap) -> torch.Tensor:
+def attention_lse_forward(q, k, mask, first, ranges, scale, softcap, causal) -> torch.Tensor:
     """[B, Hq, T]"""
     lse = _empty_lse(q)
     seen = *_views(mask, ranges), scale, softcap or 0.0
@@ -71,7 +71,7 @@ def attention_lse_forward(q, k, mask, ranges, scale, softcap) -> torch.Tensor:
     return lse
 
 
-def attention_lse_backward(grad, q, k, lse, mask, ranges, scale, softcap):
+def attention_lse_backward(grad, q, k, lse, mask, first, ranges, scale, softcap, causal):
     """(dq, dk)"""
     dq, dk = empty_heads(q), empty_heads(k, lse.dtype)
     views, results = _views(None, grad, q, k, None, mask, ranges), _views(None, lse, dq, dk, None)
@@ -94,23 +94,32 @@ def span_pieces(row_spans, key_spans, rows, pieces) -> None:
     _native.span_pieces(_view(row_spans), _view(key_spans), rows, *map(_view, pieces))
 
 
-def span_attention_forward(q, k, lse, row_spans, key_spans, ranges, pieces, scale, softcap, mean) -> torch.Tensor:
-    """[B, S, M]"""
+def span_attention_forward(
+    q, k, lse, row_spans, key_spans, first, ranges, pieces, scale, softcap, causal, groups, row_reduction
+):
+    """[B, H', S, M]"""
     pooled = lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
     views, seen = _views(q, k, lse, row_spans, key_spans), (*_views(ranges), scale, softcap or 0.0)
     _native.span_attention_forward(
-        *views, _row_pieces_and_columns(pieces), *seen, mean, _view(pooled), torch.get_num_threads()
+        *views, _row_pieces_and_columns(pieces), *seen, row_reduction == "mean", _view(pooled), torch.get_num_threads()
     )
-    return pooled
+    return pooled[:, None]
 
 
-def span_attention_backward(grad, q, k, lse, row_spans, key_spans, ranges, pieces, scale, softcap, mean):
+def span_attention_backward(
+    grad, q, k, lse, row_spans, key_spans, first, ranges, pieces, scale, softcap, causal, groups, row_reduction
+):
     """(dq, dk, dlse)"""
     # The kernel writes the rows and columns of the spans.
     dq, dk, dlse = torch.zeros_like(q), lse.new_zeros(k.shape), lse.new_zeros(lse.shape)
-    views, seen = _views(grad, q, k, lse, row_spans, key_spans), (*_views(ranges), scale, softcap or 0.0)
+    views, seen = _views(grad[:, 0], q, k, lse, row_spans, key_spans), (*_views(ranges), scale, softcap or 0.0)
     _native.span_attention_backward(
-        *views, _row_pieces_and_columns(pieces), *seen, mean, *_views(dq, dk, dlse), torch.get_num_threads()
+        *views,
+        _row_pieces_and_columns(pieces),
+        *seen,
+        row_reduction == "mean",
+        *_views(dq, dk, dlse),
+        torch.get_num_threads(),
     )
     return dq, dk.to(k.dtype), dlse
 
