@@ -225,7 +225,6 @@ ATTENTION_WITH_LSE = Op(
             native.attention_with_lse_forward,
             native.attention_with_lse_backward,
             dtypes=native.DTYPES,
-            options=_HIDING,
         ),
         Backend("aten", foreign_attention.aten_forward, foreign_attention.aten_backward, options=("key_padding_mask",)),
         Backend.of_triton("attention", "attention_with_lse", head_dim=_triton.HEAD_DIM, options=_HIDING),
@@ -250,13 +249,7 @@ ATTENTION_LSE = Op(
     outputs="Tensor lse",
     options=_OPTIONS,
     backends=[
-        Backend(
-            "native",
-            native.attention_lse_forward,
-            native.attention_lse_backward,
-            dtypes=native.DTYPES,
-            options=_HIDING,
-        ),
+        Backend("native", native.attention_lse_forward, native.attention_lse_backward, dtypes=native.DTYPES),
         Backend.of_triton("attention", "attention_lse", head_dim=_triton.HEAD_DIM, options=_HIDING),
         Backend("torch", _torch_lse_forward, _torch_lse_backward),
         Backend("reference", reference.attention_lse),

@@ -315,22 +315,24 @@ def _fake(q, k, lse, row_spans, key_spans, first, ranges, pieces, scale, softcap
     return lse.new_empty(len(row_spans), groups, row_spans.shape[1], words)
 
 
+_OPTIONS = (
+    *("heads", 'row_reduction="max"', "key_spans=None", "causal=False", "query_start", "sliding_window", "softcap"),
+    *("cu_seqlens", "spans of sequences"),
+)
+
 SPAN_ATTENTION = Op(
     "span_attention",
     inputs="Tensor q, Tensor k, Tensor lse, Tensor row_spans, Tensor? key_spans, Tensor? first, Tensor? ranges, "
     "Tensor[] pieces, float scale, float? softcap, bool causal, int groups, str row_reduction",
     outputs="Tensor pooled",
-    options=(
-        *("heads", 'row_reduction="max"', "key_spans=None", "causal=False", "query_start", "sliding_window", "softcap"),
-        *("cu_seqlens", "spans of sequences"),
-    ),
+    options=_OPTIONS,
     backends=[
         Backend(
             "native",
             native.span_attention_forward,
             native.span_attention_backward,
             dtypes=native.DTYPES,
-            options=("sliding_window", "softcap", "cu_seqlens"),
+            options=tuple(option for option in _OPTIONS if option != 'row_reduction="max"'),
         ),
         Backend.of_triton(
             "span_attention",

@@ -31,6 +31,32 @@ struct Walk {
     }
 };
 
+void join_pieces(SpanPlan& plan) {
+    for (std::int64_t p = 0; p < static_cast<std::int64_t>(plan.pieces.size()); ++p) {
+        const Range rows = plan.pieces[p];
+        const bool joins = !plan.runs.empty() && plan.runs.back().rows.end == rows.begin &&
+            rows.end - plan.runs.back().rows.begin <= run_rows;
+        if (!joins) plan.runs.push_back({{p, p}, rows});
+        plan.runs.back().pieces.end = p + 1;
+        plan.runs.back().rows.end = rows.end;
+    }
+}
+
+void find_holders(SpanPlan& plan) {
+    std::vector<std::int64_t> next(plan.pieces.size() + 1);
+    for (const Range& step : plan.steps) {
+        for (std::int64_t p = step.begin; p < step.end; ++p) ++next[p + 1];
+    }
+    for (std::size_t p = 1; p < next.size(); ++p) next[p] += next[p - 1];
+    plan.holders_begin = next;
+    plan.holders.resize(next.back());
+    for (std::size_t s = 0; s < plan.steps.size(); ++s) {
+        for (std::int64_t p = plan.steps[s].begin; p < plan.steps[s].end; ++p) {
+            plan.holders[next[p]++] = static_cast<std::int64_t>(s);
+        }
+    }
+}
+
 }  // namespace
 
 void span_pieces(
@@ -62,7 +88,7 @@ void span_pieces(
 }
 
 std::vector<SpanPlan> plan_spans(
-    const View& row_spans, const View& key_spans, const View& row_piece, const View& row_start, const View& before,
+    const View& row_spans, const View* key_spans, const View& row_piece, const View& row_start, const View& before,
     const View& columns, bool mean) {
     const std::int64_t row_length = row_piece.sizes[1] - 1, key_length = columns.sizes[1];
     std::vector<SpanPlan> plans(row_spans.sizes[0]);
@@ -72,8 +98,8 @@ std::vector<SpanPlan> plan_spans(
                            *start = row_start.at<const std::int32_t>(b);
         plan.columns = columns.at<const std::int32_t>(b);
         plan.column_count = column[key_length];
-        for (std::int64_t m = 0; m < key_spans.sizes[1]; ++m) {
-            const Range word = span_at(key_spans, b, m, key_length);
+        for (std::int64_t m = 0; m < (key_spans ? key_spans->sizes[1] : key_length); ++m) {
+            const Range word = key_spans ? span_at(*key_spans, b, m, key_length) : Range{m, m + 1};
             plan.key_words.push_back({column[word.begin], column[word.end]});
         }
         std::vector<std::int64_t> held(row_start.sizes[1]);  // pieces before each that a step holds
@@ -87,6 +113,8 @@ std::vector<SpanPlan> plan_spans(
             plan.steps.push_back({held[piece[step.begin]], held[piece[step.end]]});
             plan.weights.push_back(mean ? 1.0 / std::max<std::int64_t>(1, step.end - step.begin) : 1.0);
         }
+        join_pieces(plan);
+        find_holders(plan);
     }
     return plans;
 }
