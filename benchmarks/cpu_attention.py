@@ -150,7 +150,8 @@ def span_contenders(shape: tuple[int, int, int], length: int, dtype: torch.dtype
         return forward
 
     plan = SpanPlan(rows, keys, length)
-    inputs = plan.row_spans, plan.key_spans, None, list(plan.pieces(192 * kv_heads // heads)), width**-0.5, None, False
+    spans, pieces = (plan.row_spans, plan.key_spans), list(plan.pieces(192 * kv_heads // heads))
+    inputs = *spans, None, None, pieces, width**-0.5, None, True, 1, "sum"
 
     def kernel():
         pooled = native.span_attention_forward(q, k, lse, *inputs)

@@ -2,9 +2,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <map>
 #include <stdexcept>
+#include <tuple>
 
 #include "cpu/kernels.hpp"
 #include "cpu/threads.hpp"
@@ -56,38 +56,44 @@ View make_view(
     return view;
 }
 
+// (mask, first, ranges, scale, softcap, causal)
+using Seen = std::tuple<const View*, const View*, const View*, double, double, bool>;
+
+mold::Visibility visibility_of(const Seen& seen) {
+    const auto& [mask, first, ranges, scale, softcap, causal] = seen;
+    return {mask, first, ranges, scale, softcap, causal};
+}
+
 void attention_with_lse_forward(
-    const View& q, const View& k, const View* v, const View* mask, const View* ranges, double scale, double softcap,
-    const View* out, const View& lse, int threads) {
-    mold::level().kernels->attention_with_lse_forward(q, k, v, {mask, ranges, scale, softcap}, out, lse, threads);
+    const View& q, const View& k, const View* v, const Seen& seen, const View* out, const View& lse, int threads) {
+    mold::level().kernels->attention_with_lse_forward(q, k, v, visibility_of(seen), out, lse, threads);
 }
 
 void attention_with_lse_backward(
-    const View* grad_out, const View& grad_lse, const View& q, const View& k, const View* v, const View* mask,
-    const View* ranges, double scale, double softcap, const View* out, const View& lse, const View& dq, const View& dk,
-    const View* dv, int threads) {
+    const View* grad_out, const View& grad_lse, const View& q, const View& k, const View* v, const Seen& seen,
+    const View* out, const View& lse, const View& dq, const View& dk, const View* dv, int threads) {
     mold::level().kernels->attention_with_lse_backward(
-        grad_out, grad_lse, q, k, v, {mask, ranges, scale, softcap}, out, lse, dq, dk, dv, threads);
+        grad_out, grad_lse, q, k, v, visibility_of(seen), out, lse, dq, dk, dv, threads);
 }
 
+// (row_spans, key_spans, row_piece, row_start, before, columns, whether rows are averaged)
+using Plan = std::tuple<View, const View*, View, View, View, View, bool>;
+
 void span_attention_forward(
-    const View& q, const View& k, const View& lse, const View& row_spans, const View& key_spans,
-    const std::array<View, 4>& pieces, const View* ranges, double scale, double softcap, bool mean, const View& pooled,
+    const View& q, const View& k, const View& lse, const Plan& plan, const Seen& seen, const View& pooled,
     int threads) {
-    const auto [row_piece, row_start, before, columns] = pieces;
-    const auto plans = mold::plan_spans(row_spans, key_spans, row_piece, row_start, before, columns, mean);
-    mold::level().kernels->span_attention_forward(
-        q, k, lse, plans.data(), {nullptr, ranges, scale, softcap}, pooled, threads);
+    const auto plans = std::apply(mold::plan_spans, plan);
+    const auto forward = std::get<1>(plan) ? mold::level().kernels->span_attention_forward
+                                           : mold::level().kernels->key_attention_forward;
+    forward(q, k, lse, plans.data(), visibility_of(seen), pooled, threads);
 }
 
 void span_attention_backward(
-    const View& grad, const View& q, const View& k, const View& lse, const View& row_spans, const View& key_spans,
-    const std::array<View, 4>& pieces, const View* ranges, double scale, double softcap, bool mean, const View& dq,
+    const View& grad, const View& q, const View& k, const View& lse, const Plan& plan, const Seen& seen, const View& dq,
     const View& dk, const View& dlse, int threads) {
-    const auto [row_piece, row_start, before, columns] = pieces;
-    const auto plans = mold::plan_spans(row_spans, key_spans, row_piece, row_start, before, columns, mean);
+    const auto plans = std::apply(mold::plan_spans, plan);
     mold::level().kernels->span_attention_backward(
-        grad, q, k, lse, plans.data(), {nullptr, ranges, scale, softcap}, dq, dk, dlse, threads);
+        grad, q, k, lse, plans.data(), visibility_of(seen), dq, dk, dlse, threads);
 }
 
 void layer_mixture_kl_forward(

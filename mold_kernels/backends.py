@@ -78,10 +78,10 @@ class Backend:
     gradient: tuple[str, ...] | None = None
 
     @classmethod
-    def of_triton(cls, module: str, name: str, dtypes=_triton.DTYPES, head_dim: int | None = None) -> Backend:
+    def of_triton(cls, module: str, name: str, dtypes=_triton.DTYPES, **limits) -> Backend:
         """The line of NAME_forward and NAME_backward in mold_kernels._triton.MODULE, imported when they are called."""
         forward, backward = (lazily(f"_triton.{module}", f"{name}_{way}") for way in ("forward", "backward"))
-        return cls("triton", forward, backward, dtypes, head_dim=head_dim)
+        return cls("triton", forward, backward, dtypes, **limits)
 
     def refusal(self, tensor: torch.Tensor, given: Collection[str], needs_gradient: bool) -> str | None:
         """Why it cannot compute the op of tensors like this one with the given options here; None where it can."""

@@ -47,23 +47,27 @@ def build_info() -> dict[str, str] | None:
     return _cuda.build_info() if _cuda else None
 
 
-def span_attention_forward(q, k, lse, row_spans, key_spans, ranges, columns, scale, softcap, mean) -> torch.Tensor:
-    """[B, S, M] float32. Neither `ranges` nor `softcap`: the op's table lists no options."""
+def span_attention_forward(
+    q, k, lse, row_spans, key_spans, first, ranges, columns, scale, softcap, causal, groups, row_reduction
+) -> torch.Tensor:
+    """[B, 1, S, M] float32. Of the options none but `row_reduction`: the op's table lists no others."""
     (tokens, before), (batch, steps, _), keys = columns, row_spans.shape, key_spans.shape[1]
     count = tokens.shape[1]
     if not count:
-        return lse.new_zeros(batch, steps, keys)
+        return lse.new_zeros(batch, 1, steps, keys)
     splits = _splits(batch * steps * count // TILE, most=k.shape[1])
     partial = lse.new_empty(splits, batch, steps, count)
     pooled = lse.new_empty(batch, steps, keys)
     spans = row_spans, tokens, _column_spans(key_spans, before)
-    _call("span_attention_forward", _dtype_name(q), q, k, lse, *spans, scale, mean, partial, pooled)
-    return pooled
+    _call("span_attention_forward", _dtype_name(q), q, k, lse, *spans, scale, row_reduction == "mean", partial, pooled)
+    return pooled[:, None]
 
 
-def span_attention_backward(grad, q, k, lse, row_spans, key_spans, ranges, columns, scale, softcap, mean):
-    """(dq, dk, dlse) of grad [B, S, M]."""
-    tokens, before = columns
+def span_attention_backward(
+    grad, q, k, lse, row_spans, key_spans, first, ranges, columns, scale, softcap, causal, groups, row_reduction
+):
+    """(dq, dk, dlse) of grad [B, 1, S, M]."""
+    grad, (tokens, before) = grad[:, 0], columns
     batch, heads, length, head_dim = q.shape
     kv_heads, steps, count = k.shape[1], row_spans.shape[1], tokens.shape[1]
     if not count:
@@ -80,7 +84,7 @@ def span_attention_backward(grad, q, k, lse, row_spans, key_spans, ranges, colum
         "span_attention_backward",
         _dtype_name(q),
         *((grad / unit).contiguous(), unit, q, k, lse, row_spans, tokens),
-        *(_column_spans(key_spans, before), index, scale, mean),
+        *(_column_spans(key_spans, before), index, scale, row_reduction == "mean"),
         lse.new_empty(batch, steps, count),
         row_spans.new_empty(batch, row_tiles + count // TILE, 2),
         lse.new_empty(splits, batch, kv_heads, count, -(-head_dim // 16) * 16),

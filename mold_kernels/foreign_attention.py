@@ -16,11 +16,11 @@ import functools
 
 import torch
 
-from mold_kernels.visibility import visible_ranges
+from mold_kernels.visibility import first_positions, visible_ranges
 
 
-def aten_forward(q, k, v, mask, ranges, scale, softcap):
-    """(out, lse). Neither `ranges` nor `softcap`: the op's table does not list their options."""
+def aten_forward(q, k, v, mask, first, ranges, scale, softcap, causal):
+    """(out, lse) of a mask and a scale: the op's table does not list the options of the others."""
     dtype, (q, k, v) = q.dtype, _without_float16(q, k, v)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, True, attn_mask=_bias(mask, q.dtype), scale=scale
@@ -31,7 +31,7 @@ def aten_forward(q, k, v, mask, ranges, scale, softcap):
     return out.to(dtype), lse.contiguous()
 
 
-def aten_backward(grad_out, grad_lse, q, k, v, out, lse, mask, ranges, scale, softcap):
+def aten_backward(grad_out, grad_lse, q, k, v, out, lse, mask, first, ranges, scale, softcap, causal):
     """(dq, dk, dv); a gradient that is None is zero."""
     dtype, (q, k, v, out) = q.dtype, _without_float16(q, k, v, out)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.to(out.dtype)
@@ -68,21 +68,31 @@ def _fold_lse_gradient(grad_out, out, grad_lse):
     return grad_out, out
 
 
-def flex_attention_with_lse(q, k, v, *, scale, key_padding_mask, sliding_window, softcap, cu_seqlens):
+def flex_attention_with_lse(
+    q, k, v, *, scale, causal, query_start, key_padding_mask, sliding_window, softcap, cu_seqlens
+):
     """`mold_kernels.attention_with_lse` by FlexAttention: compiled on a GPU, T x T on the CPU."""
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
-    length = q.shape[2]
-    if not q.numel():
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    rows, length = q.shape[2], k.shape[2]
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), q.new_full(
+            q.shape[:3], torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
+        )
+    first = first_positions(q, k, causal, query_start)
     ranges = visible_ranges(length, sliding_window, cu_seqlens, q.device)
 
     def visible(batch, head, row, key):
-        seen = row >= key
+        position = row if first is None else row + first[batch]
+        seen = position >= key if causal else key < length
         if ranges is not None:
-            seen = seen & (key >= ranges[0, row])
+            seen = seen & (key >= ranges[0, position])
+            if not causal:
+                seen = seen & (key < ranges[1, position])
         if key_padding_mask is not None:
-            seen = seen & key_padding_mask[batch, key] & key_padding_mask[batch, row]
+            seen = seen & key_padding_mask[batch, key]
+            if causal:
+                seen = seen & key_padding_mask[batch, position]
         return seen
 
     def capped(score, batch, head, row, key):
@@ -90,13 +100,13 @@ def flex_attention_with_lse(q, k, v, *, scale, key_padding_mask, sliding_window,
 
     if not torch.is_grad_enabled():  # on the CPU it refuses what requires a gradient, even where none is made
         q, k, v = (tensor.detach() for tensor in (q, k, v))
-    batch = None if key_padding_mask is None else q.shape[0]
+    batch = None if key_padding_mask is None and first is None else q.shape[0]
     out, aux = _flex_attention(q.device.type)(
         q,
         k,
         v,
         score_mod=None if softcap is None else capped,
-        block_mask=create_block_mask(visible, batch, None, length, length, device=q.device),
+        block_mask=create_block_mask(visible, batch, None, rows, length, device=q.device),
         scale=scale,
         enable_gqa=True,
         return_aux=AuxRequest(lse=True),

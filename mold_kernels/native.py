@@ -45,38 +45,43 @@ def set_level(name: str) -> None:
     _native.set_level(name)
 
 
-def attention_with_lse_forward(q, k, v, mask, ranges, scale, softcap):
+def attention_with_lse_forward(q, k, v, mask, first, ranges, scale, softcap, causal):
     """(out, lse)"""
     out, lse = empty_heads(q), _empty_lse(q)
-    seen = *_views(mask, ranges), scale, softcap or 0.0
-    _native.attention_with_lse_forward(*_views(q, k, v), *seen, *_views(out, lse), torch.get_num_threads())
+    seen = _seen(mask, first, ranges, scale, softcap, causal)
+    _native.attention_with_lse_forward(*_views(q, k, v), seen, *_views(out, lse), torch.get_num_threads())
     return out, lse
 
 
-def attention_with_lse_backward(grad_out, grad_lse, q, k, v, out, lse, mask, ranges, scale, softcap):
+def attention_with_lse_backward(grad_out, grad_lse, q, k, v, out, lse, mask, first, ranges, scale, softcap, causal):
     """(dq, dk, dv); a gradient that is None is zero."""
     grad_out = out.new_zeros(()).expand_as(out) if grad_out is None else grad_out
     grad_lse = lse.new_zeros(()).expand_as(lse) if grad_lse is None else grad_lse
-    dq, dk, dv = empty_heads(q), empty_heads(k, lse.dtype), empty_heads(v, lse.dtype)
-    views, results = _views(grad_out, grad_lse, q, k, v, mask, ranges), _views(out, lse, dq, dk, dv)
-    _native.attention_with_lse_backward(*views, scale, softcap or 0.0, *results, torch.get_num_threads())
+    dq, dk, dv = empty_heads(q), empty_heads(k, lse.dtype).zero_(), empty_heads(v, lse.dtype).zero_()
+    seen = _seen(mask, first, ranges, scale, softcap, causal)
+    results = _views(out, lse, dq, dk, dv)
+    _native.attention_with_lse_backward(*_views(grad_out, grad_lse, q, k, v), seen, *results, torch.get_num_threads())
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def attention_lse_forward(q, k, mask, ranges, scale, softcap) -> torch.Tensor:
-    """[B, Hq, T]"""
-    lse = _empty_lse(q)
-    seen = *_views(mask, ranges), scale, softcap or 0.0
-    _native.attention_with_lse_forward(*_views(q, k, None), *seen, *_views(None, lse), torch.get_num_threads())
+def attention_lse_forward(q, k, mask, first, ranges, scale, softcap, causal) -> torch.Tensor:
+    """[B, Hq, Tq]"""
+    lse, seen = _empty_lse(q), _seen(mask, first, ranges, scale, softcap, causal)
+    _native.attention_with_lse_forward(*_views(q, k, None), seen, *_views(None, lse), torch.get_num_threads())
     return lse
 
 
-def attention_lse_backward(grad, q, k, lse, mask, ranges, scale, softcap):
+def attention_lse_backward(grad, q, k, lse, mask, first, ranges, scale, softcap, causal):
     """(dq, dk)"""
-    dq, dk = empty_heads(q), empty_heads(k, lse.dtype)
-    views, results = _views(None, grad, q, k, None, mask, ranges), _views(None, lse, dq, dk, None)
-    _native.attention_with_lse_backward(*views, scale, softcap or 0.0, *results, torch.get_num_threads())
+    dq, dk = empty_heads(q), empty_heads(k, lse.dtype).zero_()
+    seen = _seen(mask, first, ranges, scale, softcap, causal)
+    results = _views(None, lse, dq, dk, None)
+    _native.attention_with_lse_backward(*_views(None, grad, q, k, None), seen, *results, torch.get_num_threads())
     return dq, dk.to(k.dtype)
+
+
+def _seen(mask, first, ranges, scale, softcap, causal):
+    return *_views(mask, first, ranges), scale, softcap or 0.0, causal
 
 
 def _empty_lse(q):
@@ -94,30 +99,39 @@ def span_pieces(row_spans, key_spans, rows, pieces) -> None:
     _native.span_pieces(_view(row_spans), _view(key_spans), rows, *map(_view, pieces))
 
 
-def span_attention_forward(q, k, lse, row_spans, key_spans, ranges, pieces, scale, softcap, mean) -> torch.Tensor:
-    """[B, S, M]"""
-    pooled = lse.new_empty(q.shape[0], row_spans.shape[1], key_spans.shape[1])
-    views, seen = _views(q, k, lse, row_spans, key_spans), (*_views(ranges), scale, softcap or 0.0)
-    _native.span_attention_forward(
-        *views, _row_pieces_and_columns(pieces), *seen, mean, _view(pooled), torch.get_num_threads()
-    )
+def span_attention_forward(
+    q, k, lse, row_spans, key_spans, first, ranges, pieces, scale, softcap, causal, groups, row_reduction
+) -> torch.Tensor:
+    """[B, H', S, M]"""
+    (batch, steps, _), words = row_spans.shape, k.shape[2] if key_spans is None else key_spans.shape[1]
+    # The kernel writes the columns that a key word has.
+    make = lse.new_zeros if key_spans is None else lse.new_empty
+    pooled, shared = make(batch, groups, steps, words), (batch, -1, -1, -1)
+    plan = _plan(row_spans, key_spans, pieces, row_reduction)
+    seen = _seen(None, None if first is None else first.expand(batch), ranges, scale, softcap, causal)
+    tensors = _views(q.expand(shared), k.expand(shared), lse.expand(shared[:-1]))
+    _native.span_attention_forward(*tensors, plan, seen, _view(pooled), torch.get_num_threads())
     return pooled
 
 
-def span_attention_backward(grad, q, k, lse, row_spans, key_spans, ranges, pieces, scale, softcap, mean):
+def span_attention_backward(
+    grad, q, k, lse, row_spans, key_spans, first, ranges, pieces, scale, softcap, causal, groups, row_reduction
+):
     """(dq, dk, dlse)"""
-    # The kernel writes the rows and columns of the spans.
+    # The kernel writes the rows and columns of the spans. Sequences in one row share it: none holds another's.
     dq, dk, dlse = torch.zeros_like(q), lse.new_zeros(k.shape), lse.new_zeros(lse.shape)
-    views, seen = _views(grad, q, k, lse, row_spans, key_spans), (*_views(ranges), scale, softcap or 0.0)
-    _native.span_attention_backward(
-        *views, _row_pieces_and_columns(pieces), *seen, mean, *_views(dq, dk, dlse), torch.get_num_threads()
-    )
+    shared = len(row_spans), -1, -1, -1
+    plan = _plan(row_spans, key_spans, pieces, row_reduction)
+    seen = _seen(None, None if first is None else first.expand(len(grad)), ranges, scale, softcap, causal)
+    tensors = _views(grad, q.expand(shared), k.expand(shared), lse.expand(shared[:-1]))
+    results = _views(dq.expand(shared), dk.expand(shared), dlse.expand(shared[:-1]))
+    _native.span_attention_backward(*tensors, plan, seen, *results, torch.get_num_threads())
     return dq, dk.to(k.dtype), dlse
 
 
-def _row_pieces_and_columns(pieces):
+def _plan(row_spans, key_spans, pieces, row_reduction):
     row_piece, row_start, _, _, before, columns, _ = pieces
-    return [_view(tensor) for tensor in (row_piece, row_start, before, columns)]
+    return *_views(row_spans, key_spans, row_piece, row_start, before, columns), row_reduction == "mean"
 
 
 def layer_mixture_kl_forward(teacher, student, weights, num_steps, num_keys, tau, row_norm, l1_epsilon):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from mold_kernels.spans import row_weights, span_membership
-from mold_kernels.visibility import visible_ranges
+from mold_kernels.visibility import first_positions, row_positions, visible_keys, visible_ranges
 
 L1_EPSILON = 1e-6
 """Added to every entry before `row_norm="l1"` divides a row by its sum, so that an all-zero row is uniform."""
@@ -20,43 +20,78 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def causal_scores(q, k, scale=None, key_padding_mask=None, *, sliding_window=None, softcap=None, cu_seqlens=None):
-    """Scaled scores [B, Hq, T, T] in the accumulation dtype, -inf where row i must not see column j."""
-    repeats, length = q.shape[1] // k.shape[1], q.shape[2]
+def masked_scores(
+    q,
+    k,
+    scale=None,
+    key_padding_mask=None,
+    *,
+    causal=True,
+    query_start=None,
+    sliding_window=None,
+    softcap=None,
+    cu_seqlens=None,
+):
+    """Scaled scores [B, Hq, Tq, Tk] in the accumulation dtype, -inf where row i must not see column j."""
+    repeats, length = q.shape[1] // k.shape[1], k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q @ k.repeat_interleave(repeats, dim=1).mT).to(accumulation_dtype(q.dtype)) * scale
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    position = row_positions(slice(0, q.shape[2]), first_positions(q, k, causal, query_start), q.device)
     ranges = visible_ranges(length, sliding_window, cu_seqlens, q.device)
-    if ranges is not None:
-        visible = visible & (torch.arange(length, device=q.device) >= ranges[0, :, None])
+    visible = visible_keys(position, torch.arange(length, device=q.device), length, ranges, causal)[:, None]
     if key_padding_mask is not None:
-        visible = visible & (key_padding_mask[:, None, None, :] & key_padding_mask[:, None, :, None])
+        visible = visible & key_padding_mask[:, None, None, :]
+        if causal:
+            real = key_padding_mask.gather(1, position.expand(len(q), -1))
+            visible = visible & real[:, None, :, None]
     return scores.masked_fill(~visible, -torch.inf)
 
 
 def attention_lse(q, k, *, scale=None, key_padding_mask=None, **options):
     """Log-sum-exp of every row's scores; see `mold_kernels.attention_lse`."""
-    lse = causal_scores(q, k, scale, key_padding_mask, **options).logsumexp(-1)
+    lse = masked_scores(q, k, scale, key_padding_mask, **options).logsumexp(-1)
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def attention_with_lse(q, k, v, *, scale=None, key_padding_mask=None, **options):
-    """Causal attention and its log-sum-exp; see `mold_kernels.attention_with_lse`."""
+    """Attention and its log-sum-exp; see `mold_kernels.attention_with_lse`."""
     lse = attention_lse(q, k, scale=scale, key_padding_mask=key_padding_mask, **options)
     # exp(-inf - inf) = 0: a row that sees no key is zero, where a softmax would be NaN.
-    probabilities = (causal_scores(q, k, scale, key_padding_mask, **options) - lse.unsqueeze(-1)).exp()
+    probabilities = (masked_scores(q, k, scale, key_padding_mask, **options) - lse.unsqueeze(-1)).exp()
     repeats = q.shape[1] // v.shape[1]
     return probabilities.to(v.dtype) @ v.repeat_interleave(repeats, dim=1), lse
 
 
-def span_attention(q, k, lse, row_spans, key_spans, *, scale=None, row_reduction="sum", **options):
-    """Attention pooled over steps and key words; see `mold_kernels.span_attention`."""
-    dtype, length = accumulation_dtype(q.dtype), q.shape[2]
-    probabilities = (causal_scores(q, k, scale, **options) - lse.to(dtype).unsqueeze(-1)).exp().mean(1)
-    rows = row_weights(row_spans, length, row_reduction, dtype)
-    return rows @ probabilities @ span_membership(key_spans, length).to(dtype).mT
+def span_attention(q, k, lse, row_spans, key_spans, *, scale=None, row_reduction="sum", heads="mean", **options):
+    """Attention pooled over steps and key words, counted from the row's start; see `mold_kernels.span_attention`."""
+    dtype, groups = accumulation_dtype(q.dtype), head_groups(heads, q, k)
+    scores = masked_scores(q, k, scale, **options)
+    maps = (scores - lse.to(dtype).unsqueeze(-1)).exp().unflatten(1, (groups, -1)).mean(2)
+    words = None if key_spans is None else span_membership(key_spans, k.shape[2])[:, None].to(dtype).mT
+    if row_reduction == "max":
+        pooled = _first_maximum(maps if words is None else maps @ words, span_membership(row_spans, q.shape[2]))
+    else:
+        pooled = row_weights(row_spans, q.shape[2], row_reduction, dtype)[:, None] @ maps
+        pooled = pooled if words is None else pooled @ words
+    return pooled.squeeze(1) if heads == "mean" else pooled
+
+
+def head_groups(heads, q, k):
+    """H', over how many groups of query heads `heads` averages."""
+    return {"mean": 1, "group": k.shape[1], "all": q.shape[1]}[heads]
+
+
+def _first_maximum(maps, inside):
+    """Of maps [B, H', Tq, M] the largest entry of the rows inside [B, S, Tq], 0 where there is none."""
+    # No probability is below the row of zeros that comes last.
+    rows = maps[:, :, None].masked_fill(~inside[:, None, :, :, None], -1)
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+    # max would share its gradient among equal rows, argmax take any.
+    row = torch.arange(rows.shape[3], device=maps.device)[:, None]
+    first = torch.where(rows == rows.amax(3, keepdim=True), row, len(row)).amin(3, keepdim=True)
+    return rows.gather(3, first).squeeze(3)
 
 
 def value_pool(v, mask, eps):

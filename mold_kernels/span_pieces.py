@@ -5,9 +5,9 @@ spans overlap as they like: whatever is summed once a piece is summed over a spa
 cut further so that none has more than a given number of rows; of the key pieces only those count that some key span
 holds. Their tokens are the **columns**, N of them.
 
-Sizes come from shapes alone, never from values, which on a GPU would have to be waited for: S spans over T tokens make
-at most min(2 S + T / rows + 1, T + 1) pieces; unused ones are empty and last. Spans are cut to [0, T]: no piece and no
-column lies outside, whatever they hold.
+Rows and keys have tokens of their own, Tq and Tk of them. Sizes come from shapes alone, never from values, which on a
+GPU would have to be waited for: S spans over T tokens make at most min(2 S + T / rows + 1, T + 1) pieces; unused ones
+are empty and last. Spans are cut to [0, T]: no piece and no column lies outside, whatever they hold.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mold_kernels.spans import check_spans, within
 class Pieces(NamedTuple):
     """Row pieces, key pieces and columns of a batch, all int32 and contiguous."""
 
-    row_piece: torch.Tensor  # [B, T + 1] the piece of a token
-    row_start: torch.Tensor  # [B, G + 1] twice a piece's first token, plus 1 where a step holds it; then 2 T
-    key_piece: torch.Tensor  # [B, T + 1] key pieces that begin before a token
+    row_piece: torch.Tensor  # [B, Tq + 1] the piece of a row
+    row_start: torch.Tensor  # [B, G + 1] twice a piece's first row, plus 1 where a step holds it; then 2 Tq
+    key_piece: torch.Tensor  # [B, Tk + 1] key pieces that begin before a key
     key_first: torch.Tensor  # [B, E + 1] a piece's first column; then N
-    before: torch.Tensor  # [B, T + 1] columns before a token; N at T
-    columns: torch.Tensor  # [B, T] the columns' tokens, ascending; N of them, then T
-    column_piece: torch.Tensor  # [B, T] the key pieces that they are in; then 0
+    before: torch.Tensor  # [B, Tk + 1] columns before a key; N at Tk
+    columns: torch.Tensor  # [B, Tk] the columns' keys, ascending; N of them, then Tk
+    column_piece: torch.Tensor  # [B, Tk] the key pieces that they are in; then 0
 
     @property
     def row_count(self) -> int:
@@ -48,35 +48,55 @@ class SpanPlan:
     """The spans of a batch, checked once, and their pieces, found once: for all layers that have the same spans.
 
     Args:
-        row_spans: int [B, S, 2], half-open token ranges of the steps; empty is padding.
-        key_spans: int [B, M, 2], likewise of the key words.
-        length: T.
+        row_spans: int [B, S, 2], half-open ranges of rows, the steps; empty is padding.
+        key_spans: int [B, M, 2], likewise of keys, the key words; None: every key.
+        length: Tq, the number of rows.
+        key_length: Tk, the number of keys; None: as many.
+        cu_seqlens: int32 [B + 1], where B sequences begin in one row, from which their spans count. None: each example
+            has a row of its own.
 
     Raises:
-        ValueError: the spans do not fit each other or `length`; names the argument.
+        ValueError: the spans do not fit each other or the lengths; names the argument.
     """
 
-    def __init__(self, row_spans: torch.Tensor, key_spans: torch.Tensor, length: int):
+    def __init__(
+        self,
+        row_spans: torch.Tensor,
+        key_spans: torch.Tensor | None,
+        length: int,
+        key_length: int | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ):
         batch = len(row_spans) if row_spans.ndim else 0
-        check_spans("row_spans", row_spans, batch, length)
-        check_spans("key_spans", key_spans, batch, length)
-        if key_spans.device != row_spans.device:
-            raise ValueError(f"key_spans: is on {key_spans.device}, must be on {row_spans.device} as row_spans")
-        self._given = [(spans, _version(spans)) for spans in (row_spans, key_spans)]
-        self.length = length
+        self._given = [(tensor, _version(tensor)) for tensor in (row_spans, key_spans, cu_seqlens)]
+        self.length, self.key_length = length, length if key_length is None else key_length
         with _outside_inference_mode():
-            self.row_spans, self.key_spans = within(row_spans, length), within(key_spans, length)
+            self.row_spans = _placed("row_spans", row_spans, batch, length, cu_seqlens)
+            if key_spans is None:
+                every = row_spans.new_full((batch, 1, 1), self.key_length, dtype=torch.int32)
+                self.key_spans = torch.nn.functional.pad(every, (1, 0))
+            elif key_spans.device != row_spans.device:
+                raise ValueError(f"key_spans: is on {key_spans.device}, must be on {row_spans.device} as row_spans")
+            else:
+                self.key_spans = _placed("key_spans", key_spans, batch, self.key_length, cu_seqlens)
         self._pieces: dict[int, Pieces] = {}
         self._columns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def is_of(self, row_spans: torch.Tensor, key_spans: torch.Tensor, length: int) -> bool:
-        """Whether it was made of these very tensors, and neither has been written to since.
+    def is_of(
+        self,
+        row_spans: torch.Tensor,
+        key_spans: torch.Tensor | None,
+        length: int,
+        key_length: int | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> bool:
+        """Whether it was made of these very tensors, and none has been written to since.
 
         Writes to tensors of torch.inference_mode, and inside torch.compile, cannot be seen.
         """
-        return length == self.length and all(
-            mine is spans and _version(spans) in (None, version)
-            for (mine, version), spans in zip(self._given, (row_spans, key_spans), strict=True)
+        return (self.length, self.key_length) == (length, length if key_length is None else key_length) and all(
+            mine is tensor and _version(tensor) in (None, version)
+            for (mine, version), tensor in zip(self._given, (row_spans, key_spans, cu_seqlens), strict=True)
         )
 
     def pieces(self, rows: int) -> Pieces:
@@ -84,23 +104,27 @@ class SpanPlan:
         if rows not in self._pieces:
             backend = SPAN_PIECES.choose("auto", self.row_spans).name
             with _outside_inference_mode():
-                pieces = SPAN_PIECES.operator(self.row_spans, self.key_spans, self.length, rows, backend)
+                pieces = SPAN_PIECES.operator(
+                    *(self.row_spans, self.key_spans, self.length, self.key_length, rows, backend)
+                )
             self._pieces[rows] = Pieces(*pieces)
         return self._pieces[rows]
 
     def columns(self, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, before): the columns as int32 [B, N], N rounded up to a multiple, and `Pieces.before`.
 
-        Ascending; padded with T, which no row sees. Waits for the device once, to read N.
+        Ascending; padded with Tk, which no row sees. Waits for the device once, to read N.
         """
         if multiple not in self._columns:
             pieces = next(iter(self._pieces.values()), None) or self.pieces(max(self.length, 1))
             with _outside_inference_mode():
                 # Inside torch.compile nothing is read: there are as many columns as there can be.
-                most = self.length if torch.compiler.is_compiling() else max(pieces.before[:, -1].tolist(), default=0)
+                most = (
+                    self.key_length if torch.compiler.is_compiling() else max(pieces.before[:, -1].tolist(), default=0)
+                )
                 count = -(-most // multiple) * multiple
-                padding = 0, max(0, count - self.length)
-                tokens = torch.nn.functional.pad(pieces.columns[:, :count], padding, value=self.length)
+                padding = 0, max(0, count - self.key_length)
+                tokens = torch.nn.functional.pad(pieces.columns[:, :count], padding, value=self.key_length)
             self._columns[multiple] = tokens, pieces.before
         return self._columns[multiple]
 
@@ -112,21 +136,34 @@ def _outside_inference_mode():
     return torch.inference_mode(False)
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+def _placed(name, spans, batch, length, cu_seqlens):
+    """Contiguous int32 spans within [0, length), counted from there."""
+    if cu_seqlens is None:
+        check_spans(name, spans, batch, length)
+        return within(spans, length)
+    check_spans(name, spans, batch, cu_seqlens.diff())
+    start = cu_seqlens[:-1, None, None].clamp(0, length)
+    end = cu_seqlens[1:, None, None].clamp(0, length).maximum(start)
+    return within(within(spans, end - start) + start, length)
 
 
-def _empty(row_spans, key_spans, length, rows, *_):
+def _version(tensor: torch.Tensor | None) -> int | None:
+    if tensor is None or torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version
+
+
+def _empty(row_spans, key_spans, length, key_length, rows, *_):
     (batch, steps, _), keys = row_spans.shape, key_spans.shape[1]
-    row_count, key_count = min(2 * steps + length // rows + 1, length + 1), min(2 * keys, length + 1)
-    sizes = length + 1, row_count + 1, length + 1, key_count + 1, length + 1, length, length
+    row_count, key_count = min(2 * steps + length // rows + 1, length + 1), min(2 * keys, key_length + 1)
+    sizes = length + 1, row_count + 1, key_length + 1, key_count + 1, key_length + 1, key_length, key_length
     return Pieces(*(row_spans.new_empty(batch, size) for size in sizes))
 
 
 def _filled_by(fill):
-    def forward(row_spans, key_spans, length, rows):
-        pieces = _empty(row_spans, key_spans, length, rows)
-        pieces.columns.fill_(length)
+    def forward(row_spans, key_spans, length, key_length, rows):
+        pieces = _empty(row_spans, key_spans, length, key_length, rows)
+        pieces.columns.fill_(key_length)
         pieces.column_piece.zero_()
         fill(row_spans, key_spans, rows, pieces)
         return tuple(pieces)
@@ -135,16 +172,17 @@ def _filled_by(fill):
 
 
 def _fill(row_spans, key_spans, rows, pieces):
-    length = pieces.columns.shape[1]
-    token = torch.arange(length + 1, dtype=torch.int32, device=row_spans.device).expand(len(row_spans), -1)
-
+    length = pieces.row_piece.shape[1] - 1
     marks, held = _marks(row_spans, length)
+    token = torch.arange(length + 1, dtype=torch.int32, device=row_spans.device).expand(len(row_spans), -1)
     cut = token.masked_fill(~marks, 0).cummax(1).values
     begins = (token - cut) % rows == 0
     pieces.row_piece.copy_(begins.cumsum(1) - 1)
     _scatter(pieces.row_start.fill_(2 * length), pieces.row_piece, 2 * token + held, begins)
 
+    length = pieces.columns.shape[1]
     marks, held = _marks(key_spans, length)
+    token = torch.arange(length + 1, dtype=torch.int32, device=row_spans.device).expand(len(row_spans), -1)
     begins = marks & held
     piece, until = begins.cumsum(1, dtype=torch.int32), held.cumsum(1, dtype=torch.int32)
     pieces.key_piece.copy_(piece - begins.int())
@@ -172,7 +210,7 @@ def _scatter(target, places, values, where):
 
 SPAN_PIECES = Op(
     "span_pieces",
-    inputs="Tensor row_spans, Tensor key_spans, SymInt length, int rows",
+    inputs="Tensor row_spans, Tensor key_spans, SymInt length, SymInt key_length, int rows",
     outputs=", ".join(f"Tensor {name}" for name in Pieces._fields),
     backends=[
         Backend("native", _filled_by(native.span_pieces), dtypes=(torch.int32,)),

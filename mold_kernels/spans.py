@@ -6,10 +6,11 @@ A span tensor is an integer tensor [B, S, 2] of half-open token ranges ``[start,
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
-def check_spans(name: str, spans: torch.Tensor, batch: int, length: int) -> None:
+def check_spans(name: str, spans: torch.Tensor, batch: int, length: int | torch.Tensor) -> None:
     """Raise a ValueError that names the argument unless `spans` is a valid span tensor of the batch.
 
     The ranges themselves are checked on CPU tensors only, and not inside torch.compile: reading them on a device would
@@ -19,7 +20,7 @@ def check_spans(name: str, spans: torch.Tensor, batch: int, length: int) -> None
         name: the argument's name, for the message.
         spans: int32 or int64 [B, S, 2].
         batch: B.
-        length: T, the number of tokens a span may reach.
+        length: T, the number of tokens a span may reach; or int32 [B], of each example.
     """
     if spans.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name}: dtype is {spans.dtype}, must be torch.int32 or torch.int64")
@@ -28,18 +29,19 @@ def check_spans(name: str, spans: torch.Tensor, batch: int, length: int) -> None
     if spans.device.type == "cpu" and spans.numel() and not torch.compiler.is_compiling():
         # In numpy: these few comparisons take torch longer than many a kernel takes for the whole of the spans.
         start, end = spans.numpy()[..., 0], spans.numpy()[..., 1]
-        wrong = (start < 0) | (end < start) | (end > length)
+        most = length.numpy() if isinstance(length, torch.Tensor) else np.full(batch, length)
+        wrong = (start < 0) | (end < start) | (end > most[:, None])
         if wrong.any():
             example, index = (int(axis[0]) for axis in wrong.nonzero())
             raise ValueError(
                 f"{name}: span {index} of example {example} is {spans[example, index].tolist()}, "
-                f"must be a half-open range within [0, {length}] (start == end is padding)"
+                f"must be a half-open range within [0, {most[example]}] (start == end is padding)"
             )
 
 
-def within(spans: torch.Tensor, length: int) -> torch.Tensor:
+def within(spans: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
     """Contiguous int32 spans, cut where they leave [0, length]; one that ends before it starts becomes empty."""
-    spans = spans.clamp(0, length).int().contiguous()
+    spans = spans.clamp(min=0).clamp(max=length).int().contiguous()
     spans[..., 1] = spans.amax(-1)
     return spans
 

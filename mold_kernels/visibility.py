@@ -1,4 +1,9 @@
-"""Which keys a row of causal attention sees: shapes of q and k, padding, windows, packed sequences, soft-capping."""
+"""Which keys a row of attention sees: shapes of q and k, padding, windows, packed sequences, soft-capping.
+
+Rows need not be keys. Row i of example b stands at the **position** ``query_start[b] + i`` among the keys, and what is
+said of a row is said of its position: causality, windows, sequences, padding. Where attention is not causal, only
+sequences ask where a row stands, and rows are keys there.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,20 @@ import math
 import torch
 
 
-def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
-    """Raise a ValueError that names the argument unless q [B, Hq, T, D] and k [B, Hkv, T, D] fit each other."""
+def check_heads(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> None:
+    """Raise a ValueError that names the argument unless q [B, Hq, Tq, D] and k [B, Hkv, Tk, D] fit each other."""
     if q.ndim != 4 or not q.is_floating_point() or not q.shape[1] or not q.shape[3]:
         raise ValueError(
             f"q: is {q.dtype} {list(q.shape)}, must be floating point [batch, heads, tokens, head dim], at least one "
             "head of at least one dimension"
         )
-    batch, heads, length, head_dim = q.shape
-    fits = k.ndim == 4 and (k.shape[0], k.shape[2], k.shape[3]) == (batch, length, head_dim)
+    batch, heads, rows, head_dim = q.shape
+    least = rows if causal else min(rows, 1)
+    fits = k.ndim == 4 and (k.shape[0], k.shape[3]) == (batch, head_dim) and k.shape[2] >= least
     if not fits or not k.shape[1] or heads % k.shape[1]:
         raise ValueError(
-            f"k: shape is {list(k.shape)}, must be [{batch}, a divisor of {heads}, {length}, {head_dim}] to fit q"
+            f"k: shape is {list(k.shape)}, "
+            f"must be [{batch}, a divisor of {heads}, at least {least}, {head_dim}] to fit q"
         )
     if k.dtype != q.dtype or k.device != q.device:
         raise ValueError(f"k: is {k.dtype} on {k.device}, must be {q.dtype} on {q.device} as q")
@@ -44,17 +51,26 @@ def positive_scale(q: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, 
 
 def check_visibility(
     q: torch.Tensor,
+    k: torch.Tensor,
     *,
+    causal: bool = True,
+    query_start: int | torch.Tensor | None = None,
     key_padding_mask: torch.Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> None:
-    """Raise a ValueError that names the argument unless the options fit q [B, Hq, T, D].
+    """Raise a ValueError that names the argument unless the options fit q [B, Hq, Tq, D] and k [B, Hkv, Tk, D].
 
-    Values on a device, and inside torch.compile, are not looked at: `visible_ranges` keeps them within the row.
+    Values on a device, and inside torch.compile, are not looked at: `first_positions` and `visible_ranges` keep them
+    within the keys.
     """
-    (batch, _, length, _), device = q.shape, q.device
+    (batch, _, rows, _), length, device = q.shape, k.shape[2], q.device
+    if not causal:
+        for name, value in (("query_start", query_start), ("sliding_window", sliding_window)):
+            if value is not None:
+                raise ValueError(f"{name}: is given with causal=False, must be None: rows see keys on both sides")
+    _check_query_start(query_start, batch, length - rows, device)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window: is {sliding_window}, must be at least 1 (a row sees itself) or None")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
@@ -74,20 +90,63 @@ def check_visibility(
         )
     if batch != 1:
         raise ValueError(f"cu_seqlens: given with a batch of {batch}, must be 1: packed sequences are one long row")
+    if not causal and rows != length:
+        raise ValueError(f"cu_seqlens: given with {rows} rows over {length} keys and causal=False, must be as many")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (cu_seqlens.diff() < 0).any() or cu_seqlens[:1].tolist() != [0] or cu_seqlens[-1] != length
         if wrong:
             raise ValueError(f"cu_seqlens: is {cu_seqlens.tolist()}, must ascend from 0 to {length}")
 
 
+def _check_query_start(query_start, batch, most, device):
+    if isinstance(query_start, torch.Tensor):
+        integers = query_start.dtype in (torch.int32, torch.int64)
+        if not integers or query_start.shape != (batch,) or query_start.device != device:
+            raise ValueError(
+                f"query_start: is {query_start.dtype} {list(query_start.shape)} on {query_start.device}, "
+                f"must be an int, or torch.int32 or torch.int64 {[batch]} on {device}"
+            )
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        values = query_start.tolist()
+    else:
+        values = [] if query_start is None else [query_start]
+    if any(not 0 <= value <= most for value in values):
+        raise ValueError(f"query_start: is {query_start}, must be within [0, {most}]: every row stands at a key")
+
+
+def first_positions(
+    q: torch.Tensor, k: torch.Tensor, causal: bool, query_start: int | torch.Tensor | None
+) -> torch.Tensor | None:
+    """Position of each example's first row, int32 [B]; None where rows are keys, or see keys on both sides.
+
+    Where nothing else is said, the last row stands at the last key, as the rows of a cache do.
+    """
+    most = k.shape[2] - q.shape[2]
+    if not causal or (most == 0 and query_start is None):
+        return None
+    if isinstance(query_start, torch.Tensor):
+        return query_start.clamp(0, most).int().contiguous()
+    return torch.full((len(q),), most if query_start is None else query_start, dtype=torch.int32, device=q.device)
+
+
+def given_options(
+    q: torch.Tensor, k: torch.Tensor, causal: bool, query_start: int | torch.Tensor | None, **options
+) -> dict[str, object]:
+    """The options of an attention by their names in the table of backends, None where one is not given."""
+    moved = causal and (query_start is not None or q.shape[2] != k.shape[2])
+    return {"causal=False": None if causal else False, "query_start": True if moved else None, **options}
+
+
 def visible_ranges(
     length: int, sliding_window: int | None, cu_seqlens: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """What causal rows see besides being causal, int32 [2, T]; None where they see everything before them.
+    """What positions see beside what causality hides, int32 [2, Tk]; None where that is everything.
 
-    Row i sees the keys j with ``ranges[0, i] <= j <= i``; key j is seen by the rows i with ``j <= i < ranges[1, j]``.
-    Both ascend, so a tile of rows sees the keys between its first row's start and its last row. A row sees itself,
-    and nothing outside [0, T), whatever `cu_seqlens` holds.
+    Causal: position i sees the keys j with ``ranges[0, i] <= j <= i``; key j is seen by ``j <= i < ranges[1, j]``.
+    Otherwise i sees ``ranges[0, i] <= j < ranges[1, i]``, and key j is seen by the same positions. Both rows ascend, so
+    a tile of rows sees keys that are neighbours. A position sees itself, and nothing outside [0, Tk), whatever
+    `cu_seqlens` holds.
     """
     if sliding_window is None and cu_seqlens is None:
         return None
@@ -99,3 +158,40 @@ def visible_ranges(
     if sliding_window is not None:
         start, end = start.maximum(token - (sliding_window - 1)), end.minimum(token + sliding_window)
     return torch.stack([start, end.maximum(token + 1)])
+
+
+def row_positions(rows: slice, first: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Positions [B or 1, R] of these rows; `first` of `first_positions`."""
+    position = torch.arange(rows.start, rows.stop, device=device)[None]
+    return position if first is None else position + first[:, None]
+
+
+def visible_keys(
+    position: torch.Tensor, key: torch.Tensor, length: int, ranges: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """Which keys rows see, padding aside: bool [B or 1, R, N].
+
+    Args:
+        position: [B or 1, R] of `row_positions`.
+        key: [N] or [B, N]; one from Tk on is seen by no row.
+        length: Tk.
+        ranges: of `visible_ranges`.
+        causal: whether a row sees no key behind its position.
+    """
+    position, key = position[..., None], (key[None] if key.ndim == 1 else key)[:, None]
+    visible = key < length
+    if causal:
+        visible = key <= position
+    if ranges is not None:
+        visible = visible & (key >= ranges[0][position])
+        if not causal:
+            visible = visible & (key < ranges[1][position])
+    return visible.expand(-1, position.shape[1], -1)
+
+
+def capped_scores(products: torch.Tensor, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores of scaled products q . k, whose memory they may take, and d score / d product; None: it is 1."""
+    if softcap is None:
+        return products, None
+    capped = products.div_(softcap).tanh_()
+    return capped * softcap, 1 - capped.square()

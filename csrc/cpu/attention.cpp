@@ -4,8 +4,7 @@
 // Flash attention whose backward takes the gradient of the log-sum-exp; formulas in mold_kernels/attention.py. A task is
 // a block of rows, the last ones first: without a window they see the most columns. Nothing of size T is stored beside
 // inputs and outputs. Five products a block and column block in the backward, two in the forward, each 2 rows columns D
-// FLOPs; three and one where v is null and the log-sum-exp alone is wanted. Padding is neither read nor walked: its rows
-// see no key, and no row sees it.
+// FLOPs; three and one where v is null and the log-sum-exp alone is wanted. Padding is neither read nor walked.
 namespace mold::MOLD_LEVEL {
 namespace {
 
@@ -14,7 +13,7 @@ constexpr int64_t block_rows = 192;
 
 // Rows of numbers are `width` wide, and of sums `sum_width`; their products have `depth` numbers.
 struct Sizes {
-    int64_t batch, kv_heads, group, length, head_dim, depth, width, sum_width, tokens, rows, blocks;
+    int64_t batch, kv_heads, group, head_dim, depth, width, sum_width, tokens, rows, blocks;
 };
 
 template <typename N>
@@ -22,7 +21,7 @@ Sizes sizes_of(const View& q, const View& k) {
     constexpr int64_t vector = lanes<Sum<N>>;
     const int64_t group = q.sizes[1] / k.sizes[1], tokens = larger(1, block_rows / group), head_dim = q.sizes[3];
     return {
-        q.sizes[0], k.sizes[1], group, q.sizes[2], head_dim, round_up(head_dim, pack<N>),
+        q.sizes[0], k.sizes[1], group, head_dim, round_up(head_dim, pack<N>),
         round_up(head_dim, vector * pack<N>), round_up(head_dim, vector), tokens, round_up(tokens * group, vector),
         (q.sizes[2] + tokens - 1) / tokens};
 }
@@ -43,13 +42,15 @@ void load_columns(
 // What is the same for all blocks.
 template <typename T>
 struct Sight {
-    const View* mask;
+    const Visibility* visibility;
     Ranges ranges;
     T scale, softcap;  // softcap 0: none
-    int64_t length;
+    int64_t rows, length;
+    bool causal;
 
     RealTokens real_tokens(int64_t example) const {
         RealTokens real{nullptr, 0, 0, length};
+        const View* mask = visibility->mask;
         if (!mask) return real;
         real.mask = mask->at<const bool>(example);
         real.stride = mask->strides[1];
@@ -62,30 +63,37 @@ struct Sight {
     RowBlock block_of_task(const Sizes& sizes, int64_t task) const {
         const int64_t index = sizes.blocks - 1 - task / stride_of(sizes), head = task % stride_of(sizes);
         const int64_t first = index * sizes.tokens, example = head / sizes.kv_heads;
-        const int64_t tokens = smaller(sizes.tokens, length - first);
-        return {example, head % sizes.kv_heads, sizes.group, first, tokens, real_tokens(example)};
+        const int64_t position = first + visibility->first_position(example);
+        const int64_t tokens = smaller(sizes.tokens, rows - first);
+        return {example, head % sizes.kv_heads, sizes.group, first, position, tokens, real_tokens(example), causal};
     }
 
     // The columns that the block sees lie between these; the first one begins a column block.
     int64_t first_column(const RowBlock& block) const {
-        return larger(ranges.start(block.first_token), block.real.begin) / block_columns * block_columns;
+        return larger(ranges.start(block.position), block.real.begin) / block_columns * block_columns;
     }
     int64_t last_column(const RowBlock& block) const {
-        return block.first_token + block.tokens > block.real.begin
-            ? smaller(block.first_token + block.tokens, block.real.end)
-            : 0;
+        if (!causal) return smaller(ranges.end(block.end() - 1, length), block.real.end);
+        const bool padding = block.end() <= block.real.begin || block.position >= block.real.end;
+        return padding ? 0 : smaller(block.end(), block.real.end);
     }
 
     // Whether a later row block sees the column block at n, which is then the one that begins its sums.
     bool seen_later(const RowBlock& block, int64_t n) const {
-        const int64_t next = block.first_token + block.tokens;
-        return next < block.real.end && ranges.start(next) / block_columns * block_columns <= n;
+        if (block.first + block.tokens == rows || (causal && block.end() >= block.real.end)) return false;
+        return ranges.start(block.end()) / block_columns * block_columns <= n;
     }
 
-    // Behind the last row that sees any of the columns from n on, up to whole vectors.
+    // The first key whose position sees the column.
+    int64_t first_seeing(int64_t token) const { return causal ? token : ranges.start(token); }
+
+    // The rows that see any of the columns from n on, from a whole tile up to whole vectors.
+    int64_t first_row(const RowBlock& block, int64_t n) const {
+        return block.rows_before(first_seeing(n)) / tile_width<T> * tile_width<T>;
+    }
     int64_t last_row(const RowBlock& block, int64_t n, int64_t columns) const {
-        const int64_t end = smaller(ranges.end(n + columns - 1, length), block.real.end);
-        return round_up(block.rows_before(end), lanes<T>);
+        const int64_t end = ranges.end(n + columns - 1, block.end());
+        return round_up(block.rows_before(causal ? smaller(end, block.real.end) : end), lanes<T>);
     }
 
     // Products of the rows from `first` to `last` with column `token`: -infinity where a row must not see it, and what
@@ -97,7 +105,8 @@ struct Sight {
                 store<T>(hyperbolic_tangent<T>(load(products + r) * inward) * outward, products + r);
             }
         }
-        hide(products, first, block.real.is_real(token) ? smaller(block.rows_before(token), last) : last);
+        const int64_t seen = block.real.is_real(token) ? block.rows_before(first_seeing(token)) : last;
+        hide(products, first, smaller(seen, last));
         if (ranges.ends) hide(products, larger(first, block.rows_before(ranges.ends[token])), last);
     }
 
@@ -109,10 +118,10 @@ struct Sight {
 };
 
 template <typename T>
-Sight<T> sight_of(const View& q, const Visibility& visibility) {
+Sight<T> sight_of(const View& q, const View& k, const Visibility& visibility) {
     return {
-        visibility.mask, Ranges(visibility.ranges), static_cast<T>(visibility.scale),
-        static_cast<T>(visibility.softcap), q.sizes[2]};
+        &visibility, Ranges(visibility.ranges), static_cast<T>(visibility.scale), static_cast<T>(visibility.softcap),
+        q.sizes[2], k.sizes[2], visibility.causal};
 }
 
 template <typename Element, typename T>
@@ -158,7 +167,7 @@ void forward(
 
         for (int64_t n = sight.first_column(block); n < end; n += block_columns) {
             const int64_t columns = smaller(block_columns, end - n), last = sight.last_row(block, n, columns);
-            const int64_t first = block.rows_before(n) / tile_width<T> * tile_width<T>;
+            const int64_t first = sight.first_row(block, n);
             const int64_t packed = round_up(columns, pack<N>);
             load_columns<Element>(k, block, n, columns, sizes, buffers.columns);
             multiply_panels(
@@ -210,7 +219,7 @@ void forward(
 
         for (int64_t r = 0; r < block.rows(); ++r) {
             const int64_t head = block.head(r), token = block.token(r);
-            const T total = block.real.is_real(token) ? buffers.total[r] : T{0};
+            const T total = block.is_real(r) ? buffers.total[r] : T{0};
             if (out) {
                 Element* target = out->at<Element>(block.example, head, token);
                 const T factor = total > 0 ? 1 / total : total;  // NaN stays NaN
@@ -246,15 +255,6 @@ void add_columns(
             const T value = factor * source[n * sizes.sum_width + d];
             row[d] = begun ? row[d] + value : value;
         }
-    }
-}
-
-// Zeros in the rows from `first` to `last`.
-template <typename T>
-void clear_columns(const RowBlock& block, int64_t first, int64_t last, const View& gradient) {
-    for (int64_t n = first; n < last; ++n) {
-        T* row = gradient.at<T>(block.example, block.kv_head, n);
-        for (int64_t d = 0; d < gradient.sizes[3]; ++d) row[d] = 0;
     }
 }
 
@@ -319,7 +319,7 @@ void backward(
             stack(buffers.grad, rows, sizes.width, sizes.sum_width, buffers.stacked_grad);
             for (int64_t r = 0; r < block.rows(); ++r) {
                 const int64_t head = block.head(r), token = block.token(r);
-                if (!block.real.is_real(token)) continue;
+                if (!block.is_real(r)) continue;
                 buffers.delta[r] += row_product<T>(
                     grad_out->at<const Element>(block.example, head, token), grad_out->strides[3],
                     out->at<const Element>(block.example, head, token), out->strides[3], sizes.head_dim);
@@ -331,7 +331,7 @@ void backward(
 
         for (int64_t n = sight.first_column(block); n < end; n += block_columns) {
             const int64_t columns = smaller(block_columns, end - n), chunk = n / block_columns;
-            const int64_t first = block.rows_before(n) / tile_width<T> * tile_width<T>;
+            const int64_t first = sight.first_row(block, n);
             const int64_t last = sight.last_row(block, n, columns), seen = last - first;
             const int64_t packed = round_up(columns, pack<N>);
             load_columns<Element>(k, block, n, columns, sizes, buffers.keys);
@@ -385,16 +385,6 @@ void backward(
             turns.finish(task, chunk);
         }
 
-        // Of the block's own columns those of padding that no column block holds.
-        const int64_t own = block.first_token + block.tokens;
-        const int64_t before = smaller(block.real.begin / block_columns * block_columns, own);
-        const int64_t after = larger(larger(block.first_token, before), block.real.end);
-        clear_columns<T>(block, block.first_token, before, dk);
-        clear_columns<T>(block, after, own, dk);
-        if (v) {
-            clear_columns<T>(block, block.first_token, before, *dv);
-            clear_columns<T>(block, after, own, *dv);
-        }
         for (int64_t r = 0; r < block.rows(); ++r) {
             Element* target = dq.at<Element>(block.example, block.head(r), block.token(r));
             store_row(buffers.dq + r * sizes.sum_width, dq.strides[3], sizes.head_dim, sight.scale, target);
@@ -409,7 +399,7 @@ void attention_with_lse_forward(
     int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
         using T = decltype(accumulator);
-        forward<decltype(element), T>(q, k, v, sight_of<T>(q, visibility), out, lse, threads);
+        forward<decltype(element), T>(q, k, v, sight_of<T>(q, k, visibility), out, lse, threads);
     });
 }
 
@@ -419,7 +409,7 @@ void attention_with_lse_backward(
     int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
         using T = decltype(accumulator);
-        const Sight<T> sight = sight_of<T>(q, visibility);
+        const Sight<T> sight = sight_of<T>(q, k, visibility);
         backward<decltype(element), T>(grad_out, grad_lse, q, k, v, sight, out, lse, dq, dk, dv, threads);
     });
 }

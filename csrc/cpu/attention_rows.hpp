@@ -6,7 +6,7 @@
 // heads of a group share a key head, so a block stacks them: row r is token r / group, head r % group. Products are laid
 // out transposed, [columns, rows]: vectors then run over rows, sums over columns need no horizontal addition, and keys
 // and values are used as they lie, each row broadcast entry by entry. The rows that see a column are neighbours:
-// causality hides a prefix, a window or the end of a packed sequence hides a suffix.
+// causality or the start of a packed sequence hides a prefix, a window or the sequence's end hides a suffix.
 namespace mold::MOLD_LEVEL {
 
 // Columns that are multiplied at once: their products with a block's rows fit the L2 cache. Even, as packs are.
@@ -30,15 +30,20 @@ struct RealTokens {
     bool is_real(int64_t token) const { return token >= begin && token < end && (!mask || mask[token * stride]); }
 };
 
+// Tokens of q from `first` on, which stand at the keys' tokens from `position` on.
 struct RowBlock {
-    int64_t example, kv_head, group, first_token, tokens;
+    int64_t example, kv_head, group, first, position, tokens;
     RealTokens real;
+    bool causal;
 
     int64_t rows() const { return tokens * group; }
-    // Rows of earlier tokens than `token`.
-    int64_t rows_before(int64_t token) const { return smaller(larger(token - first_token, 0) * group, rows()); }
+    int64_t end() const { return position + tokens; }
+    // Rows at earlier positions than the key `token`.
+    int64_t rows_before(int64_t token) const { return smaller(larger(token - position, 0), tokens) * group; }
     int64_t head(int64_t row) const { return kv_head * group + row % group; }
-    int64_t token(int64_t row) const { return first_token + row / group; }
+    int64_t token(int64_t row) const { return first + row / group; }
+    // Rows are keys, and may be padding, where attention is causal.
+    bool is_real(int64_t row) const { return !causal || real.is_real(position + row / group); }
 };
 
 // target[i] = source[i * stride] for i < count, zeros up to `width`.
@@ -69,7 +74,7 @@ template <typename Element, typename T, typename N>
 inline void load_rows(const View& source, const RowBlock& block, N* target, int64_t width) {
     const int64_t rows = block.rows(), padded = round_up(rows, lanes<T>);
     for (int64_t r = 0; r < rows; ++r) {
-        const int64_t count = block.real.is_real(block.token(r)) ? source.sizes[3] : 0;
+        const int64_t count = block.is_real(r) ? source.sizes[3] : 0;
         const Element* row = source.at<const Element>(block.example, block.head(r), block.token(r));
         load_row(row, source.strides[3], count, target + r * width, width);
     }
@@ -81,8 +86,7 @@ template <typename T>
 inline void load_entries(const View& source, const RowBlock& block, T padding, T* target) {
     const int64_t rows = block.rows();
     for (int64_t r = 0; r < rows; ++r) {
-        const bool real = block.real.is_real(block.token(r));
-        target[r] = real ? *source.at<const T>(block.example, block.head(r), block.token(r)) : padding;
+        target[r] = block.is_real(r) ? *source.at<const T>(block.example, block.head(r), block.token(r)) : padding;
     }
     for (int64_t r = rows; r < round_up(rows, lanes<T>); ++r) target[r] = padding;
 }

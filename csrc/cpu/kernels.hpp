@@ -11,32 +11,43 @@
 // most that a kernel may use.
 namespace mold {
 
-// What rows see of the keys before them, and by which score. mask bool [B, T] and ranges int32 [2, T] (see Ranges) are
-// null where there is none; softcap is 0 where scores are not capped.
+// What rows see of the keys, and by which score. mask bool [B, Tk] and ranges int32 [2, Tk] (see Ranges) are null where
+// there is none, and so is first, the position of an example's first row, int32 [B], where rows are keys or attention is
+// not causal; softcap is 0 where scores are not capped.
 struct Visibility {
-    const View *mask, *ranges;
+    const View *mask, *first, *ranges;
     double scale, softcap;
+    bool causal;
+
+    std::int64_t first_position(std::int64_t example) const {
+        return first ? *first->at<const std::int32_t>(example) : 0;
+    }
 };
 
 struct Kernels {
-    // q and out [B, Hq, T, D], k and v [B, Hkv, T, D], lse [B, Hq, T]. v and out are null where lse alone is wanted.
+    // q and out [B, Hq, Tq, D], k and v [B, Hkv, Tk, D], lse [B, Hq, Tq]. v and out are null where lse alone is wanted.
     void (*attention_with_lse_forward)(
         const View& q, const View& k, const View* v, const Visibility& visibility, const View* out, const View& lse,
         int threads);
 
-    // dk and dv are contiguous, of lse's dtype. grad_out, v, out and dv are null where lse alone was wanted.
+    // dk and dv are contiguous, of lse's dtype, and hold zeros, which stay where no row sees a key. grad_out, v, out and dv are null where lse alone was wanted.
     void (*attention_with_lse_backward)(
         const View* grad_out, const View& grad_lse, const View& q, const View& k, const View* v,
         const Visibility& visibility, const View* out, const View& lse, const View& dq, const View& dk, const View* dv,
         int threads);
 
-    // q [B, Hq, T, D], k [B, Hkv, T, D], lse [B, Hq, T], pooled [B, S, M] contiguous; no mask: lse has it.
+    // q [B, Hq, Tq, D], k [B, Hkv, Tk, D], lse [B, Hq, Tq], pooled [B, H', S, M] contiguous; no mask: lse has it.
     void (*span_attention_forward)(
         const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
         const View& pooled, int threads);
 
-    // Adds nothing: writes the rows of dq and dlse that a step holds and the rows of dk (in lse's dtype) that a key
-    // word holds. The caller has set the others to zero.
+    // Where every key is a key word; pooled holds zeros, which stay at keys that are no column.
+    void (*key_attention_forward)(
+        const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
+        const View& pooled, int threads);
+
+    // Either's. Adds nothing: writes the rows of dq and dlse that a step holds and the rows of dk (in lse's dtype) that a
+    // key word holds. The caller has set the others to zero. Examples may share tensors if they share no step and word.
     void (*span_attention_backward)(
         const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
         const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads);

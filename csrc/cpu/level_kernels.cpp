@@ -6,6 +6,7 @@ const Kernels kernels = {
     attention_with_lse_forward,
     attention_with_lse_backward,
     span_attention_forward,
+    key_attention_forward,
     span_attention_backward,
     layer_mixture_kl_forward,
     layer_mixture_kl_backward,

@@ -15,6 +15,9 @@ void attention_with_lse_backward(
 void span_attention_forward(
     const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
     const View& pooled, int threads);
+void key_attention_forward(
+    const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
+    const View& pooled, int threads);
 void span_attention_backward(
     const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
     const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads);

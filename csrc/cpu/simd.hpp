@@ -207,8 +207,8 @@ inline Vector<T> hyperbolic_tangent(Vector<T> x) {
 
 // ---- visibility
 
-// What causal rows see besides being causal: `visible_ranges` of mold_kernels/visibility.py, int32 [2, T]; null where
-// that is all. Both of its rows ascend.
+// `visible_ranges` of mold_kernels/visibility.py, int32 [2, Tk], what positions see beside what causality hides; null
+// where that is everything. Both of its rows ascend.
 struct Ranges {
     const std::int32_t *starts, *ends;
 
@@ -217,8 +217,8 @@ struct Ranges {
           ends(view ? view->at<const std::int32_t>(1) : nullptr) {}
 
     int64_t start(int64_t row) const { return starts ? starts[row] : 0; }
-    // Rows from here on do not see the column.
-    int64_t end(int64_t column, int64_t length) const { return ends ? ends[column] : length; }
+    // Positions from here on do not see the column; where there are none, `all`.
+    int64_t end(int64_t column, int64_t all) const { return ends ? ends[column] : all; }
 };
 
 // ---- matrix product

@@ -5,13 +5,15 @@
 // Formulas in mold_kernels/span_attention.py. A task is a piece of the rows: forward with all heads, backward with the
 // heads that share a key head. The key words' columns are gathered and transposed once, so products are [rows, columns]
 // with vectors over columns: rows are read entry by entry as they lie. The columns that a row sees are neighbours.
+// Where every key is a key word, sums over a piece would be as many as scores: forward a task is a block of columns then,
+// with all rows, and adds up its columns of the result.
 namespace mold::MOLD_LEVEL {
 namespace {
 
 // Rows of numbers are `width` wide, and of sums `sum_width`; their products have `depth` numbers. most_tokens are whole
 // packs, most_columns whole blocks.
 struct Sizes {
-    int64_t batch, kv_heads, group, head_dim, depth, width, sum_width, most_tokens, most_columns, key_words;
+    int64_t batch, kv_heads, group, length, head_dim, depth, width, sum_width, most_tokens, most_columns, key_words;
 };
 
 template <typename N>
@@ -19,7 +21,7 @@ Sizes sizes_of(const View& q, const View& k, const SpanPlan* plans, int64_t key_
     constexpr int64_t vector = lanes<Sum<N>>;
     const int64_t head_dim = q.sizes[3];
     Sizes sizes{
-        q.sizes[0], k.sizes[1], q.sizes[1] / k.sizes[1], head_dim, round_up(head_dim, pack<N>),
+        q.sizes[0], k.sizes[1], q.sizes[1] / k.sizes[1], k.sizes[2], head_dim, round_up(head_dim, pack<N>),
         round_up(head_dim, vector * pack<N>), round_up(head_dim, vector), 0, 0, key_words};
     for (int64_t b = 0; b < sizes.batch; ++b) {
         sizes.most_columns = larger(sizes.most_columns, round_up(plans[b].column_count, block_columns));
@@ -78,52 +80,65 @@ struct Seen {
 template <typename T>
 struct Sight {
     using Integer = typename VectorOf<T>::Integer;
-    Integer *tokens, *starts;  // of the columns, and the first that each row sees; counted from the piece's first row
-    T* scores;                 // [rows, block_columns]
-    T scale, softcap;          // softcap 0: none
+    // Of the columns, and the first and the last that each row sees; counted from the position of the piece's first row.
+    Integer *tokens, *firsts, *lasts;
+    T* scores;         // [rows, block_columns]
+    T scale, softcap;  // softcap 0: none
+    const Visibility* visibility;
     Ranges ranges;
-    int64_t begin, columns, rows;
+    int64_t length, begin, columns, rows;
 
     Sight(Scratch& scratch, const Sizes& sizes, const Visibility& visibility)
         : tokens(scratch.take<Integer>(sizes.most_columns)),
-          starts(scratch.take<Integer>(sizes.most_tokens)),
+          firsts(scratch.take<Integer>(sizes.most_tokens)),
+          lasts(scratch.take<Integer>(sizes.most_tokens)),
           scores(scratch.take<T>(sizes.most_tokens * block_columns)),
           scale(static_cast<T>(visibility.scale)),
           softcap(static_cast<T>(visibility.softcap)),
+          visibility(&visibility),
           ranges(visibility.ranges),
+          length(sizes.length),
           begin(0),
           columns(0),
           rows(0) {}
 
-    void look(const SpanPlan& plan, const Range& piece) {
-        for (columns = 0; columns < plan.column_count && plan.columns[columns] < piece.end; ++columns) {
-            tokens[columns] = static_cast<Integer>(plan.columns[columns] - piece.begin);
-        }
-        for (int64_t n = columns; n < round_up(columns, lanes<T>); ++n) tokens[n] = INT32_MAX;
+    // The last key that a position sees.
+    int64_t last(int64_t position) const { return visibility->causal ? position : ranges.end(position, length) - 1; }
+
+    void look(const std::int32_t* of_columns, int64_t count, int64_t example, const Range& piece) {
+        const int64_t position = visibility->first_position(example) + piece.begin;
         rows = piece.end - piece.begin;
         for (int64_t r = 0; r < rows; ++r) {
-            starts[r] = static_cast<Integer>(ranges.start(piece.begin + r) - piece.begin);
+            firsts[r] = static_cast<Integer>(ranges.start(position + r) - position);
+            lasts[r] = static_cast<Integer>(last(position + r) - position);
         }
-        begin = first_block(plan, piece.begin);
+        for (columns = 0; columns < count && of_columns[columns] - position <= lasts[rows - 1]; ++columns) {
+            tokens[columns] = static_cast<Integer>(of_columns[columns] - position);
+        }
+        for (int64_t n = columns; n < round_up(columns, lanes<T>); ++n) tokens[n] = INT32_MAX;
+        begin = first_block(of_columns, count, example, piece.begin);
     }
 
     // Of the columns that `row` may see, the first of the first column block.
-    int64_t first_block(const SpanPlan& plan, int64_t row) const {
+    int64_t first_block(const std::int32_t* of_columns, int64_t count, int64_t example, int64_t row) const {
+        const int64_t start = ranges.start(visibility->first_position(example) + row);
         int64_t n = 0;
-        while (n < plan.column_count && plan.columns[n] < ranges.start(row)) ++n;
+        while (n < count && of_columns[n] < start) ++n;
         return n / block_columns * block_columns;
     }
 
     // The rows that see any column of the block at n, from a whole pack on.
     template <typename N>
     int64_t first_row(int64_t n) const {
-        return larger(0, tokens[n]) / pack<N> * pack<N>;
+        int64_t first = 0;
+        while (first < rows && lasts[first] < tokens[n]) ++first;
+        return first / pack<N> * pack<N>;
     }
     template <typename N>
     int64_t last_row(int64_t n) const {
         const Integer token = tokens[smaller(n + block_columns, columns) - 1];
         int64_t last = rows;
-        while (last > 0 && starts[last - 1] > token) --last;
+        while (last > 0 && firsts[last - 1] > token) --last;
         return larger(last, first_row<N>(n));
     }
 
@@ -148,7 +163,7 @@ struct Sight {
                     slope -= tangent * tangent;
                 }
                 const Vector<T> probability = exponential<T>(score);
-                const Integers hidden = (token > static_cast<Integer>(r)) | (token < starts[r]);
+                const Integers hidden = (token > lasts[r]) | (token < firsts[r]);
                 return Seen<T>{hidden ? Vector<T>{} : probability, slope};
             });
         }
@@ -196,10 +211,10 @@ void forward(
     const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
     const View& pooled, int threads) {
     using N = Number<Element, T>;
-    const Sizes sizes = sizes_of<N>(q, k, plans, pooled.sizes[2]);
+    const Sizes sizes = sizes_of<N>(q, k, plans, pooled.sizes[3]);
     const Keys<Element, N> keys(k, plans, sizes, threads);
-    const int64_t pieces = count_pieces(plans, sizes.batch);
-    const Memory memory(pieces * sizes.key_words * static_cast<int64_t>(sizeof(double)));
+    const int64_t pieces = count_pieces(plans, sizes.batch), groups = pooled.sizes[1], heads = q.sizes[1] / groups;
+    const Memory memory(pieces * groups * sizes.key_words * static_cast<int64_t>(sizeof(double)));
     double* of_pieces = reinterpret_cast<double*>(memory.data);  // in the order of the tasks
 
     struct Buffers {
@@ -218,26 +233,28 @@ void forward(
         const SpanPlan& plan = plans[at.example];
         const Range piece = plan.pieces[at.index];
         Sight<T>& sight = buffers.sight;
-        sight.look(plan, piece);
-        for (int64_t n = 0; n < sizes.most_columns; ++n) buffers.columns[n] = 0;
-        for (int64_t head = 0; head < q.sizes[1]; ++head) {
-            const N* panels = keys.panels(at.example, head / sizes.group);
-            const Matrix<N> rows = rows_of<Element>(q, at.example, head, piece, sizes, buffers.q);
-            load_entries(lse, at.example, head, piece, buffers.lse);
-            for (int64_t n = sight.begin; n < sight.columns; n += block_columns) {
-                const int64_t first = sight.template first_row<N>(n), last = sight.template last_row<N>(n);
-                const auto add = [&](int64_t c, auto seen) {
-                    Vector<T> total{};
-                    for (int64_t r = first; r < last; ++r) total += seen(r).probability;
-                    for (int64_t lane = 0; lane < lanes<T>; ++lane) buffers.columns[n + c + lane] += total[lane];
-                };
-                sight.visit_vectors(n, rows, sizes.depth, panels + n * sizes.depth, buffers.lse, add);
+        sight.look(plan.columns, plan.column_count, at.example, piece);
+        for (int64_t x = 0; x < groups; ++x) {
+            for (int64_t n = 0; n < sizes.most_columns; ++n) buffers.columns[n] = 0;
+            for (int64_t head = x * heads; head < (x + 1) * heads; ++head) {
+                const N* panels = keys.panels(at.example, head / sizes.group);
+                const Matrix<N> rows = rows_of<Element>(q, at.example, head, piece, sizes, buffers.q);
+                load_entries(lse, at.example, head, piece, buffers.lse);
+                for (int64_t n = sight.begin; n < sight.columns; n += block_columns) {
+                    const int64_t first = sight.template first_row<N>(n), last = sight.template last_row<N>(n);
+                    const auto add = [&](int64_t c, auto seen) {
+                        Vector<T> total{};
+                        for (int64_t r = first; r < last; ++r) total += seen(r).probability;
+                        for (int64_t lane = 0; lane < lanes<T>; ++lane) buffers.columns[n + c + lane] += total[lane];
+                    };
+                    sight.visit_vectors(n, rows, sizes.depth, panels + n * sizes.depth, buffers.lse, add);
+                }
             }
-        }
-        for (int64_t m = 0; m < sizes.key_words; ++m) {
-            double total = 0;
-            for (int64_t n = plan.key_words[m].begin; n < plan.key_words[m].end; ++n) total += buffers.columns[n];
-            of_pieces[task * sizes.key_words + m] = total;
+            for (int64_t m = 0; m < sizes.key_words; ++m) {
+                double total = 0;
+                for (int64_t n = plan.key_words[m].begin; n < plan.key_words[m].end; ++n) total += buffers.columns[n];
+                of_pieces[(task * groups + x) * sizes.key_words + m] = total;
+            }
         }
     });
 
@@ -245,29 +262,111 @@ void forward(
     for (int64_t b = 0; b < sizes.batch; ++b) {
         const SpanPlan& plan = plans[b];
         end += static_cast<int64_t>(plan.pieces.size());
-        for (int64_t s = 0; s < pooled.sizes[1]; ++s) {
-            T* target = pooled.at<T>(b, s);
-            for (int64_t m = 0; m < sizes.key_words; ++m) {
-                double total = 0;
-                for (int64_t p = plan.steps[s].begin; p < plan.steps[s].end; ++p) {
-                    total += of_pieces[(end - 1 - p) * sizes.key_words + m];
+        for (int64_t x = 0; x < groups; ++x) {
+            for (int64_t s = 0; s < pooled.sizes[2]; ++s) {
+                T* target = pooled.at<T>(b, x, s);
+                for (int64_t m = 0; m < sizes.key_words; ++m) {
+                    double total = 0;
+                    for (int64_t p = plan.steps[s].begin; p < plan.steps[s].end; ++p) {
+                        total += of_pieces[((end - 1 - p) * groups + x) * sizes.key_words + m];
+                    }
+                    target[m] = static_cast<T>(total * plan.weights[s] / heads);
                 }
-                target[m] = static_cast<T>(total * plan.weights[s] / q.sizes[1]);
             }
         }
     }
 }
 
-// Adds g[n], the gradient of the piece's probabilities at column n.
+template <typename Element, typename T>
+void forward_every_key(
+    const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
+    const View& pooled, int threads) {
+    using N = Number<Element, T>;
+    Sizes sizes = sizes_of<N>(q, k, plans, pooled.sizes[3]);
+    const int64_t groups = pooled.sizes[1], steps = pooled.sizes[2], heads = q.sizes[1] / groups;
+    const int64_t blocks = sizes.most_columns / block_columns;
+    sizes.most_columns = block_columns;
+    sizes.most_tokens = larger(sizes.most_tokens, run_rows);
+
+    struct Buffers {
+        Sight<T> sight;
+        N *q, *keys, *panels;
+        T* lse;
+        double* sums;  // [steps, block_columns]
+    };
+    const auto make = [&](Scratch& scratch) {
+        return Buffers{
+            Sight<T>(scratch, sizes, visibility), scratch.take<N>(sizes.most_tokens * sizes.width),
+            scratch.take<N>(block_columns * sizes.width), scratch.take<N>(block_columns * sizes.depth),
+            scratch.take<T>(sizes.most_tokens), scratch.take<double>(steps * block_columns)};
+    };
+    // The first columns are seen by the most rows.
+    parallel(threads, blocks * sizes.batch, make, [&](int64_t task, Buffers& buffers) {
+        const int64_t example = task % sizes.batch, n = task / sizes.batch * block_columns;
+        const SpanPlan& plan = plans[example];
+        const int64_t count = smaller(block_columns, plan.column_count - n);
+        if (count <= 0) return;
+        Sight<T>& sight = buffers.sight;
+        int64_t kv_head = -1;
+        const Run* looked = nullptr;
+        for (int64_t x = 0; x < groups; ++x) {
+            for (int64_t i = 0; i < steps * block_columns; ++i) buffers.sums[i] = 0;
+            for (int64_t head = x * heads; head < (x + 1) * heads; ++head) {
+                if (head / sizes.group != kv_head) {
+                    kv_head = head / sizes.group;
+                    const int64_t padded = round_up(count, lanes<T>);
+                    for (int64_t c = 0; c < padded; ++c) {
+                        const Element* key = k.at<const Element>(example, kv_head, plan.columns[n + smaller(c, count - 1)]);
+                        N* target = buffers.keys + c * sizes.width;
+                        load_row(key, k.strides[3], c < count ? sizes.head_dim : 0, target, sizes.width);
+                    }
+                    transpose<N, block_columns>(buffers.keys, padded, sizes.depth, sizes.width, buffers.panels);
+                }
+                for (const Run& run : plan.runs) {
+                    if (looked != &run) sight.look(plan.columns + n, count, example, run.rows);
+                    looked = &run;
+                    if (!sight.columns) continue;
+                    const int64_t first = sight.template first_row<N>(0), last = sight.template last_row<N>(0);
+                    if (first == last) continue;
+                    const Matrix<N> rows = rows_of<Element>(q, example, head, run.rows, sizes, buffers.q);
+                    load_entries(lse, example, head, run.rows, buffers.lse);
+                    sight.visit_vectors(0, rows, sizes.depth, buffers.panels, buffers.lse, [&](int64_t c, auto seen) {
+                        for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p) {
+                            const Range piece = plan.pieces[p];
+                            Vector<T> total{};
+                            const int64_t end = smaller(piece.end - run.rows.begin, last);
+                            for (int64_t r = larger(piece.begin - run.rows.begin, first); r < end; ++r) {
+                                total += seen(r).probability;
+                            }
+                            for (int64_t h = plan.holders_begin[p]; h < plan.holders_begin[p + 1]; ++h) {
+                                double* sums = buffers.sums + plan.holders[h] * block_columns + c;
+                                for (int64_t lane = 0; lane < lanes<T>; ++lane) sums[lane] += total[lane];
+                            }
+                        }
+                    });
+                }
+            }
+            for (int64_t s = 0; s < steps; ++s) {
+                T* target = pooled.at<T>(example, x, s);
+                for (int64_t c = 0; c < count; ++c) {
+                    const double sum = buffers.sums[s * block_columns + c];
+                    target[plan.columns[n + c]] = static_cast<T>(sum * plan.weights[s] / heads);
+                }
+            }
+        }
+    });
+}
+
+// Adds g[n], the gradient of the piece's probabilities of heads x at column n.
 template <typename T>
 void column_gradient(
-    const View& grad, const SpanPlan& plan, const Piece& at, int64_t heads, double* of_words, T* of_columns) {
+    const View& grad, const SpanPlan& plan, const Piece& at, int64_t x, int64_t heads, double* of_words, T* of_columns) {
     for (std::size_t m = 0; m < plan.key_words.size(); ++m) of_words[m] = 0;
     for (std::size_t s = 0; s < plan.steps.size(); ++s) {
         if (at.index < plan.steps[s].begin || at.index >= plan.steps[s].end) continue;
-        const T* row = grad.at<const T>(at.example, s);
+        const T* row = grad.at<const T>(at.example, x, s);
         for (std::size_t m = 0; m < plan.key_words.size(); ++m) {
-            of_words[m] += plan.weights[s] / heads * row[m * grad.strides[2]];
+            of_words[m] += plan.weights[s] / heads * row[m * grad.strides[3]];
         }
     }
     for (std::size_t m = 0; m < plan.key_words.size(); ++m) {
@@ -282,9 +381,11 @@ void backward(
     const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
     const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads) {
     using N = Number<Element, T>;
-    const Sizes sizes = sizes_of<N>(q, k, plans, grad.sizes[2]);
+    const Sizes sizes = sizes_of<N>(q, k, plans, grad.sizes[3]);
     const Keys<Element, N> keys(k, plans, sizes, threads);
     const int64_t tasks = count_pieces(plans, sizes.batch) * sizes.kv_heads;
+    const int64_t groups = grad.sizes[1], heads = q.sizes[1] / groups;
+    const bool each = heads < sizes.group;  // the heads of a task have a gradient each
     Turns turns(tasks);
 
     // `weights` are rows, `stacked_weights` has them stacked; with a pack of one both are where the scores are.
@@ -305,7 +406,7 @@ void backward(
             nullptr,
             nullptr,
             nullptr,
-            scratch.take<T>(sizes.most_columns),
+            scratch.take<T>(sizes.most_columns * (each ? sizes.group : 1)),
             scratch.take<T>(of_rows),
             scratch.take<T>(of_rows * sizes.sum_width),
             scratch.take<T>(block_columns * sizes.sum_width),
@@ -327,9 +428,13 @@ void backward(
         const bool last_piece = at.index + 1 == static_cast<int64_t>(plan.pieces.size());
         const N *key_rows = keys.stacked(at.example, kv_head), *panels = keys.panels(at.example, kv_head);
         Sight<T>& sight = buffers.sight;
-        sight.look(plan, piece);
-        for (int64_t n = 0; n < sizes.most_columns; ++n) buffers.gradient[n] = 0;
-        column_gradient(grad, plan, at, q.sizes[1], buffers.word_gradient, buffers.gradient);
+        sight.look(plan.columns, plan.column_count, at.example, piece);
+        for (int64_t g = 0; g < (each ? sizes.group : 1); ++g) {
+            T* gradient = buffers.gradient + g * sizes.most_columns;
+            for (int64_t n = 0; n < sizes.most_columns; ++n) gradient[n] = 0;
+            const int64_t x = (kv_head * sizes.group + g) / heads;
+            column_gradient(grad, plan, at, x, heads, buffers.word_gradient, gradient);
+        }
         for (int64_t i = 0; i < sizes.group * tokens * sizes.sum_width; ++i) buffers.dq[i] = 0;
         for (int64_t i = 0; i < sizes.group * tokens * lanes<T>; ++i) buffers.dlse[i] = 0;
         for (int64_t g = 0; g < sizes.group; ++g) {
@@ -340,7 +445,8 @@ void backward(
         }
 
         // The column blocks of the next piece, whose sums come before this one's.
-        const int64_t next = last_piece ? sight.columns : sight.first_block(plan, plan.pieces[at.index + 1].begin);
+        const int64_t next = last_piece ? sight.columns : sight.first_block(
+            plan.columns, plan.column_count, at.example, plan.pieces[at.index + 1].begin);
         for (int64_t n = sight.begin; n < sight.columns; n += block_columns) {
             const int64_t columns = smaller(block_columns, sight.columns - n), chunk = n / block_columns;
             const int64_t first = sight.template first_row<N>(n), last = sight.template last_row<N>(n);
@@ -348,8 +454,9 @@ void backward(
             for (int64_t g = 0; g < sizes.group; ++g) {
                 const Matrix<N> rows = buffers.rows[g];
                 T *dq = buffers.dq + g * tokens * sizes.sum_width, *dlse = buffers.dlse + g * tokens * lanes<T>;
+                const T* of_columns = buffers.gradient + (each ? g * sizes.most_columns : 0) + n;
                 const auto weigh = [&](int64_t c, auto seen) {
-                    const Vector<T> gradient = load(buffers.gradient + n + c);
+                    const Vector<T> gradient = load(of_columns + c);
                     for (int64_t r = first; r < last; r += pack<N>) {
                         Vector<T> weights[pack<N>]{};
                         for (int64_t e = 0; e < smaller(pack<N>, last - r); ++e) {
@@ -406,6 +513,14 @@ void span_attention_forward(
     const View& pooled, int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
         forward<decltype(element), decltype(accumulator)>(q, k, lse, plans, visibility, pooled, threads);
+    });
+}
+
+void key_attention_forward(
+    const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
+    const View& pooled, int threads) {
+    dispatch(q.dtype, [&](auto element, auto accumulator) {
+        forward_every_key<decltype(element), decltype(accumulator)>(q, k, lse, plans, visibility, pooled, threads);
     });
 }
 

@@ -363,9 +363,11 @@ def attention_with_lse_forward(
     k: torch.Tensor,
     v: torch.Tensor | None,
     valid: torch.Tensor | None,
+    first: torch.Tensor | None,
     ranges: torch.Tensor | None,
     scale: float,
     softcap: float | None,
+    causal: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(out [B, Hq, T, D], lse [B, Hq, T]); out is None without v."""
     valid = None if valid is None else valid.contiguous()
@@ -389,9 +391,11 @@ def attention_with_lse_backward(
     out: torch.Tensor | None,
     lse: torch.Tensor,
     valid: torch.Tensor | None,
+    first: torch.Tensor | None,
     ranges: torch.Tensor | None,
     scale: float,
     softcap: float | None,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(dq, dk, dv). Without dout only lse has a gradient: neither v nor out is read, dv is 0, or None without v."""
     batch, heads, length, _ = q.shape
@@ -416,11 +420,15 @@ def attention_with_lse_backward(
     return dq, dk, dv
 
 
-def attention_lse_forward(q, k, valid, ranges, scale, softcap) -> torch.Tensor:
+def attention_lse_forward(q, k, valid, first, ranges, scale, softcap, causal) -> torch.Tensor:
     """lse [B, Hq, T]."""
-    return attention_with_lse_forward(q, k, None, valid, ranges, scale, softcap)[1]
+    return attention_with_lse_forward(q, k, None, valid, first, ranges, scale, softcap, causal)[1]
 
 
-def attention_lse_backward(dlse, q, k, lse, valid, ranges, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_lse_backward(
+    dlse, q, k, lse, valid, first, ranges, scale, softcap, causal
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(dq, dk)"""
-    return attention_with_lse_backward(None, dlse, q, k, None, None, lse, valid, ranges, scale, softcap)[:2]
+    return attention_with_lse_backward(None, dlse, q, k, None, None, lse, valid, first, ranges, scale, softcap, causal)[
+        :2
+    ]

@@ -330,13 +330,16 @@ def span_attention_forward(
     lse: torch.Tensor,
     row_spans: torch.Tensor,
     key_spans: torch.Tensor,
+    first: torch.Tensor | None,
     ranges: torch.Tensor | None,
     pieces: Sequence[torch.Tensor],
     scale: float,
     softcap: float | None,
-    mean: bool,
+    causal: bool,
+    groups: int,
+    row_reduction: str,
 ) -> torch.Tensor:
-    """[B, S, M] float32."""
+    """[B, 1, S, M] float32."""
     batch, heads, length, _ = q.shape
     kv_heads, steps, keys = k.shape[1], row_spans.shape[1], key_spans.shape[1]
     pooled = lse.new_empty(batch, steps, keys)
@@ -351,9 +354,11 @@ def span_attention_forward(
         **options,
     )
     by_step = lse.new_empty(batch, steps, pieces.key_count)
-    pool_spans(by_step, pairs, row_spans, pieces.row_piece, spread=False, mean=mean, factor=1 / heads)
+    pool_spans(
+        by_step, pairs, row_spans, pieces.row_piece, spread=False, mean=row_reduction == "mean", factor=1 / heads
+    )
     pool_spans(pooled.mT, by_step.mT[None], key_spans, pieces.key_piece, spread=False)
-    return pooled
+    return pooled[:, None]
 
 
 def span_attention_backward(
@@ -363,13 +368,17 @@ def span_attention_backward(
     lse: torch.Tensor,
     row_spans: torch.Tensor,
     key_spans: torch.Tensor,
+    first: torch.Tensor | None,
     ranges: torch.Tensor | None,
     pieces: Sequence[torch.Tensor],
     scale: float,
     softcap: float | None,
-    mean: bool,
+    causal: bool,
+    groups: int,
+    row_reduction: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dlse) from grad [B, S, M]."""
+    """(dq, dk, dlse) from grad [B, 1, S, M]."""
+    grad = grad[:, 0]
     batch, heads, length, head_dim = q.shape
     kv_heads, steps = k.shape[1], row_spans.shape[1]
     unit = None
@@ -380,7 +389,7 @@ def span_attention_backward(
     by_step = lse.new_empty(batch, steps, pieces.key_count)
     pairs = lse.new_empty(batch, pieces.row_count, pieces.key_count)
     pool_spans(by_step.mT, grad.mT[None], key_spans, pieces.key_piece, spread=True, factor=1 / heads)
-    pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, spread=True, mean=mean)
+    pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, spread=True, mean=row_reduction == "mean")
 
     dq, dk, dlse = torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(batch, heads, length)
     scalars = kv_heads, heads // kv_heads, pieces.row_count, pieces.key_count, length, scale, softcap

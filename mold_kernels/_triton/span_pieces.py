@@ -33,14 +33,14 @@ def _mark(marks_ptr, spans_ptr, count, T, BLOCK: tl.constexpr):
     tl.atomic_add(marks_ptr + end, tl.full([BLOCK], _CLOSED, tl.int64), mask=index < count, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["steps", "keys", "T"])
-def _mark_kernel(marks_ptr, row_spans_ptr, key_spans_ptr, steps, keys, T, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["steps", "keys", "TQ", "TK"])
+def _mark_kernel(marks_ptr, row_spans_ptr, key_spans_ptr, steps, keys, TQ, TK, BLOCK: tl.constexpr):
     batch = tl.program_id(0).to(tl.int64)
-    marks_ptr += (2 * batch + tl.program_id(1)) * (T + 1)
+    marks_ptr += batch * (TQ + TK + 2)
     if tl.program_id(1) == 0:
-        _mark(marks_ptr, row_spans_ptr + batch * steps * 2, steps, T, BLOCK)
+        _mark(marks_ptr, row_spans_ptr + batch * steps * 2, steps, TQ, BLOCK)
     else:
-        _mark(marks_ptr, key_spans_ptr + batch * keys * 2, keys, T, BLOCK)
+        _mark(marks_ptr + TQ + 1, key_spans_ptr + batch * keys * 2, keys, TK, BLOCK)
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _scan_keys(
         tl.store(first_ptr + unused, tl.zeros_like(unused) + columns, mask=unused <= capacity)
 
 
-@triton.jit(do_not_specialize=["T", "row_count", "key_count"])
+@triton.jit(do_not_specialize=["TQ", "TK", "row_count", "key_count"])
 def _scan_kernel(
     marks_ptr,
     row_piece_ptr,
@@ -112,33 +112,34 @@ def _scan_kernel(
     before_ptr,
     columns_ptr,
     column_piece_ptr,
-    T,
+    TQ,
+    TK,
     row_count,
     key_count,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     batch = tl.program_id(0).to(tl.int64)
-    marks_ptr += (2 * batch + tl.program_id(1)) * (T + 1)
+    marks_ptr += batch * (TQ + TK + 2)
     if tl.program_id(1) == 0:
         _scan_rows(
             marks_ptr,
-            row_piece_ptr + batch * (T + 1),
+            row_piece_ptr + batch * (TQ + 1),
             row_start_ptr + batch * (row_count + 1),
-            T,
+            TQ,
             row_count,
             ROWS,
             BLOCK,
         )
     else:
         _scan_keys(
-            marks_ptr,
-            key_piece_ptr + batch * (T + 1),
+            marks_ptr + TQ + 1,
+            key_piece_ptr + batch * (TK + 1),
             key_first_ptr + batch * (key_count + 1),
-            before_ptr + batch * (T + 1),
-            columns_ptr + batch * T,
-            column_piece_ptr + batch * T,
-            T,
+            before_ptr + batch * (TK + 1),
+            columns_ptr + batch * TK,
+            column_piece_ptr + batch * TK,
+            TK,
             key_count,
             BLOCK,
         )
@@ -146,13 +147,14 @@ def _scan_kernel(
 
 def span_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, rows: int, pieces) -> None:
     """Fills the `pieces` of contiguous int32 [B, S, 2] and [B, M, 2]; no row piece has more than `rows`."""
-    (batch, steps, _), keys, length = row_spans.shape, key_spans.shape[1], pieces.columns.shape[1]
-    marks = torch.zeros(batch, 2, length + 1, dtype=torch.int64, device=row_spans.device)
+    (batch, steps, _), keys = row_spans.shape, key_spans.shape[1]
+    lengths = pieces.row_piece.shape[1] - 1, pieces.columns.shape[1]
+    marks = torch.zeros(batch, sum(lengths) + 2, dtype=torch.int64, device=row_spans.device)
     _mark_kernel[batch, 2, triton.cdiv(max(steps, keys), tiles.MARK_BLOCK)](
-        marks, row_spans, key_spans, steps, keys, length, BLOCK=tiles.MARK_BLOCK, enable_fp_fusion=True
+        marks, row_spans, key_spans, steps, keys, *lengths, BLOCK=tiles.MARK_BLOCK, enable_fp_fusion=True
     )
     _scan_kernel[batch, 2](
-        *(marks, *pieces, length, pieces.row_count, pieces.key_count),
+        *(marks, *pieces, *lengths, pieces.row_count, pieces.key_count),
         ROWS=rows,
         BLOCK=tiles.SCAN_BLOCK,
         enable_fp_fusion=True,

@@ -21,25 +21,22 @@ def values_and_gradients(function, q, k, lse, upstream, dtype):
     return [pooled, *torch.autograd.grad((pooled * upstream.to(pooled.dtype)).sum(), tensors)]
 
 
-def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend, seed=0, **options):
+def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend, seed=0, heads="mean", **options):
     # The log-sum-exp is an input: all three computations take the same one, as exact as its dtype holds it.
     lse = reference.attention_lse(q.double(), k.double(), scale=0.4, **options).to(
         reference.accumulation_dtype(q.dtype)
     )
-    upstream = torch.randn(
-        q.shape[0], row_spans.shape[1], key_spans.shape[1], generator=torch.Generator().manual_seed(seed)
-    )
+    options |= {"scale": 0.4, "heads": heads, "row_reduction": row_reduction}
 
     def fast(q, k, lse):
-        return span_attention(
-            q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, backend=backend, **options
-        )
+        return span_attention(q, k, lse, row_spans, key_spans, backend=backend, **options)
 
     def slow(q, k, lse):
-        return reference.span_attention(
-            q, k, lse, row_spans, key_spans, scale=0.4, row_reduction=row_reduction, **options
-        )
+        return reference.span_attention(q, k, lse, row_spans, key_spans, **options)
 
+    groups = [] if heads == "mean" else [reference.head_groups(heads, q, k)]
+    shape = len(q), *groups, row_spans.shape[1], k.shape[2] if key_spans is None else key_spans.shape[1]
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     actual = values_and_gradients(fast, q, k, lse, upstream, q.dtype)
     low = values_and_gradients(slow, q, k, lse, upstream, q.dtype)
     exact = values_and_gradients(slow, q, k, lse, upstream, torch.float64)
@@ -208,7 +205,7 @@ def test_composition_with_attention_equals_the_gradient_of_eager_attention():
         return out, span_attention(q, k, lse, row_spans, key_spans)
 
     def eager(q, k, v):
-        probabilities = reference.causal_scores(q, k, key_padding_mask=mask).softmax(-1).nan_to_num()
+        probabilities = reference.masked_scores(q, k, key_padding_mask=mask).softmax(-1).nan_to_num()
         pooled = torch.stack(
             [
                 torch.stack([torch.stack([p[:, i:j, m:n].mean(0).sum() for m, n in keys]) for i, j in rows])
@@ -247,7 +244,7 @@ def test_reference_gradients():
         ("key_spans", torch.tensor([[[0, 2], [4, 3]]]), r"key_spans: span 1 of example 0 is \[4, 3\]"),
         ("lse", torch.zeros(1, 2, 6, device="meta"), "lse: is on meta, must be on cpu as q"),
         ("key_spans", torch.zeros(1, 3, 2, dtype=torch.int32, device="meta"), "key_spans: is on meta"),
-        ("row_reduction", "max", "row_reduction: is 'max'"),
+        ("row_reduction", "most", "row_reduction: is 'most', must be 'sum', 'mean' or 'max'"),
         ("backend", "fastest", "backend"),
     ],
 )

@@ -12,8 +12,8 @@ from tests.mold_kernels.test_span_attention import spans
 BACKENDS = ["torch", *(["native"] if native.is_available() else [])]
 
 
-def make_pieces(backend, row_spans, key_spans, length, rows):
-    return Pieces(*SPAN_PIECES.operator(row_spans, key_spans, length, rows, backend))
+def make_pieces(backend, row_spans, key_spans, length, rows, key_length=None):
+    return Pieces(*SPAN_PIECES.operator(row_spans, key_spans, length, key_length or length, rows, backend))
 
 
 def check_pieces(backend, row_spans, key_spans):

@@ -17,11 +17,18 @@ from mold_kernels import (
 from mold_kernels.backends import FLOATS, RUNTIMES, dtype_name
 from mold_kernels.testing import random_qkv
 
+PACKED = torch.tensor([0, 4, 9], dtype=torch.int32)
 OPTIONS = {
-    "key_padding_mask": torch.ones(1, 9, dtype=torch.bool),
-    "sliding_window": 4,
-    "softcap": 3.0,
-    "cu_seqlens": torch.tensor([0, 4, 9], dtype=torch.int32),
+    "key_padding_mask": {"key_padding_mask": torch.ones(1, 9, dtype=torch.bool)},
+    "sliding_window": {"sliding_window": 4},
+    "softcap": {"softcap": 3.0},
+    "cu_seqlens": {"cu_seqlens": PACKED},
+    "causal=False": {"causal": False},
+    "query_start": {"query_start": 0},
+    "heads": {"heads": "group"},
+    'row_reduction="max"': {"row_reduction": "max"},
+    "key_spans=None": {"key_spans": None},
+    "spans of sequences": {"cu_seqlens": PACKED, "row_spans": torch.tensor([[[0, 4]], [[1, 5]]])},
 }
 HERE = [
     (op, line)
@@ -41,8 +48,9 @@ def run(op, line, dtype, **options):
             return attention_lse(q, k, **options)
         case "span_attention":
             lse = torch.zeros(1, 4, 9, dtype=torch.promote_types(dtype, torch.float32))
-            spans = torch.tensor([[[0, 4], [4, 9]]])
-            return span_attention(q, k, lse, spans, spans, **options)
+            row_spans = options.pop("row_spans", torch.tensor([[[0, 4], [4, 9]]]))
+            key_spans = options.pop("key_spans", row_spans)
+            return span_attention(q, k, lse, row_spans, key_spans, **options)
         case "value_pool":
             return value_pool(v, torch.ones(1, 9, dtype=torch.bool), 1e-6, **options)
         case "layer_mixture_kl":
@@ -54,7 +62,7 @@ def run(op, line, dtype, **options):
 def test_every_dtype_and_option_is_taken_or_refused(op, line):
     for dtype in FLOATS:
         for name in (None, *op.options):
-            options = {} if name is None else {name: OPTIONS[name]}
+            options = {} if name is None else OPTIONS[name]
             if dtype in line.dtypes and (name is None or line.options is None or name in line.options):
                 assert run(op, line, dtype, **options).isfinite().all()
             else:

@@ -29,25 +29,27 @@ MIXTURE = (
     1e-6,
 )
 
-HEADS, LSE_ONLY = (Q, K, V, MASK, None, 0.3, None), (Q, K, MASK, None, 0.3, None)
+FIRST = torch.tensor([0, 2]).int()
+SHORT = Q.detach()[:, :, :7].requires_grad_()
+HEADS, LSE_ONLY = (Q, K, V, MASK, None, None, 0.3, None, True), (Q, K, MASK, None, None, 0.3, None, True)
 PIECES = list(SpanPlan(*SPANS, 9).pieces(4))
 COLUMNS = list(SpanPlan(*SPANS, 9).columns(1))
 POOLED = Q, K, LSE, *(spans.int() for spans in SPANS)
 
 CASES = {
     ("attention_with_lse", "aten"): HEADS,
-    ("attention_with_lse", "native"): (Q, K, V, MASK, RANGES, 0.3, 5.0),
-    ("attention_with_lse", "triton"): (Q, K, V, MASK, RANGES, 0.3, 5.0),
-    ("attention_lse", "native"): (Q, K, MASK, RANGES, 0.3, 5.0),
-    ("attention_lse", "torch"): LSE_ONLY,
+    ("attention_with_lse", "native"): (Q, K, V, MASK, None, RANGES, 0.3, 5.0, True),
+    ("attention_with_lse", "triton"): (Q, K, V, MASK, None, RANGES, 0.3, 5.0, True),
+    ("attention_lse", "native"): (Q, K, MASK, None, RANGES, 0.3, 5.0, True),
+    ("attention_lse", "torch"): (SHORT, K, MASK, FIRST, RANGES, 0.3, 5.0, True),
     ("attention_lse", "triton"): LSE_ONLY,
-    ("span_attention", "torch"): (*POOLED, None, COLUMNS, 0.3, None, False),
-    ("span_attention", "native"): (*POOLED, RANGES, PIECES, 0.3, 5.0, True),
-    ("span_attention", "triton"): (*POOLED, RANGES, PIECES, 0.3, 5.0, True),
+    ("span_attention", "torch"): (*POOLED, None, None, COLUMNS, 0.3, None, False, 2, "max"),
+    ("span_attention", "native"): (*POOLED, None, RANGES, PIECES, 0.3, 5.0, True, 1, "mean"),
+    ("span_attention", "triton"): (*POOLED, None, RANGES, PIECES, 0.3, 5.0, True, 1, "mean"),
     **{("value_pool", backend): (V, MASK, 1e-6) for backend in ("native", "torch", "triton")},
     **{("layer_mixture_kl", backend): MIXTURE for backend in ("native", "torch", "triton")},
 }
-NOT_DIFFERENTIABLE = {("span_pieces", backend): (*SPANS, 9, 4) for backend in ("native", "torch", "triton")}
+NOT_DIFFERENTIABLE = {("span_pieces", backend): (*SPANS, 9, 9, 4) for backend in ("native", "torch", "triton")}
 
 
 def test_every_line_with_a_backward_has_a_case():

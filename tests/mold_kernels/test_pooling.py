@@ -1,0 +1,259 @@
+"""What else attention is pooled over than causal self-attention's mean: heads, a cache, every key, maxima, sequences.
+
+The reference is checked against eager attention by hand, the backends against the reference.
+"""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mold_kernels import SpanPlan, attention_lse, attention_with_lse, reference, span_attention
+from mold_kernels.attention import ATTENTION_LSE, ATTENTION_WITH_LSE
+from mold_kernels.backends import RUNTIMES
+from mold_kernels.span_attention import SPAN_ATTENTION
+from mold_kernels.testing import random_qkv, random_spans
+from tests.mold_kernels.test_attention import assert_matches_reference as assert_attention_matches
+from tests.mold_kernels.test_span_attention import assert_matches_reference
+
+BACKENDS = [
+    name
+    for name, line in SPAN_ATTENTION.backends.items()
+    if line.backward and "cpu" in (RUNTIMES[name].devices or ("cpu",)) and RUNTIMES[name].why_missing() is None
+]
+DTYPES = [torch.float32, torch.bfloat16] if "triton" in BACKENDS else [torch.float64, torch.float32, torch.bfloat16]
+
+
+def has(name, *options, op=SPAN_ATTENTION):
+    """Skips the test of a backend that refuses the options: `test_tables` holds it to that."""
+    line = op.backends[name]
+    if line.options is not None and (lacking := set(options) - set(line.options)):
+        pytest.skip(f"{name} does not have {lacking}")
+
+
+def make_qkv(rows, keys, heads, seed=0, dtype=torch.float64, batch=2, head_dim=16):
+    """q of `rows` rows, k and v of `keys` keys."""
+    generator = torch.Generator().manual_seed(seed)
+    q, _, _ = random_qkv(generator, batch, *heads, rows, head_dim, dtype=dtype)
+    _, k, v = random_qkv(generator, batch, *heads, keys, head_dim, dtype=dtype)
+    return q, k, v
+
+
+def options_by_name(rows, keys, heads="mean", row_reduction="sum", key_spans=(), causal=True, **rest):
+    """As the table of backends calls them."""
+    names = ["heads"] * (heads != "mean") + ['row_reduction="max"'] * (row_reduction == "max") + list(rest)
+    names += ["key_spans=None"] * (key_spans is None) + ["causal=False"] * (not causal)
+    return names + ["query_start"] * (causal and rows != keys)
+
+
+def eager(q, k, positions, causal=True):
+    """P [B, Hq, Tq, Tk] of rows at these positions [B, Tq]."""
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+    hidden = torch.arange(k.shape[2]) > positions[:, None, :, None]
+    return (scores.masked_fill(hidden, -torch.inf) if causal else scores).softmax(-1)
+
+
+@pytest.mark.parametrize("heads", ["mean", "group", "all"])
+@pytest.mark.parametrize("row_reduction", ["sum", "mean", "max"])
+@pytest.mark.parametrize("rows", [1, 5, 12])
+def test_the_reference_by_hand(rows, row_reduction, heads):
+    q, k, v = make_qkv(rows, 12, (6, 2))
+    spans = torch.tensor([[[0, rows], [0, 1], [0, 0]]] * 2), torch.tensor([[[0, 5], [2, 12], [3, 3], [11, 12]]] * 2)
+    for start in (None, 0, torch.tensor([0, 12 - rows])):
+        first = 12 - rows if start is None else start
+        maps = eager(q, k, torch.arange(rows) + torch.as_tensor(first).expand(2)[:, None])
+        out, lse = attention_with_lse(q, k, v, query_start=start, backend="reference")
+        torch.testing.assert_close(out, maps @ v.repeat_interleave(3, 1))
+        maps = maps.unflatten(1, ({"mean": 1, "group": 2, "all": 6}[heads], -1)).mean(2)
+        reduce = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[row_reduction]
+        for key_spans in (spans[1], None):
+            columns = [maps[..., a:b].sum(-1) for a, b in spans[1][0].tolist()]
+            words = maps if key_spans is None else torch.stack(columns, -1)
+            expected = [reduce(words[:, :, a:b], 2) for a, b in spans[0][0, :2].tolist()]
+            expected = torch.stack([*expected, torch.zeros_like(expected[0])], 2)
+            options = {"heads": heads, "row_reduction": row_reduction, "query_start": start, "backend": "reference"}
+            pooled = span_attention(q, k, lse, spans[0], key_spans, **options)
+            torch.testing.assert_close(pooled, expected[:, 0] if heads == "mean" else expected)
+
+
+def test_the_gradient_of_a_maximum_is_the_first_row_s():
+    q, k, _ = make_qkv(4, 4, (1, 1), batch=1)
+    q = q[:, :, :1].expand(1, 1, 4, -1).clone().requires_grad_()
+    spans = torch.tensor([[[1, 4]]])
+    for backend in ("reference", *(name for name in ("torch",))):
+        lse = reference.attention_lse(q, k, causal=False)
+        pooled = span_attention(q, k, lse, spans, spans, row_reduction="max", causal=False, backend=backend)
+        (grad,) = torch.autograd.grad(pooled.sum(), q)
+        assert grad[0, 0].any(-1).tolist() == [False, True, False, False]
+
+
+CASES = [
+    pytest.param(1, 130, {}, id="decoding"),
+    pytest.param(33, 130, {}, id="prefill-over-a-cache"),
+    pytest.param(33, 130, {"sliding_window": 40}, id="window-over-a-cache"),
+    pytest.param(33, 130, {"sliding_window": 3, "softcap": 5.0}, id="window-and-cap-over-a-cache"),
+    pytest.param(70, 130, {"query_start": torch.tensor([0, 41])}, id="starts"),
+    pytest.param(130, 130, {"causal": False}, id="both-sides"),
+    pytest.param(33, 130, {"causal": False, "softcap": 5.0}, id="across"),
+    pytest.param(130, 33, {"causal": False}, id="more-rows-than-keys"),
+]
+HEADS = [(7, 1), (6, 2), (3, 3)]
+
+
+def check_attention(fast, slow, tensors, upstream, names, backend, options):
+    fast, slow = partial(fast, backend=backend, **options), partial(slow, **options)
+    assert_attention_matches(fast, slow, tensors, upstream, names)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "keys", "options"), CASES)
+def test_attention(rows, keys, options, masked, dtype, name):
+    names = options_by_name(rows, keys, **options)
+    has(name, *names, op=ATTENTION_LSE)
+    for heads in HEADS[:2]:
+        q, k, v = make_qkv(rows, keys, heads, dtype=dtype)
+        mask = torch.ones(2, keys, dtype=torch.bool)
+        mask[0, : keys // 4], mask[1, keys - keys // 3 :] = False, False
+        options = {**options, "key_padding_mask": mask if masked else None}
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (q.shape, q.shape[:3])]
+        check_attention(attention_lse, reference.attention_lse, (q, k), grads[1:], ["lse", "dq", "dk"], name, options)
+        if name in ATTENTION_WITH_LSE.backends:
+            outputs = ["out", "lse", "dq", "dk", "dv"]
+            check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, name, options)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_reduction", ["sum", "max"])
+@pytest.mark.parametrize("heads", ["mean", "group", "all"])
+@pytest.mark.parametrize("every_key", [False, True])
+@pytest.mark.parametrize(("rows", "keys", "options"), [pytest.param(37, 37, {}, id="rows-are-keys"), *CASES])
+def test_span_attention(rows, keys, options, every_key, heads, row_reduction, dtype, name):
+    q, k, _ = make_qkv(rows, keys, HEADS[rows % 3], dtype=dtype)
+    generator = torch.Generator().manual_seed(2)
+    row_spans, key_spans = random_spans(generator, 2, 6, rows), random_spans(generator, 2, 9, keys)
+    if row_reduction == "max":  # rows that have all their attention in a span are equally large
+        key_spans[..., 1] = key_spans[..., 1].minimum(key_spans[..., 0] + 2)
+    options = {"heads": heads, **options}
+    key_spans = None if every_key else key_spans
+    has(name, *options_by_name(rows, keys, row_reduction=row_reduction, key_spans=key_spans, **options))
+    assert_matches_reference(q, k, row_spans, key_spans, row_reduction, name, **options)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(1, 150), st.sampled_from(HEADS), st.integers(1, 40), st.integers(0, 99))
+def test_any_rows_over_any_keys(name, data, keys, heads, head_dim, seed):
+    causal = data.draw(st.booleans())
+    rows = data.draw(st.integers(1, keys if causal else 150))
+    options = {"causal": causal, "heads": data.draw(st.sampled_from(["mean", "group", "all"]))}
+    if causal:
+        options["query_start"] = data.draw(st.none() | st.integers(0, keys - rows))
+        options["sliding_window"] = data.draw(st.none() | st.integers(1, keys + 1))
+    elif rows == keys or data.draw(st.booleans()):
+        rows = keys
+        cuts = sorted(data.draw(st.lists(st.integers(0, keys), max_size=4)))
+        options["cu_seqlens"] = torch.tensor([0, *cuts, keys]).int()
+    every_key = data.draw(st.booleans())
+    has(name, "heads", "causal=False", "query_start", *["key_spans=None"] * every_key)
+    dtype = torch.float32 if name == "triton" else torch.float64
+    q, k, v = make_qkv(rows, keys, heads, seed, dtype=dtype, batch=1, head_dim=head_dim)
+    generator = torch.Generator().manual_seed(seed)
+    row_spans, key_spans = random_spans(generator, 1, 4, rows), random_spans(generator, 1, 5, keys)
+    assert_matches_reference(q, k, row_spans, None if every_key else key_spans, "mean", name, seed, **options)
+    options.pop("heads")
+    grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (q.shape, q.shape[:3])]
+    if name == "native":
+        outputs = ["out", "lse", "dq", "dk", "dv"]
+        slow = reference.attention_with_lse
+        check_attention(attention_with_lse, slow, (q, k, v), grads, outputs, name, options)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("every_key", [False, True])
+@pytest.mark.parametrize("heads", ["mean", "all"])
+@pytest.mark.parametrize("borders", [[0, 5, 5, 20, 37], [0, 37], [0, 30, 37]])
+def test_packed_sequences(borders, heads, every_key, name):
+    """Spans count from each sequence's start; a sequence's result is what it would be alone."""
+    has(name, "heads", "spans of sequences", *["key_spans=None"] * every_key)
+    dtype = torch.float32 if name == "triton" else torch.float64
+    q, k, _ = make_qkv(37, 37, (6, 2), batch=1, dtype=dtype)
+    cu_seqlens = torch.tensor(borders).int()
+    generator = torch.Generator().manual_seed(0)
+    sizes = cu_seqlens.diff().tolist()
+    row_spans = torch.cat([random_spans(generator, 1, 3, size) if size else torch.zeros(1, 3, 2) for size in sizes])
+    key_spans = torch.cat([random_spans(generator, 1, 4, size) if size else torch.zeros(1, 4, 2) for size in sizes])
+    row_spans, key_spans = row_spans.int(), None if every_key else key_spans.int()
+    lse = reference.attention_lse(q, k, cu_seqlens=cu_seqlens)
+    tensors = [tensor.detach().requires_grad_() for tensor in (q, k, lse)]
+    packed = span_attention(*tensors, row_spans, key_spans, cu_seqlens=cu_seqlens, heads=heads, backend=name)
+    upstream = torch.randn(packed.shape, generator=generator).to(packed.dtype)
+    gradients = torch.autograd.grad((packed * upstream).sum(), tensors)
+    alone = []
+    for index, (start, end) in enumerate(itertools.pairwise(borders)):
+        spans = row_spans[index, None], None if every_key else key_spans[index, None]
+        text = [tensor[:, :, start:end] for tensor in tensors]
+        one = span_attention(*text, *spans, heads=heads, backend="reference")
+        alone.append(torch.nn.functional.pad(one, (start, 37 - end)) if every_key else one)
+    torch.testing.assert_close(packed, torch.cat(alone))
+    expected = torch.autograd.grad((torch.cat(alone) * upstream).sum(), tensors)
+    torch.testing.assert_close(gradients, expected)
+    plan = SpanPlan(row_spans, key_spans, 37, 37, cu_seqlens if len(sizes) > 1 else None)
+    again = span_attention(q, k, lse, row_spans, key_spans, cu_seqlens=cu_seqlens, heads=heads, plan=plan, backend=name)
+    assert torch.equal(again, packed)
+
+
+def test_a_span_ends_with_its_sequence():
+    q, k, _ = make_qkv(9, 9, (2, 1), batch=1)
+    lse, borders = reference.attention_lse(q, k), torch.tensor([0, 4, 9]).int()
+    good, bad = torch.tensor([[[0, 4]], [[0, 5]]]), torch.tensor([[[0, 5]], [[0, 5]]])
+    with pytest.raises(ValueError, match=r"key_spans: span 0 of example 0 is \[0, 5\], must be .* within \[0, 4\]"):
+        span_attention(q, k, lse, good, bad, cu_seqlens=borders)
+    with pytest.raises(
+        ValueError, match=r"row_spans: shape is \[3, 1, 2\], must be \[1, .* or \[2, number of spans, 2\]"
+    ):
+        span_attention(q, k, lse, good[[0, 0, 0]], None, cu_seqlens=borders)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_start": 3}, r"query_start: is 3, must be within \[0, 2\]"),
+        ({"query_start": -1}, r"query_start: is -1, must be within"),
+        ({"query_start": torch.tensor([0, 3])}, r"query_start: is tensor\(\[0, 3\]\), must be within"),
+        ({"query_start": torch.tensor([0])}, r"query_start: is torch.int64 \[1\] on cpu, must be an int, or"),
+        ({"query_start": torch.tensor([0.0, 1.0])}, r"query_start: is torch.float32 \[2\]"),
+        ({"causal": False, "query_start": 0}, "query_start: is given with causal=False"),
+        ({"causal": False, "sliding_window": 3}, "sliding_window: is given with causal=False"),
+    ],
+)
+def test_wrong_visibility_names_the_argument(options, message):
+    q, k, v = make_qkv(7, 9, (4, 2))
+    spans = torch.tensor([[[0, 2]]] * 2)
+    for call in (
+        partial(attention_with_lse, q, k, v),
+        partial(attention_lse, q, k),
+        partial(span_attention, q, k, torch.zeros(2, 4, 7, dtype=torch.float64), spans, spans),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**options)
+
+
+def test_shapes_that_do_not_fit():
+    q, k, v = make_qkv(9, 7, (4, 2))
+    with pytest.raises(ValueError, match=r"k: shape is \[2, 2, 7, 16\], must be \[2, a divisor of 4, at least 9, 16\]"):
+        attention_with_lse(q, k, v)
+    assert attention_with_lse(q, k, v, causal=False)[0].shape == q.shape
+    with pytest.raises(ValueError, match=r"k: shape is \[2, 2, 0, 16\], must be \[2, a divisor of 4, at least 1, 16\]"):
+        attention_with_lse(q, k[:, :, :0], v[:, :, :0], causal=False)
+    borders = torch.tensor([0, 7]).int()
+    with pytest.raises(ValueError, match="cu_seqlens: given with 9 rows over 7 keys and causal=False"):
+        attention_lse(q[:1], k[:1], causal=False, cu_seqlens=borders)
+    with pytest.raises(ValueError, match="heads: is 'some', must be 'mean', 'group' or 'all'"):
+        span_attention(k, k, k[..., 0], torch.zeros(2, 1, 2).int(), None, heads="some")
