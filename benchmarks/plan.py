@@ -39,6 +39,7 @@ from mold.training.config import MoldConfig
 from mold.training.host_memory import freed_memory_kept
 from mold.training.trainer import MoldTrainer
 
+_TEACHER_LAYERS = 4
 TOLERANCE = 0.15
 _LLAMA = {"model_type": "llama", "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 65536}
 SHAPES = {
@@ -52,13 +53,15 @@ SHAPES = {
     "gpt2-6-layers": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 6, "n_head": 12}
     | {"n_positions": 4096, "attn_pdrop": 0.0},
 }
+_LONG = Setup(4096, activation_checkpointing=True, cross_entropy="chunked")
 _LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 CASES = [
     ("llama-8-layers", Setup(512)),
     ("llama-8-layers", Setup(2048)),
     ("llama-8-layers", Setup(2048, activation_checkpointing=True)),
     ("llama-8-layers", Setup(2048, cross_entropy="chunked")),
-    ("llama-8-layers", Setup(4096, activation_checkpointing=True, cross_entropy="chunked")),
+    ("llama-8-layers", _LONG),
+    ("llama-8-layers", dataclasses.replace(_LONG, num_steps=1024, num_key_words=2048)),
     ("llama-8-layers", Setup(2048, bf16=True)),
     ("llama-8-layers", Setup(2048, dtype="bfloat16")),
     ("llama-8-layers", Setup(2048, peft_config=_LORA, cross_entropy="chunked")),
@@ -71,6 +74,12 @@ CASES = [
     ("smollm2-135m", Setup(1024)),
     ("smollm2-135m", Setup(2048, activation_checkpointing=True, cross_entropy="chunked")),
 ]
+
+
+def with_spans(setup: Setup) -> Setup:
+    """The setup with the steps and key words of the texts that are trained here."""
+    rows, keys = _spans(setup)
+    return dataclasses.replace(setup, num_steps=len(rows), num_key_words=len(keys), teacher_layers=_TEACHER_LAYERS)
 
 
 def config_of(shape: str):
@@ -90,16 +99,20 @@ def measure(shape: str, setup: Setup, steps: int, keep: bool) -> None:
     print(json.dumps({"seconds": seconds, "peak": peak}))
 
 
-def _spans(length: int) -> tuple[list, list]:
-    """Steps of 20 tokens and a key word of one token every 16."""
-    return [(i, min(i + 20, length)) for i in range(0, length, 20)], [(i, i + 1) for i in range(3, length, 16)]
+def _spans(setup: Setup) -> tuple[list, list]:
+    """Steps of 20 tokens and a key word of one token every 16, or as many as the setup says."""
+    length = setup.length
+    step, key = (length // n if n else usual for n, usual in ((setup.num_steps, 20), (setup.num_key_words, 16)))
+    return [(i, min(i + step, length)) for i in range(0, length, step)], [
+        (i, i + 1) for i in range(key - 1, length, key)
+    ]
 
 
 def _train(model, setup: Setup, steps: int) -> list[float]:
-    rows, keys = _spans(setup.length)
+    rows, keys = _spans(setup)
     ids = torch.randint(3, 1000, (setup.length,)).tolist()
     example = EncodedExample("long", ids, [RATIONALE] * setup.length, rows, keys, [], [])
-    item = {"example": example, "signal": torch.rand(4, len(rows), len(keys))}
+    item = {"example": example, "signal": torch.rand(_TEACHER_LAYERS, len(rows), len(keys))}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>")), eos_token="</s>"
     )
@@ -191,7 +204,7 @@ def main() -> int:
     )
     for number in arguments.cases:
         shape, setup = CASES[number]
-        plan = plan_step(config_of(shape), setup)
+        plan = plan_step(config_of(shape), with_spans(setup))
         command = [sys.executable, "-m", "benchmarks.plan", "--measure", str(number)]
         found = {}
         give_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}

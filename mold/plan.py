@@ -15,10 +15,13 @@ size H, vocabulary V, with N = B T tokens and an element of e bytes, it has thre
 
 Activation checkpointing turns L N (c H + 2 F) e into L N H e + one layer's; chunked cross-entropy removes V N; an
 adapter removes most of the gradients and of the optimizer's state; attention maps, if they are made, add L Hq B T^2
-three times. What c is depends on the family, the dtype, autocast and the version of transformers. So it is not
-written down here: the step is run on fake tensors, which have shapes and no values (torch's FakeTensorMode), with the
-model's own code, and every storage is counted from the operator that makes it until it dies. live(t) is exact but for
-what happens inside a single operator. It holds for every family and every saver alike.
+three times. Pooled attention to M key words of S steps adds 4 L B S M at the end of the forward, as much again of the
+teacher's layers (of one layer, where its mixture is stored), and 4 L B S M of gradients when the backward begins: texts
+whose steps and key words grow with T have S M grow with T^2. What c is depends on the family, the dtype, autocast and
+the version of transformers. So it is not written down here: the step is run on fake tensors, which have shapes and no
+values (torch's FakeTensorMode), with the model's own code, and every storage is counted from the operator that makes
+it until it dies. live(t) is exact but for what happens inside a single operator. It holds for every family and every
+saver alike.
 
 What repeats is not run again and again. Of L layers of the same shapes three and four are run: everything is linear in
 L, the highest moments of the forward, of the backward's first layer and of its last one each for itself (between those
@@ -36,7 +39,8 @@ keep_freed_memory is off.
 Weights in 4 bits are counted as bitsandbytes has them: packed, with a scale of every 64, and made whole where they are
 used. Dropout before an adapter keeps a mask of floats, as on CPUs; on a GPU it takes less.
 
-Not covered: several processes (DDP keeps another copy of the gradients), offloading, a teacher's other tokenizer.
+Not covered: several processes (DDP keeps another copy of the gradients), offloading, a teacher's other tokenizer,
+layers that are left out of a mixture.
 """
 
 from __future__ import annotations
@@ -72,7 +76,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from mold.method.attention_interface import mold_mask
+from mold.method.layer_mixture import loss_of_mixture
+from mold.method.signal_settings import SIGNAL_LAYERS
 from mold.models import config_of_layers
 from mold.training.adapters import add_adapter, without_adapter
 from mold.training.chunked_cross_entropy import ChunkedCrossEntropy
@@ -85,12 +90,17 @@ EFFICIENCY = 0.5
 """Share of a GPU's peak rate and bandwidth that training reaches: assumed."""
 
 _PLANNED = "mold_planned"
+_PIECE_ROWS = 64
+"""Most rows that a kernel takes at once."""
 _RUN = (3, 4)
 """Layers that are run in place of more like them."""
 _MIDDLE = 3
 """The phase of the backward between its first layers and its last ones."""
 _Operator = tuple[float, float, str]
 _TRAINING = MoldConfig.__dataclass_fields__
+TOKENS_A_STEP = {"sentence": 40, "line": 40, "paragraph": 160}
+TOKENS_A_KEY_WORD, TOKENS_OF_A_QUESTION = 16, 256
+"""Of a text whose steps and key words are not known: assumed."""
 _STATE_BYTES = {"adamw_torch": 2.0, "adamw_torch_fused": 2.0, "lion_32bit": 1.0, "sgd": 0.0}
 """Optimizer state, in parameters of the same dtype."""
 _STATE_BYTES_8BIT = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "adamw_torch_8bit": 2, "lion_8bit": 1}
@@ -173,6 +183,10 @@ class Setup:
     attention: "mold", or "eager": T x T maps of every layer, as output_attentions=True makes them elsewhere.
     tasks: texts that an example is trained as, see `MoldConfig.tasks`.
     trains_attention: whether there is an attention loss.
+    step_unit, max_reasoning_steps, max_key_words, key_scope: of the texts, see `SegmentOptions`.
+    num_steps, num_key_words: that a text has; None: as many as such a text mostly has (`TOKENS_A_STEP`, ...).
+    signal_layers: of the teacher that stand in a batch: "all", or their "mixture".
+    teacher_layers: how many it has; None: as many as the student.
     padding_free: the texts of a batch, all of this length, stand in one row.
     peft_config: of an adapter (peft's LoraConfig or its like); None: every weight is trained.
     load_in_4bit: linear layers but the output in 4 bits.
@@ -197,6 +211,14 @@ class Setup:
     teacher: PretrainedConfig | None = None
     teacher_dtype: str = dataclasses.field(default="float32", metadata={"choices": ["float32", "bfloat16"]})
     learned: float = 1.0
+    step_unit: str = dataclasses.field(default="sentence", metadata=_TRAINING["step_unit"].metadata)
+    max_reasoning_steps: int | None = None
+    max_key_words: int | None = None
+    key_scope: str = dataclasses.field(default="all", metadata=_TRAINING["key_scope"].metadata)
+    num_steps: int | None = None
+    num_key_words: int | None = None
+    signal_layers: str = dataclasses.field(default="all", metadata={"choices": SIGNAL_LAYERS})
+    teacher_layers: int | None = None
 
     def __post_init__(self):
         if self.length < 2:
@@ -210,6 +232,14 @@ class Setup:
     def texts(self) -> int:
         """Of a batch."""
         return self.per_device_train_batch_size * self.tasks
+
+    @property
+    def spans(self) -> tuple[int, int]:
+        """Steps and key words of a text."""
+        scope = self.length if self.key_scope == "all" else min(self.length, TOKENS_OF_A_QUESTION)
+        steps = self.num_steps or -(-self.length // TOKENS_A_STEP[self.step_unit])
+        keys = self.num_key_words or -(-scope // TOKENS_A_KEY_WORD)
+        return min(steps, self.max_reasoning_steps or steps), min(keys, self.max_key_words or keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,14 +361,13 @@ def _plan(config: PretrainedConfig, setup: Setup) -> Plan:
         # Gradients of an earlier batch of the window are there when the next one starts.
         for _ in range(min(2, setup.gradient_accumulation_steps)):
             tracker.restart()
-            if teacher is not None and setup.trains_attention:
-                _observe(teacher, setup.texts, setup.length)
+            signals = _signals(teacher, config, setup)
             tracker.next_phase()
-            loss = _loss(model, head, setup)
+            loss = _loss(model, head, setup, signals)
             activations = tracker.live - weights
             tracker.next_phase()
             loss.backward()
-            del loss
+            del loss, signals
     optimizer = sum(
         p.numel() * _STATE_BYTES_8BIT[setup.optim]
         if setup.optim in _STATE_BYTES_8BIT
@@ -462,31 +491,61 @@ def _on_fake_cpu(model):
 
 
 @torch.no_grad()
-def _observe(model, batch, length):
-    """A forward of a teacher, whose signals are its layers' attention alone."""
-    model.base_model(input_ids=torch.zeros(batch, length, dtype=torch.int64), use_cache=False)
+def _observe(model, batch, length, spans=None):
+    """A forward of a teacher, whose signals are its layers' attention alone, [L, B, S, M]."""
+    options = {} if spans is None else {"spans": spans, "output_attentions": True}
+    ids, mask = (torch.zeros(batch, length, dtype=torch.int64) for _ in range(2))
+    out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+    return None if spans is None else torch.stack(out.attentions)
 
 
-def _loss(model, head, setup):
+def _signals(teacher, config, setup):
+    """The teacher's attention in a batch, [L1, B, S, M]: what its forward makes, or what was cached."""
+    if not setup.trains_attention or setup.attention == "eager":
+        return None
+    if teacher is not None:
+        return _observe(teacher, setup.texts, setup.length, setup.spans)
+    layers = setup.teacher_layers or config.num_hidden_layers
+    return torch.empty(1 if setup.signal_layers == "mixture" else layers, setup.texts, *setup.spans)
+
+
+class _PlannedDivergence(torch.autograd.Function):
+    """Of a mixture [B, S, M]: the loss [B], with the gradient that is made beside it."""
+
+    @staticmethod
+    def forward(ctx, mixed):
+        ctx.save_for_backward(torch.empty_like(mixed))
+        return torch.empty(len(mixed))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad[:, None, None]
+
+
+def _loss(model, head, setup, signals):
     """The loss of a forward, by the trainer's own head; pooled attention is in `_PlannedAttention`."""
     rows, length, packed = setup.texts, setup.length, {}
     if setup.padding_free:
         packed = {"cu_seqlens": list(range(0, rows * length + 1, length))}
         rows, length = 1, rows * length
-    ids, regions = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(2))
+    ids, regions, mask = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(3))
     learned = _learned(head, rows, max(1, int((length - 1) * setup.learned)))
-    options = {} if setup.attention == "eager" else {"pooled": setup.trains_attention, **packed}
+    options = {} if setup.attention == "eager" else {"spans": None if signals is None else setup.spans, **packed}
     with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16):
         outputs = model(
             input_ids=ids,
+            attention_mask=None if setup.attention == "eager" else mask,
             use_cache=False,
-            output_attentions=setup.attention == "eager",
+            output_attentions=setup.attention == "eager" or signals is not None,
             **options,
             **head.arguments(learned),
         )
         loss = head.cross_entropy(outputs, ids, regions, learned).sum()
     if setup.attention == "eager":  # pooling the maps: the backward begins with a gradient of every layer's
         loss = loss + sum(maps.mean(1).sum() for maps in outputs.attentions)
+    if signals is not None:
+        weights = torch.empty(len(outputs.attentions[0]), len(outputs.attentions), requires_grad=True)
+        loss = loss + loss_of_mixture(_PlannedDivergence.apply, weights, outputs.attentions).sum()
     return loss
 
 
@@ -609,26 +668,39 @@ def _run_chunks(run: Callable[[int], Any], tokens: int, chunk_size: int):
 
 
 class _PlannedAttention(torch.autograd.Function):
-    """What any flash attention makes and keeps, and what the pooled attention's gradient adds to it."""
+    """What any flash attention makes and keeps, and what the pooled attention and its gradient add to it."""
 
     @staticmethod
-    def forward(ctx, q, k, v, pooled):
-        ctx.pooled = pooled
+    def forward(ctx, q, k, v, spans):
+        ctx.spans = spans
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, lse)
         _count_attention(q, k, 4)
-        return out
+        return out, None if spans is None else _pooled(q, spans)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, pooled_grad):
         q, k, v, _, _ = ctx.saved_tensors
         _count_attention(q, k, 10)
-        pooled = (torch.empty_like(q), torch.empty_like(k)) if ctx.pooled else None
+        pooled = None
+        if pooled_grad is not None:
+            _pooled(q, ctx.spans)
+            pooled = torch.empty_like(q), torch.empty_like(k)
         dq, dk = torch.empty_like(q), torch.empty_like(k)
         if pooled is not None:
             dq, dk = pooled[0] + dq, pooled[1] + dk
         return dq, dk, torch.empty_like(v), None
+
+
+def _pooled(q, spans):
+    """[B, S, M]; beside it, for a moment, what Triton's kernels pool by the pieces that the spans cut the text into."""
+    batch, _, length, _ = q.shape
+    steps, keys = spans
+    rows, columns = min(2 * steps + length // _PIECE_ROWS + 1, length + 1), min(2 * keys, length + 1)
+    for pooled_by in ((rows, columns), (steps, columns)):
+        torch.empty(batch, *pooled_by)
+    return torch.empty(batch, steps, keys)
 
 
 def _attention_flops(q, products):
@@ -641,16 +713,20 @@ def _count_attention(q, k, products):
     _tracker().add(_attention_flops(q, products), q.nbytes + k.nbytes, q.dtype, "attention ")
 
 
-def _planned_attention(module, query, key, value, attention_mask, pooled=False, cu_seqlens=None, **kwargs):
-    outs = []
+def _planned_attention(module, query, key, value, attention_mask, spans=None, cu_seqlens=None, **kwargs):
+    outs, captured = [], []
     for start, end in itertools.pairwise(cu_seqlens or [0, query.shape[2]]):
         text = (states[:, :, start:end] for states in (query, key, value))
-        outs.append(_PlannedAttention.apply(*text, pooled).transpose(1, 2))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, 1), None
+        out, pooled = _PlannedAttention.apply(*text, spans)
+        outs.append(out.transpose(1, 2))
+        captured.append(pooled)
+    if len(outs) == 1:
+        return outs[0], captured[0]
+    return torch.cat(outs, 1), None if spans is None else torch.cat(captured)
 
 
 AttentionInterface.register(_PLANNED, _planned_attention)
-AttentionMaskInterface.register(_PLANNED, mold_mask)
+AttentionMaskInterface.register(_PLANNED, lambda *args, **kwargs: None)  # as `mold_mask` finds where nothing is padded
 
 
 SAVERS: dict[str, dict[str, Any]] = {
@@ -659,8 +735,11 @@ SAVERS: dict[str, dict[str, Any]] = {
     "bfloat16 autocast": {"bf16": True},
     "bfloat16 weights": {"dtype": "bfloat16", "bf16": False},
     "8-bit optimizer": {"optim": "adamw_bnb_8bit"},
+    "the teacher's mixture alone": {"signal_layers": "mixture"},
+    "paragraphs as steps": {"step_unit": "paragraph"},
+    "key words of the question": {"key_scope": "question"},
 }
-"""What saves memory, as changes of a Setup; an adapter is another."""
+"""What saves memory, as changes of a Setup; an adapter is another. The last two change what is learned."""
 
 
 def largest_length(config: PretrainedConfig, setup: Setup, machine: Machine, memory: float) -> int:

@@ -184,6 +184,12 @@ class PlanOptions(_Group):
     memory: float | None = field(
         default=None, metadata={"help": "GiB there are; all it has if not given.", "at_least": 0}
     )
+    num_steps: int | None = field(
+        default=None, metadata={"help": "Of the longest text; by its length if not given.", "at_least": 1}
+    )
+    num_key_words: int | None = field(
+        default=None, metadata={"help": "Of the longest text; by its length if not given.", "at_least": 1}
+    )
 
 
 @dataclass
@@ -288,7 +294,7 @@ TAKES = {
     ),
     "plan": (
         *(*names(PlanOptions), *_MODEL, "teacher_online", *names(StudentOptions, "num_maps", "predict_before")),
-        "max_length",
+        *("max_length", *_SEGMENTS, "signal_layers"),
         *("method", "beta", "mol_two_tasks", "padding_free", "cross_entropy", "per_device_train_batch_size"),
         *("gradient_accumulation_steps", "bf16", "optim", *sorted(_CHECKPOINTING)),
     ),

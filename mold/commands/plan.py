@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from mold.commands.inputs import lora_config, student_config
 from mold.commands.options import Options
 from mold.commands.parsing import parse
+from mold.data.segmentation import SegmentOptions
 from mold.models import load_config
 from mold.plan import GIB, GPUS, SAVERS, Machine, Plan, Setup, largest_length, plan_step, this_machine
 
@@ -111,11 +112,12 @@ def setup_of(options: Options, load: Callable[..., PretrainedConfig] = load_conf
     training, teacher = options.training, options.teacher
     if training.max_length is None:
         raise ValueError("max_length: is None, must be the tokens of the longest example")
-    teacher_config = None
-    if teacher.teacher_online:
-        if teacher.teacher_model_name_or_path is None:
-            raise ValueError("teacher_model_name_or_path: is not given, must name the teacher")
-        teacher_config = load(teacher.teacher_model_name_or_path, revision=teacher.teacher_model_revision)
+    named = None
+    if teacher.teacher_model_name_or_path is not None:
+        named = load(teacher.teacher_model_name_or_path, revision=teacher.teacher_model_revision)
+    elif teacher.teacher_online:
+        raise ValueError("teacher_model_name_or_path: is not given, must name the teacher")
+    teacher_config = named if teacher.teacher_online else None
     return Setup(
         training.max_length,
         training.per_device_train_batch_size,
@@ -130,6 +132,11 @@ def setup_of(options: Options, load: Callable[..., PretrainedConfig] = load_conf
         padding_free=training.padding_free,
         peft_config=lora_config(options.student),
         load_in_4bit=options.student.load_in_4bit,
+        **{name: getattr(training, name) for name in SegmentOptions.__dataclass_fields__},
+        num_steps=options.planning.num_steps,
+        num_key_words=options.planning.num_key_words,
+        signal_layers=teacher.signal_layers,
+        teacher_layers=None if named is None else named.get_text_config().num_hidden_layers,
         teacher=teacher_config,
         teacher_dtype=teacher.teacher_dtype if teacher_config is not None else "float32",
     )
