@@ -39,7 +39,7 @@ keep_freed_memory is off.
 Weights in 4 bits are counted as bitsandbytes has them: packed, with a scale of every 64, and made whole where they are
 used. Dropout before an adapter keeps a mask of floats, as on CPUs; on a GPU it takes less.
 
-Not covered: several processes (DDP keeps another copy of the gradients), offloading, a teacher's other tokenizer,
+Not covered: several processes (DDP keeps another copy of the gradients), a teacher's other tokenizer,
 layers that are left out of a mixture.
 """
 
@@ -65,6 +65,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from transformers import (
     AttentionInterface,
@@ -178,6 +179,7 @@ class Setup:
     length: tokens of a sequence.
     dtype: of the weights, "float32" or "bfloat16".
     bf16: autocast of float32 weights.
+    offload: whether what checkpointing keeps of each layer lies in the host's memory.
     cross_entropy: "full", or "chunked"; "liger" is planned as that.
     optim: the optimizer's name as transformers has it.
     attention: "mold", or "eager": T x T maps of every layer, as output_attentions=True makes them elsewhere.
@@ -200,6 +202,7 @@ class Setup:
     dtype: str = dataclasses.field(default="float32", metadata={"choices": ["float32", "bfloat16"]})
     bf16: bool = False
     activation_checkpointing: bool = False
+    offload: bool = False
     cross_entropy: str = dataclasses.field(default="full", metadata=_TRAINING["cross_entropy"].metadata)
     optim: str = "adamw_torch_fused"
     attention: str = dataclasses.field(default="mold", metadata={"choices": ["mold", "eager"]})
@@ -221,6 +224,8 @@ class Setup:
     teacher_layers: int | None = None
 
     def __post_init__(self):
+        if self.offload and not self.activation_checkpointing:
+            raise ValueError("offload: is True, must be False without activation_checkpointing, whose states it moves")
         if self.length < 2:
             raise ValueError(f"length: is {self.length}, must be at least 2")
         if self.optim not in _STATE_BYTES | _STATE_BYTES_8BIT:
@@ -434,7 +439,19 @@ def _as_trained(model, setup):
     if setup.activation_checkpointing:
         # Saving the random state reads values, which there are none of.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if setup.offload:
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_checkpoint_on_host)
     return model.train()
+
+
+def _checkpoint_on_host(function, *args, **kwargs):
+    """As transformers does with offload=True: what is kept of a layer is not on the device until its backward."""
+    hooks = (
+        lambda t: (t.shape, t.dtype),
+        lambda shape_and_dtype: torch.empty(shape_and_dtype[0], dtype=shape_and_dtype[1]),
+    )
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class _InFourBits(nn.Linear):
@@ -731,6 +748,7 @@ AttentionMaskInterface.register(_PLANNED, lambda *args, **kwargs: None)  # as `m
 
 SAVERS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"activation_checkpointing": True},
+    "its states in the host's memory": {"activation_checkpointing": True, "offload": True},
     "chunked cross-entropy": {"cross_entropy": "chunked"},
     "bfloat16 autocast": {"bf16": True},
     "bfloat16 weights": {"dtype": "bfloat16", "bf16": False},

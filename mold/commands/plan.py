@@ -92,10 +92,12 @@ def _doing(what: str) -> Text:
 
 def _savers(options: Options) -> dict[str, dict]:
     """What saves memory, as changes of the run's setup."""
+    # On a CPU the host's memory is the device's.
+    savers = {name: change for name, change in SAVERS.items() if options.planning.gpu or "offload" not in change}
     if options.student.use_peft:
-        return SAVERS
+        return savers
     adapted = dataclasses.replace(options.student, use_peft=True)
-    return SAVERS | {f"LoRA of rank {adapted.lora_r}": {"peft_config": lora_config(adapted)}}
+    return savers | {f"LoRA of rank {adapted.lora_r}": {"peft_config": lora_config(adapted)}}
 
 
 def setup_of(options: Options, load: Callable[..., PretrainedConfig] = load_config) -> Setup:

@@ -288,6 +288,10 @@ class MoldConfig(TrainingArguments):
             raise ValueError(
                 f"{name}: has use_reentrant=True, must be False: reentrant checkpointing cuts the attention's gradient"
             )
+        if kwargs.get("offload") and self.device.type == "cpu":
+            raise ValueError(
+                f"{name}: has offload=True, must not on a CPU, where activations are in its memory already"
+            )
         setattr(self, name, kwargs)
 
 

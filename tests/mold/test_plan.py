@@ -262,6 +262,21 @@ def test_steps_and_key_words_of_a_long_text(options, spans):
     assert Setup(4096, **options).spans == spans
 
 
+def test_checkpoints_in_the_hosts_memory():
+    """What is left on the device does not grow with the layers, and a layer's backward takes what it took."""
+
+    def kept(layers, **options):
+        setup = Setup(4096, activation_checkpointing=True, cross_entropy="chunked", trains_attention=False, **options)
+        return plan_step(config(num_hidden_layers=layers), setup)
+
+    here, there = ([kept(layers, offload=offload) for layers in (6, 9)] for offload in (False, True))
+    assert here[1].activations - here[0].activations == 3 * 4096 * 96 * 4
+    assert there[1].activations == there[0].activations
+    assert there[1].flops == here[1].flops
+    with pytest.raises(ValueError, match="offload: is True, must be False without activation_checkpointing"):
+        Setup(8, offload=True)
+
+
 def test_nothing_grows_with_the_square_of_the_length():
     """Of a batch of texts without padding: no mask is made, whatever transformers makes of tensors without values."""
 
