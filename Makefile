@@ -37,7 +37,7 @@ lint: $(INSTALLED)
 
 # The site, in build/docs; torch is not needed, and a warning is an error.
 docs: $(SITE)/.installed
-	$(SITE)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.training_step
