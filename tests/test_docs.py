@@ -34,10 +34,15 @@ def blocks(page, *languages):
     return [(language, body) for language, body in found if not languages or language in languages]
 
 
+def lines(body):
+    """Lines of a shell, those that go on joined."""
+    return body.replace("\\\n", " ").splitlines()
+
+
 def commands(page):
     """The arguments of every `mold ...` that the page shows, whatever stands before it."""
     shown = re.findall(r"^    mold .*$", page.read_text(), re.MULTILINE) if page.name == "README.md" else []
-    shown += [line for _, body in blocks(page, "sh") for line in body.splitlines()]
+    shown += [line for _, body in blocks(page, "sh") for line in lines(body)]
     shown += [line for _, body in blocks(page, "yaml") for line in body.splitlines()[:1]]
     split = [shlex.split(line.removeprefix("# "), comments=True) for line in shown]
     return [words[words.index("mold") + 1 :] for words in split if "mold" in words]
@@ -79,8 +84,10 @@ def test_commands_are_found(tmp_path):
     assert counts["tutorial.md"] >= 7
     assert sum(counts.values()) >= 40
     page = tmp_path / "page.md"
-    page.write_text("1. So:\n\n    ```sh\n    torchrun --no-python mold train --beta 3 # three\n    ls\n    ```\n")
-    assert commands(page) == [["train", "--beta", "3"]]
+    page.write_text(
+        "1. So:\n\n    ```sh\n    torchrun mold train --beta 3 \\\n  --alpha 0.5 # three\n    ls\n    ```\n"
+    )
+    assert commands(page) == [["train", "--beta", "3", "--alpha", "0.5"]]
     page.write_text("```yaml\nbeta: 3\n```\n")
     with pytest.raises(AssertionError, match="must say which command"):
         write_files(page, tmp_path)
@@ -116,7 +123,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
         if language == "python":
             exec(body, {})
             continue
-        for line in body.splitlines():
+        for line in lines(body):
             monkeypatch.setattr(sys, "argv", shlex.split(line.replace("smollm2-135m-instruct", "tiny")))
             cli.main()
     assert "held-out problems" in Path("runs/with/report.html").read_text()
