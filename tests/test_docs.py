@@ -181,7 +181,8 @@ def test_the_api_has_every_public_name():
     expected = []
     for package in (mold, mold_kernels):
         modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
-        expected += [".".join([package.__name__, name, *([name] if name in modules else [])]) for name in package.__all__]
+        paths = (f"{name}.{name}" if name in modules else name for name in package.__all__)
+        expected += [f"{package.__name__}.{path}" for path in paths]
     assert sorted(named) == sorted(expected)
 
 
