@@ -5,9 +5,9 @@ python -m tools.options_page > docs/options.md
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mold.commands import run
 from mold.commands.cli import COMMANDS
@@ -29,7 +29,6 @@ What a command takes of transformers' TrainingArguments is named, and described 
 
 def page() -> str:
     """The page, in Markdown."""
-    os.environ["COLUMNS"] = "100"  # argparse asks for it
     sections = (section for name in COMMANDS for section in ("", f"## mold {name}", "", *_command(name)))
     return "\n".join([HEAD.rstrip(), *sections, "", *_transformers(), ""])
 
@@ -37,7 +36,8 @@ def page() -> str:
 def _command(name: str) -> Iterator[str]:
     yield COMMANDS[name]
     if name not in TAKES:
-        yield from ("", *(["It has no options."] if name == "info" else _as_argparse(name)))
+        actions = [] if name == "info" else run._parser("demo" if name == "demo" else None)._actions
+        yield from ("", *(_table(map(_of_action, actions)) if actions else ["It has no options."]))
         return
     if NEEDS[name]:
         yield f"Needed: {', '.join(f'`--{needed}`' for needed in NEEDS[name])}."
@@ -49,27 +49,32 @@ def _command(name: str) -> Iterator[str]:
         theirs += [f"`--{option.name}`" for option in taken if option not in ours]
         if ours:
             title = "Texts, method and place" if group is MoldConfig else (group.__doc__ or "").partition(".")[0]
-            yield from ("", f"**{title}**", "", "| option | default | |", "| --- | --- | --- |", *map(_row, ours))
+            yield from ("", f"**{title}**", "", *_table(map(_of_field, ours)))
     if name == "train":
         theirs = ["[all that can be followed](#of-transformers-trainingarguments)"]
     if theirs:
         yield from ("", f"Of transformers: {', '.join(theirs)}.")
 
 
-def _row(option: dataclasses.Field) -> str:
+def _table(rows: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    yield from ("| option | default | |", "| --- | --- | --- |")
+    for name, default, text in rows:
+        said = " ".join(text.split()).replace("|", "\\|")
+        yield f"| `{name}` | {default} | {said} |"
+
+
+def _of_field(option: dataclasses.Field) -> tuple[str, str, str]:
     default = option.default
     if default is None and option.name in PRESETS["paper"]:
         said = f"`{PRESETS['paper'][option.name]}`, of the preset"
-    elif default is None or default is dataclasses.MISSING:
-        said = ""
     else:
-        said = f"`{default}`"
-    text = " ".join(option.metadata["help"].split()).replace("|", "\\|")
-    return f"| `--{option.name}` | {said} | {text} |"
+        said = "" if default is None or default is dataclasses.MISSING else f"`{default}`"
+    return f"--{option.name}", said, option.metadata["help"]
 
 
-def _as_argparse(name: str) -> list[str]:
-    return ["```text", run.help_text("demo" if name == "demo" else None), "```"]
+def _of_action(action: argparse.Action) -> tuple[str, str, str]:
+    name = action.option_strings[0] if action.option_strings else action.dest.upper()
+    return name, f"`{action.default}`" if action.default not in (None, []) else "", action.help or ""
 
 
 def _transformers() -> Iterator[str]:
