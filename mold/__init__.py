@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mold.data.encoding import Collator, encode_example
     from mold.data.examples import DEFAULT_TEMPLATE, Example
     from mold.data.problems import generate_problems
-    from mold.data.readers import read_examples
+    from mold.data.readers import read_examples, read_mixture
     from mold.method.attention_interface import LayerAttention, stack_attention, use_mold_attention
     from mold.method.extraction import extract_signals
     from mold.method.loss import MoldLoss
@@ -53,6 +53,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "read_examples",
+    "read_mixture",
     "spread_layers",
     "stack_attention",
     "take_layers",
@@ -65,7 +66,7 @@ _HOMES = {
     "data.encoding": ("Collator", "encode_example"),
     "data.examples": ("DEFAULT_TEMPLATE", "Example"),
     "data.problems": ("generate_problems",),
-    "data.readers": ("read_examples",),
+    "data.readers": ("read_examples", "read_mixture"),
     "method.attention_interface": ("LayerAttention", "stack_attention", "use_mold_attention"),
     "method.extraction": ("extract_signals",),
     "method.loss": ("MoldLoss",),

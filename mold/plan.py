@@ -438,7 +438,9 @@ def _as_trained(model, setup):
             model = add_adapter(model, copy.deepcopy(setup.peft_config))  # peft writes into it
     if setup.activation_checkpointing:
         # Saving the random state reads values, which there are none of.
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        new = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.19
+        enable = new or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
     if setup.offload:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_checkpoint_on_host)
     return model.train()

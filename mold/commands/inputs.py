@@ -11,9 +11,10 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 from transformers.utils import logging
 
 from mold.commands.options import DataOptions, Options, StudentOptions
+from mold.commands.progress import say
 from mold.data.examples import Example, split_examples
 from mold.data.problems import generate_problems
-from mold.data.readers import read_examples
+from mold.data.readers import read_mixture
 from mold.extras import missing_extra
 from mold.method.signals import SignalCache
 from mold.models import (
@@ -29,13 +30,18 @@ from mold.models import (
 logger = logging.get_logger(__name__)
 
 _OURS = {"dtype": "model_dtype", "revision": "model_revision", "quantization_config": "load_in_4bit"}
-GENERATED, MOST_HELD_OUT = 240, 200
+GENERATED, NUM_GENERATED, MOST_HELD_OUT = "generated", 240, 200
 
 
 def read_data(options: DataOptions, require_rationale: bool = True, rationales: str | None = None) -> list[Example]:
-    """All examples of the data set. Rows that are left out are counted in a warning."""
-    if options.dataset == "generated":
-        number = options.num_train or GENERATED
+    """All examples of the data sets. Rows that are left out are counted in a warning, a data set each.
+
+    Raises:
+        ValueError: as of `mold.data.readers.read_mixture`; "generated" stands beside others.
+    """
+    paths = options.dataset or []
+    if paths == [GENERATED]:
+        number = options.num_train or NUM_GENERATED
         return generate_problems(
             number + _number_held_out(options, number),
             options.split_seed,
@@ -43,17 +49,22 @@ def read_data(options: DataOptions, require_rationale: bool = True, rationales: 
             rationale_form=options.rationale_form,
         )
     if options.max_value is not None:
-        raise ValueError(f"max_value: is {options.max_value}, must not be given with dataset={options.dataset!r}")
-    examples, report = read_examples(
-        options.dataset,
+        raise ValueError(f"max_value: is {options.max_value}, must not be given with dataset={' '.join(paths)!r}")
+    if GENERATED in paths:
+        raise ValueError(f"dataset: is {' '.join(paths)}, must not have generated problems beside others")
+    examples, reports = read_mixture(
+        paths,
         options.dataset_format,
         split=options.dataset_split,
         rationales=rationales,
         rationale_form=options.rationale_form,
         require_rationale=require_rationale,
     )
-    if report.left_out:
-        logger.warning(f"{options.dataset}: {report}")
+    for path, report in reports.items():
+        if report.left_out:
+            logger.warning(f"{path}: {report}")
+        elif len(paths) > 1:
+            say(f"{path}: {report}")
     return examples
 
 
@@ -69,16 +80,17 @@ def load_split(options: DataOptions) -> tuple[list[Example], list[Example]]:
         ValueError: num_train or num_eval is more than there is.
     """
     examples = read_data(options, rationales=options.rationales)
-    number = options.num_train or GENERATED if options.dataset == "generated" else len(examples)
+    generated, named = options.dataset == [GENERATED], ", ".join(options.dataset or ())
+    number = options.num_train or NUM_GENERATED if generated else len(examples)
     num_eval = _number_held_out(options, number)
     if num_eval >= len(examples):
         raise ValueError(
-            f"num_eval: is {num_eval}, must be less than the {len(examples)} examples of {options.dataset}: some must "
+            f"num_eval: is {num_eval}, must be less than the {len(examples)} examples of {named}: some must "
             "be left to train on"
         )
     train, held_out = split_examples(examples, num_eval, options.split_seed)
     if repeated := len(examples) - len(train) - len(held_out):
-        logger.warning(f"{options.dataset}: {repeated} examples ask a held-out question again and are left out")
+        logger.warning(f"{named}: {repeated} examples ask a held-out question again and are left out")
     if options.num_train is not None and options.num_train > len(train):
         raise ValueError(f"num_train: is {options.num_train}, but only {len(train)} examples are left to train on")
     return train[: options.num_train], held_out

@@ -33,9 +33,9 @@ class _Group:
 class DataOptions(_Group):
     """Where the examples come from."""
 
-    dataset: str | None = field(
+    dataset: list[str] | None = field(
         default=None,
-        metadata={"help": f'File ({", ".join(SUFFIXES)}), folder, hub name, or "generated".'},
+        metadata={"help": f'Files ({", ".join(SUFFIXES)}), folders, hub names; or "generated".'},
     )
     dataset_format: str = field(
         default="auto",
@@ -224,6 +224,8 @@ class Options:
         default = _as_dict(DataOptions(), TeacherOptions(), StudentOptions(), GenerationOptions(), default)
         mine = _as_dict(self.data, self.teacher, self.student, self.generation, self.training)
         self.chosen = {key: value for key, value in mine.items() if value != default[key]}
+        if len(places := self.data.dataset or []) == 1:
+            self.chosen["dataset"] = places[0]
 
 
 def _as_dict(*groups) -> dict:

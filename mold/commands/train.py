@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -40,6 +41,7 @@ from mold.generation.batches import Journal
 from mold.models import load_tokenizer, name_of
 from mold.report.page import write_report
 from mold.report.results import training_rows
+from mold.training.card import add_section, block, code, table
 from mold.training.trainer import MoldTrainer
 
 CONFIG = "config.yaml"
@@ -131,7 +133,27 @@ def _train(
     _write_maps(folder, before["maps"], _maps(options, trainer), {e.id: e for e in held_out})
     summary = _summarise(options, trainer, before, after, seconds)
     write_once(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    if PartialState().is_main_process:
+        _complete_card(folder / "README.md", options, summary)
     return summary
+
+
+def _complete_card(path: Path, options: Options, summary: dict) -> None:
+    """What came of it, the data and the command, which a trainer does not know."""
+    columns = ("metric", "before", "after", "change", "verdict")
+    rows = [[row[column] for column in columns] for row in training_rows(summary)]
+    results = table((f"{summary['num_eval']} held-out examples", *columns[1:4], ""), rows)
+    add_section(path, "Results", f"{results}\n\nIn brackets 95 % intervals over the examples.", first=True)
+    words = []
+    for name, value in options.chosen.items():
+        if name != "output_dir":  # the folder may lie elsewhere by now
+            texts = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+            words += [f"--{name}", *map(str, texts)]
+    data = ", ".join(code(name) for name in options.data.dataset or ())
+    counts = f"{summary['num_train']} examples to train on, {summary['num_eval']} held out"
+    command = block(shlex.join(["mold", "train", *words, "--output_dir", "..."]))
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    add_section(path, "Data and command", f"Of {data}: {counts}. Made by\n\n{command}\n\nwith {versions}.")
 
 
 def write_once(path: Path, data: bytes) -> None:

@@ -13,8 +13,8 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -156,6 +156,56 @@ def read_examples(
     if not examples:
         raise ValueError(f"dataset: {path} holds no usable example ({report})")
     return examples, report
+
+
+def read_mixture(
+    paths: Sequence[str | Path], format: str = "auto", **options
+) -> tuple[list[Example], dict[str, ReadReport]]:
+    """Read examples from several places, one after the other, each as `read_examples` reads it.
+
+    An example that an earlier place has too, with the same answer and rationale, is left out and counted. An id that an
+    earlier place has is made another by its place's name.
+
+    Args:
+        paths: as of `read_examples`, each once.
+        format: of all, or "auto": of each its own.
+        **options: of `read_examples`, for all.
+
+    Returns:
+        The examples, and for each place what was read and left out.
+
+    Raises:
+        ValueError: as of `read_examples`; a place is named twice; rationales for several are given.
+    """
+    named = [str(path) for path in paths]
+    if len(set(named)) < len(named):
+        raise ValueError(f"dataset: is {', '.join(named)}, must name each once")
+    if len(named) > 1 and options.get("rationales") is not None:
+        raise ValueError("rationales: is given, must not be with several data sets: a folder may hold its own")
+    examples: list[Example] = []
+    reports: dict[str, ReadReport] = {}
+    seen: dict[tuple[str, str, str | None], str] = {}
+    taken: set[str] = set()
+    for path in named:
+        found, reports[path] = read_examples(path, format, **options)
+        kept = []
+        for example in found:
+            rationale = example.rationale if options.get("require_rationale", True) else None
+            identity = question_key(example.question), example.answer, rationale
+            if seen.setdefault(identity, path) != path:
+                reports[path].left_out[f"that {seen[identity]} has too"] += 1
+                continue
+            if example.id in taken:
+                example = replace(example, id=f"{'/'.join(Path(path).parts[-2:])}: {example.id}")
+                if example.id in taken:
+                    raise ValueError(
+                        f"dataset: {path} has the id {example.id!r} of an earlier place, must have its own"
+                    )
+            kept.append(example)
+        taken |= {example.id for example in kept}
+        reports[path].kept = len(kept)
+        examples += kept
+    return examples, reports
 
 
 def is_hub_name(path: str) -> bool:

@@ -150,8 +150,8 @@ def _maps(
                 text = "" if value == 0 else f"{value:.2f}".removeprefix("0").replace("nan", "NaN")
                 colour = ON_PALE_CELL if value <= 0.35 * top else ON_DEEP_CELL
                 axes.text(column, row, text, fontsize=6.5, color=colour, ha="center", va="center")
-    bar = min(height, 2.4)
-    colour_bar(figure, figure.get_figwidth() - 0.75, foot + below, bar, scale, "share of attention")
+    bar, top_panel = min(height, 2.4), figure.get_figheight() - above - height
+    colour_bar(figure, figure.get_figwidth() - 0.75, top_panel + height - bar, bar, scale, "share of attention")
     note = "colour: share of the step's attention to key words; hatched: none, the key word comes after the step"
     note += "; orange-red: NaN" if np.isnan(maps).any() else ""
     figure.text(left / figure.get_figwidth(), 0.05 / figure.get_figheight(), note, fontsize=7, color=MUTED)

@@ -98,5 +98,7 @@ class RouterTraining(TrainerMixin):
             super().create_model_card(*args, **kwargs)
             student = self.accelerator.unwrap_model(self.model).config
             number = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
-            add_method_section(card, student, number, self.method_options, self.signals, self.layer_weights)
+            taught = getattr(self.args, "trains_attention", True)
+            about = self.method_options, self.signals, self.layer_weights, taught
+            add_method_section(card, student, number, *about)
         return card

@@ -6,7 +6,7 @@ import pytest
 
 from mold.data.problems import generate_problems
 from tests.mold.command_line import extract_options, refusal
-from tests.mold.conftest import write_rows
+from tests.mold.conftest import rows_of, write_rows
 from tests.tiny_models import make_model
 
 
@@ -51,3 +51,18 @@ def test_a_slow_tokenizer(mold, models, problems, tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path / "slow")
     options = extract_options(models, problems, tmp_path / "run", teacher_model_name_or_path=tmp_path / "slow")
     assert "is a slow tokenizer" in refusal(mold("extract", *options))
+
+
+def test_several_data_sets(mold, models, problems, tmp_path, caplog):
+    rows = rows_of(problems)
+    write_rows(problems, rows[:8])
+    write_rows(tmp_path / "more.jsonl", rows[6:])
+    options = extract_options(models, problems, tmp_path / "run")
+    place = options.index(problems) + 1
+    status, out, _ = mold("extract", *options[:place], tmp_path / "more.jsonl", *options[place:])
+    assert status == 0
+    assert "problems.jsonl: 8 rows, 8 kept\n" in out
+    assert any(m.endswith(f"more.jsonl: 8 rows, 6 kept, 2 that {problems} has too") for m in caplog.messages)
+    assert f"{len(rows)} teacher signals" in out
+    said = refusal(mold("extract", *options[:place], "generated", *options[place:]))
+    assert said.endswith("problems.jsonl generated, must not have generated problems beside others")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mold.data.problems import generate_problems
+from mold.models import load_config, name_of
 from mold.training.trainer import MoldTrainer
 from tests.mold.command_line import eval_options, extract_options, flags, options_of, refusal
 from tests.mold.conftest import rows_of, write_rows
@@ -114,7 +116,7 @@ def test_a_line_a_logging_step_and_nothing_else_of_other_libraries(models, probl
     done = subprocess.run([*command, "quiet"], capture_output=True, text=True, check=True)
     assert "it/s" not in done.stderr
     assert "accuracy, %" in done.stdout
-    assert "step" not in done.stdout
+    assert not re.search(r"^(step|starting|resuming|saved)", done.stdout, re.MULTILINE)
 
 
 def test_a_checkpoint_of_tied_heads_lacks_nothing(mold, models, problems, tmp_path, caplog):
@@ -139,6 +141,37 @@ def test_a_student_of_the_teachers_layers(mold, models, problems, tmp_path):
     assert mold("train", *options)[0] == 0
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["num_hidden_layers"] == 2
+    called = f"{models / 'teacher'} with 2 of 4 layers (0, 3)"
+    assert json.loads((tmp_path / "run/summary.json").read_text())["model"] == called
+    assert called in (tmp_path / "run/README.md").read_text()
+    assert f"{called} learnt from" in (tmp_path / "run/report.html").read_text()
+    # It is called after its own folder when it is loaded, and what it was made of is not lost.
+    loaded = load_config(str(tmp_path / "run"))
+    assert name_of(loaded) == f"{tmp_path / 'run'}, 2 of 4 layers (0, 3) of {models / 'teacher'}"
+
+
+def test_the_card_says_what_came_of_it_and_by_which_command(mold, models, problems, tmp_path):
+    folder, template = tmp_path / "run", "Q: {question}\nR: {rationale}\nA: {answer}"
+    options = options_of(models, problems, folder, max_steps=1, teacher_online=True, template=template)
+    assert mold("train", *options)[0] == 0
+    card = (folder / "README.md").read_text()
+    order = [card.index(f"\n## {title}\n") for title in ("Results", "Training procedure", "Data and command")]
+    assert order == sorted(order)
+    assert re.search(r"\n\| 4 held-out examples \| before \| after \| change \|  \|\n", card)
+    assert re.search(r"\n\| accuracy, % \| 0\.0 \(0\.0 to \d", card)
+    assert f"Of `{problems}`: 10 examples to train on, 4 held out." in card
+    (command,) = re.findall(r"```\n(mold train .*?)\n```", card, re.DOTALL)
+    words = shlex.split(command)
+    assert words[words.index("--template") + 1] == template
+    assert words[-2:] == ["--output_dir", "..."]
+    for unknown in ("unknown dataset", "from scratch", "More information needed"):
+        assert unknown not in card
+    # It is a command: with another folder it begins the same training.
+    status, _, err = mold(*words[1:-1], tmp_path / "again")
+    assert status == 0, err
+    assert (tmp_path / "again/README.md").read_text() == card.replace("# run\n", "# again\n").replace(
+        "name: run\n", "name: again\n"
+    )
 
 
 def test_an_adapter_is_trained_and_evaluated(mold, models, problems, tmp_path):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from mold.data.examples import Example
-from mold.data.readers import FORMATS, read_examples
+from mold.data.readers import FORMATS, read_examples, read_mixture
 
 GSM8K = [
     {
@@ -507,3 +507,73 @@ def test_what_does_not_exist(tmp_path):
     write(tmp_path / "r.jsonl", [{"question": "a"}])
     with pytest.raises(ValueError, match=r"r\.jsonl:1: has question; must have the keys question and rationale"):
         read_examples(path, rationales=tmp_path / "r.jsonl")
+
+
+def problem(number, **more):
+    return {
+        "question": f"What is {number} + 1?",
+        "rationale": f"{number} + 1 = {number + 1}.",
+        "answer": number + 1,
+    } | more
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    """A JSON-lines file of three problems, and a CSV file of the same name elsewhere that has one of them too."""
+    first, second = tmp_path / "one/train.jsonl", tmp_path / "two/train.csv"
+    for path in (first, second):
+        path.parent.mkdir()
+    first.write_text("".join(json.dumps(problem(number)) + "\n" for number in (1, 2, 3)))
+    second.write_text(
+        "instruction,output,id\n"
+        + "".join(f'What is {n} + 1?,"{n} + 1 = {n + 1}.\nThe answer is {n + 1}",\n' for n in (4, 5))
+    )
+    return first, second
+
+
+def test_a_mixture_has_each_place_in_its_own_format(two_sets):
+    examples, reports = read_mixture(two_sets)
+    assert [example.answer for example in examples] == ["2", "3", "4", "5", "6"]
+    assert [str(report) for report in reports.values()] == ["3 rows, 3 kept", "2 rows, 2 kept"]
+    assert [*reports] == [str(path) for path in two_sets]
+    alone = [example for path in two_sets for example in read_examples(path)[0]]
+    assert [vars(e) | {"id": None} for e in examples] == [vars(e) | {"id": None} for e in alone]
+    # Both files are called train: their rows' ids are told apart by the places.
+    assert [e.id for e in examples[:3]] == [e.id for e in alone[:3]]
+    assert [e.id for e in examples[3:]] == ["two/train.csv: train-1", "two/train.csv: train-2"]
+
+
+def test_an_example_that_two_places_have_is_left_out_and_said(tmp_path):
+    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    rows = [[problem(1), problem(2)], [problem(2), problem(3)], [problem(2, rationale="2 and 1 are 3."), problem(3)]]
+    for path, some in zip(paths, rows, strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    examples, reports = read_mixture(paths)
+    assert [example.id for example in examples] == ["a-1", "a-2", "b-2", "c-1"]
+    assert [str(report) for report in reports.values()] == [
+        "2 rows, 2 kept",
+        f"2 rows, 1 kept, 1 that {paths[0]} has too",
+        f"2 rows, 1 kept, 1 that {paths[1]} has too",
+    ]
+    asked, reports = read_mixture(paths, require_rationale=False)
+    assert [example.id for example in asked] == ["a-1", "a-2", "b-2"]
+    assert reports[str(paths[2])].kept == 0
+
+
+def test_mixtures_that_cannot_be_read(two_sets, tmp_path):
+    first, second = two_sets
+    with pytest.raises(ValueError, match=r"dataset: is .*train.jsonl, .*train.jsonl, must name each once"):
+        read_mixture([first, str(first)])
+    with pytest.raises(ValueError, match="rationales: is given, must not be with several data sets"):
+        read_mixture(two_sets, rationales=first)
+    with pytest.raises(ValueError, match=r"none\.jsonl does not exist"):
+        read_mixture([first, tmp_path / "none.jsonl"])
+    second.write_text("question,rationale,answer\na,b\n")
+    with pytest.raises(ValueError, match=r"train\.csv:2: has 2 values, must have 3"):
+        read_mixture(two_sets)
+    copies = [tmp_path / name / "one/train.jsonl" for name in ("x", "y", "z")]
+    for number, path in enumerate(copies):
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(problem(10 + number, id="same")) + "\n")
+    with pytest.raises(ValueError, match=r"z.one.train\.jsonl has the id 'one/train\.jsonl: same' of an earlier place"):
+        read_mixture(copies)
