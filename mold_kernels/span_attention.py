@@ -268,12 +268,19 @@ def _maxima(q, k, lse, row_spans, key_spans, columns, seen, groups):
 
 def _words(values, columns, key_spans):
     """Sums over each key word's columns: [..., R, M] of [B, H', R, N]."""
-    return values if key_spans is None else values @ _membership(columns, key_spans).to(values.dtype).mT
+    if key_spans is not None:
+        return values @ _membership(columns, key_spans).to(values.dtype).mT
+    tokens, before = columns
+    of_keys = values.new_zeros(*values.shape[:-1], before.shape[1] - 1)
+    return of_keys.scatter_(-1, tokens.long()[:, None, None].expand_as(values), values)
 
 
 def _columns_of_words(values, columns, key_spans):
     """Sums over the key words that hold each column: [..., R, N] of [B, H', R, M]."""
-    return values if key_spans is None else values @ _membership(columns, key_spans).to(values.dtype)
+    if key_spans is not None:
+        return values @ _membership(columns, key_spans).to(values.dtype)
+    tokens = columns[0].long()[:, None, None]
+    return values.gather(-1, tokens.expand(*values.shape[:-1], -1))
 
 
 def _membership(columns, key_spans):

@@ -49,7 +49,7 @@ class SpanPlan:
 
     Args:
         row_spans: int [B, S, 2], half-open ranges of rows, the steps; empty is padding.
-        key_spans: int [B, M, 2], likewise of keys, the key words; None: every key.
+        key_spans: int [B, M, 2], likewise of keys, the key words; None: every key of the example or sequence.
         length: Tq, the number of rows.
         key_length: Tk, the number of keys; None: as many.
         cu_seqlens: int32 [B + 1], where B sequences begin in one row, from which their spans count. None: each example
@@ -74,7 +74,9 @@ class SpanPlan:
             self.row_spans = _placed("row_spans", row_spans, batch, length, cu_seqlens)
             if key_spans is None:
                 every = row_spans.new_full((batch, 1, 1), self.key_length, dtype=torch.int32)
-                self.key_spans = torch.nn.functional.pad(every, (1, 0))
+                every = torch.nn.functional.pad(every, (1, 0))
+                borders = None if cu_seqlens is None else torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1)[:, None]
+                self.key_spans = every if borders is None else within(borders, self.key_length)
             elif key_spans.device != row_spans.device:
                 raise ValueError(f"key_spans: is on {key_spans.device}, must be on {row_spans.device} as row_spans")
             else:
