@@ -120,14 +120,16 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
     k = v = tensor(batch, length, kv_heads, case.head_dim).transpose(1, 2)
     lse = tensor(batch, heads, length, dtype=torch.float32)
     mask = tensor(batch, length, dtype=torch.bool)
-    valid, ranges, softcap = None, None, None
+    valid, first, ranges, softcap = None, None, None, None
     if case.options:
         valid, ranges, softcap = mask, tensor(2, length, dtype=torch.int32), 30.0
-    tail = valid, None, ranges, 0.1, softcap, True
-    out, _ = attention.attention_with_lse_forward(q, k, v, *tail)
-    attention.attention_with_lse_backward(out, lse, q, k, v, out, lse, *tail)
-    attention.attention_lse_forward(q, k, *tail)
-    attention.attention_lse_backward(lse, q, k, lse, *tail)
+        first = tensor(batch, dtype=torch.int32)
+    for causal in (True, False) if case.options else (True,):
+        tail = valid, first if causal else None, ranges, 0.1, softcap, causal
+        out, _ = attention.attention_with_lse_forward(q, k, v, *tail)
+        attention.attention_with_lse_backward(out, lse, q, k, v, out, lse, *tail)
+        attention.attention_lse_forward(q, k, *tail)
+        attention.attention_lse_backward(lse, q, k, lse, *tail)
     spans = tensor(batch, steps, 2, dtype=torch.int32), tensor(batch, keys, 2, dtype=torch.int32)
     rows = tiles.choose_tile("span_attention_backward_dk", q).m
     pieces = Pieces(*SPAN_PIECES.fake(*spans, length, length, rows))
