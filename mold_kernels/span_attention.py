@@ -169,7 +169,9 @@ def _check_batch(row_spans, batch, cu_seqlens, lengths):
 
 _PREPARE = {
     "native": lambda plan, q, k: list(plan.pieces(max(1, _NATIVE_ROWS * k.shape[1] // q.shape[1]))),
-    "triton": lambda plan, q, k: list(plan.pieces(choose_tile("span_attention_backward_dk", q).m)),
+    "triton": lambda plan, q, k: list(
+        plan.pieces(choose_tile("span_attention_backward_dk", q).m, joined=len(plan.row_spans) > len(q))
+    ),
     "cuda": lambda plan, q, k: list(plan.columns(cuda.TILE)),
     "torch": lambda plan, q, k: list(plan.columns(1)),
 }
@@ -345,7 +347,7 @@ SPAN_ATTENTION = Op(
             "span_attention",
             "span_attention",
             head_dim=_triton.HEAD_DIM,
-            options=("sliding_window", "softcap", "cu_seqlens"),
+            options=tuple(option for option in _OPTIONS if option not in ('row_reduction="max"', "key_spans=None")),
         ),
         Backend(
             "cuda",

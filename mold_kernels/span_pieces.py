@@ -81,7 +81,7 @@ class SpanPlan:
                 raise ValueError(f"key_spans: is on {key_spans.device}, must be on {row_spans.device} as row_spans")
             else:
                 self.key_spans = _placed("key_spans", key_spans, batch, self.key_length, cu_seqlens)
-        self._pieces: dict[int, Pieces] = {}
+        self._pieces: dict[tuple[int, bool], Pieces] = {}
         self._columns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def is_of(
@@ -101,16 +101,15 @@ class SpanPlan:
             for (mine, version), tensor in zip(self._given, (row_spans, key_spans, cu_seqlens), strict=True)
         )
 
-    def pieces(self, rows: int) -> Pieces:
-        """The pieces, none of more than `rows` rows."""
-        if rows not in self._pieces:
+    def pieces(self, rows: int, *, joined: bool = False) -> Pieces:
+        """The pieces, none of more than `rows` rows; `joined`: of all sequences as one example's."""
+        if (rows, joined) not in self._pieces:
+            spans = [spans.view(1, -1, 2) if joined else spans for spans in (self.row_spans, self.key_spans)]
             backend = SPAN_PIECES.choose("auto", self.row_spans).name
             with _outside_inference_mode():
-                pieces = SPAN_PIECES.operator(
-                    *(self.row_spans, self.key_spans, self.length, self.key_length, rows, backend)
-                )
-            self._pieces[rows] = Pieces(*pieces)
-        return self._pieces[rows]
+                pieces = SPAN_PIECES.operator(*(*spans, self.length, self.key_length, rows, backend))
+            self._pieces[rows, joined] = Pieces(*pieces)
+        return self._pieces[rows, joined]
 
     def columns(self, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, before): the columns as int32 [B, N], N rounded up to a multiple, and `Pieces.before`.
@@ -118,7 +117,9 @@ class SpanPlan:
         Ascending; padded with Tk, which no row sees. Waits for the device once, to read N.
         """
         if multiple not in self._columns:
-            pieces = next(iter(self._pieces.values()), None) or self.pieces(max(self.length, 1))
+            pieces = next((pieces for (_, joined), pieces in self._pieces.items() if not joined), None) or self.pieces(
+                max(self.length, 1)
+            )
             with _outside_inference_mode():
                 # Inside torch.compile nothing is read: there are as many columns as there can be.
                 most = (

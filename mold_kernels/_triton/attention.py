@@ -17,6 +17,7 @@ from mold_kernels._triton.scores import (
     LN_2,
     LOG2_E,
     capped_scores,
+    first_position,
     load_rows,
     product,
     score_slope,
@@ -42,15 +43,6 @@ def _hide(scores, position, key, T, range_ptr, valid_ptr, CAUSAL: tl.constexpr):
     if valid_ptr is not None:
         visible = visible & tl.load(valid_ptr + key, mask=key < T, other=0).to(tl.int1)
     return tl.where(visible, scores, float("-inf"))
-
-
-@triton.jit
-def _first_position(first_ptr, batch):
-    """The position of an example's first row."""
-    if first_ptr is None:
-        return 0
-    else:
-        return tl.load(first_ptr + batch)
 
 
 @triton.jit
@@ -142,7 +134,7 @@ def _attention_forward_kernel(
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
     inside = row < TQ
-    position = _first_position(first_ptr, batch) + row
+    position = first_position(first_ptr, batch) + row
     real = inside
     if valid_ptr is not None:
         valid_ptr += batch * TK
@@ -153,7 +145,7 @@ def _attention_forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    begin = _first_position(first_ptr, batch) + first
+    begin = first_position(first_ptr, batch) + first
     low, masked, high = _seen_keys(
         range_ptr, valid_ptr, begin, begin + tl.minimum(BLOCK_M, TQ - first), TK, BLOCK_N, CAUSAL
     )
@@ -250,7 +242,7 @@ def _attention_backward_dq_kernel(
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
     inside = row < TQ
-    position = _first_position(first_ptr, batch) + row
+    position = first_position(first_ptr, batch) + row
     line = (batch * heads + head) * TQ
     if valid_ptr is not None:
         valid_ptr += batch * TK
@@ -267,7 +259,7 @@ def _attention_backward_dq_kernel(
     lse = tl.load(lse_ptr + line + row, mask=inside, other=float("inf")) * LOG2_E
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = _first_position(first_ptr, batch) + first
+    begin = first_position(first_ptr, batch) + first
     low, masked, high = _seen_keys(
         range_ptr, valid_ptr, begin, begin + tl.minimum(BLOCK_M, TQ - first), TK, BLOCK_N, CAUSAL
     )
@@ -373,7 +365,7 @@ def _attention_backward_dk_kernel(
     if valid_ptr is not None:
         valid_ptr += batch * TK
 
-    position = _first_position(first_ptr, batch)
+    position = first_position(first_ptr, batch)
     low = 0
     # Rows until `masked` may be such as must not see a key of the tile.
     masked = 0
