@@ -68,6 +68,8 @@ class SpanPlan:
         cu_seqlens: torch.Tensor | None = None,
     ):
         batch = len(row_spans) if row_spans.ndim else 0
+        if cu_seqlens is not None and len(cu_seqlens) != batch + 1:
+            raise ValueError(f"row_spans: are of {batch} sequences, must be of the {len(cu_seqlens) - 1} of cu_seqlens")
         self._given = [(tensor, _version(tensor)) for tensor in (row_spans, key_spans, cu_seqlens)]
         self.length, self.key_length = length, length if key_length is None else key_length
         with _outside_inference_mode():
