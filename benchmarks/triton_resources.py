@@ -120,21 +120,33 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
     k = v = tensor(batch, length, kv_heads, case.head_dim).transpose(1, 2)
     lse = tensor(batch, heads, length, dtype=torch.float32)
     mask = tensor(batch, length, dtype=torch.bool)
-    valid, ranges, softcap = None, None, None
+    valid, first, ranges, softcap = None, None, None, None
     if case.options:
         valid, ranges, softcap = mask, tensor(2, length, dtype=torch.int32), 30.0
-    tail = valid, None, ranges, 0.1, softcap, True
-    out, _ = attention.attention_with_lse_forward(q, k, v, *tail)
-    attention.attention_with_lse_backward(out, lse, q, k, v, out, lse, *tail)
-    attention.attention_lse_forward(q, k, *tail)
-    attention.attention_lse_backward(lse, q, k, lse, *tail)
+        first = tensor(batch, dtype=torch.int32)
+    for causal in (True, False) if case.options else (True,):
+        tail = valid, first if causal else None, ranges, 0.1, softcap, causal
+        out, _ = attention.attention_with_lse_forward(q, k, v, *tail)
+        attention.attention_with_lse_backward(out, lse, q, k, v, out, lse, *tail)
+        attention.attention_lse_forward(q, k, *tail)
+        attention.attention_lse_backward(lse, q, k, lse, *tail)
     spans = tensor(batch, steps, 2, dtype=torch.int32), tensor(batch, keys, 2, dtype=torch.int32)
     rows = tiles.choose_tile("span_attention_backward_dk", q).m
     pieces = Pieces(*SPAN_PIECES.fake(*spans, length, length, rows))
     span_pieces.span_pieces(*spans, rows, pieces)
-    reduction = "mean" if case.options else "sum"
-    inputs = q, k, lse, *spans, None, ranges, pieces, 0.1, softcap, True, 1, reduction
-    span_attention.span_attention_backward(span_attention.span_attention_forward(*inputs), *inputs)
+    for causal, groups in ((True, heads), (False, kv_heads)) if case.options else ((True, 1),):
+        tail = (
+            first if causal else None,
+            ranges,
+            pieces,
+            0.1,
+            softcap,
+            causal,
+            groups,
+            "mean" if case.options else "sum",
+        )
+        pooled = span_attention.span_attention_forward(q, k, lse, *spans, *tail)
+        span_attention.span_attention_backward(pooled, q, k, lse, *spans, *tail)
     value_pool.value_pool_forward(v, mask, 1e-6)
     value_pool.value_pool_backward(tensor(batch, kv_heads * case.head_dim, dtype=torch.float32), v, mask, 1e-6)
     maps = tensor(layers, batch, steps, keys, dtype=torch.float32)

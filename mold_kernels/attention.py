@@ -201,8 +201,7 @@ def _score_blocks(q, k, mask, first, ranges, scale, softcap, causal):
         yield block, queries, keys, scores.masked_fill_(~visible[:, None, None], -torch.inf), slope
 
 
-_HIDING = ("key_padding_mask", "sliding_window", "softcap", "cu_seqlens")
-_OPTIONS = ("causal=False", "query_start", *_HIDING)
+_OPTIONS = ("causal=False", "query_start", "key_padding_mask", "sliding_window", "softcap", "cu_seqlens")
 
 
 def _fake(q, *_):
@@ -227,7 +226,7 @@ ATTENTION_WITH_LSE = Op(
             dtypes=native.DTYPES,
         ),
         Backend("aten", foreign_attention.aten_forward, foreign_attention.aten_backward, options=("key_padding_mask",)),
-        Backend.of_triton("attention", "attention_with_lse", head_dim=_triton.HEAD_DIM, options=_HIDING),
+        Backend.of_triton("attention", "attention_with_lse", head_dim=_triton.HEAD_DIM),
         Backend("flex", foreign_attention.flex_attention_with_lse, gradient=("cuda",)),
         Backend(
             "fa4",
@@ -250,7 +249,7 @@ ATTENTION_LSE = Op(
     options=_OPTIONS,
     backends=[
         Backend("native", native.attention_lse_forward, native.attention_lse_backward, dtypes=native.DTYPES),
-        Backend.of_triton("attention", "attention_lse", head_dim=_triton.HEAD_DIM, options=_HIDING),
+        Backend.of_triton("attention", "attention_lse", head_dim=_triton.HEAD_DIM),
         Backend("torch", _torch_lse_forward, _torch_lse_backward),
         Backend("reference", reference.attention_lse),
     ],

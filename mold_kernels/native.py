@@ -106,11 +106,11 @@ def span_attention_forward(
     (batch, steps, _), words = row_spans.shape, k.shape[2] if key_spans is None else key_spans.shape[1]
     # The kernel writes the columns that a key word has.
     make = lse.new_zeros if key_spans is None else lse.new_empty
-    pooled, shared = make(batch, groups, steps, words), (batch, -1, -1, -1)
+    pooled = make(batch, groups, steps, words)
     plan = _plan(row_spans, key_spans, pieces, row_reduction)
-    seen = _seen(None, None if first is None else first.expand(batch), ranges, scale, softcap, causal)
-    tensors = _views(q.expand(shared), k.expand(shared), lse.expand(shared[:-1]))
-    _native.span_attention_forward(*tensors, plan, seen, _view(pooled), torch.get_num_threads())
+    q, k, lse, first = _shared(batch, q, k, lse, first)
+    seen = _seen(None, first, ranges, scale, softcap, causal)
+    _native.span_attention_forward(*_views(q, k, lse), plan, seen, _view(pooled), torch.get_num_threads())
     return pooled
 
 
@@ -120,13 +120,18 @@ def span_attention_backward(
     """(dq, dk, dlse)"""
     # The kernel writes the rows and columns of the spans. Sequences in one row share it: none holds another's.
     dq, dk, dlse = torch.zeros_like(q), lse.new_zeros(k.shape), lse.new_zeros(lse.shape)
-    shared = len(row_spans), -1, -1, -1
-    plan = _plan(row_spans, key_spans, pieces, row_reduction)
-    seen = _seen(None, None if first is None else first.expand(len(grad)), ranges, scale, softcap, causal)
-    tensors = _views(grad, q.expand(shared), k.expand(shared), lse.expand(shared[:-1]))
-    results = _views(dq.expand(shared), dk.expand(shared), dlse.expand(shared[:-1]))
-    _native.span_attention_backward(*tensors, plan, seen, *results, torch.get_num_threads())
-    return dq, dk.to(k.dtype), dlse
+    plan, dtype = _plan(row_spans, key_spans, pieces, row_reduction), k.dtype
+    q, k, lse, first, *results = _shared(len(row_spans), q, k, lse, first, dq, dk, dlse)
+    seen = _seen(None, first, ranges, scale, softcap, causal)
+    _native.span_attention_backward(*_views(grad, q, k, lse), plan, seen, *_views(*results), torch.get_num_threads())
+    return dq, dk.to(dtype), dlse
+
+
+def _shared(batch, q, *others):
+    """Tensors of one row as those of all sequences that stand in it, without a copy."""
+    if len(q) == batch:
+        return q, *others
+    return [tensor if tensor is None else tensor.expand(batch, *tensor.shape[1:]) for tensor in (q, *others)]
 
 
 def _plan(row_spans, key_spans, pieces, row_reduction):

@@ -169,7 +169,9 @@ def _check_batch(row_spans, batch, cu_seqlens, lengths):
 
 _PREPARE = {
     "native": lambda plan, q, k: list(plan.pieces(max(1, _NATIVE_ROWS * k.shape[1] // q.shape[1]))),
-    "triton": lambda plan, q, k: list(plan.pieces(choose_tile("span_attention_backward_dk", q).m)),
+    "triton": lambda plan, q, k: list(
+        plan.pieces(choose_tile("span_attention_backward_dk", q).m, joined=len(plan.row_spans) > len(q))
+    ),
     "cuda": lambda plan, q, k: list(plan.columns(cuda.TILE)),
     "torch": lambda plan, q, k: list(plan.columns(1)),
 }
@@ -268,12 +270,19 @@ def _maxima(q, k, lse, row_spans, key_spans, columns, seen, groups):
 
 def _words(values, columns, key_spans):
     """Sums over each key word's columns: [..., R, M] of [B, H', R, N]."""
-    return values if key_spans is None else values @ _membership(columns, key_spans).to(values.dtype).mT
+    if key_spans is not None:
+        return values @ _membership(columns, key_spans).to(values.dtype).mT
+    tokens, before = columns
+    of_keys = values.new_zeros(*values.shape[:-1], before.shape[1] - 1)
+    return of_keys.scatter_(-1, tokens.long()[:, None, None].expand_as(values), values)
 
 
 def _columns_of_words(values, columns, key_spans):
     """Sums over the key words that hold each column: [..., R, N] of [B, H', R, M]."""
-    return values if key_spans is None else values @ _membership(columns, key_spans).to(values.dtype)
+    if key_spans is not None:
+        return values @ _membership(columns, key_spans).to(values.dtype)
+    tokens = columns[0].long()[:, None, None]
+    return values.gather(-1, tokens.expand(*values.shape[:-1], -1))
 
 
 def _membership(columns, key_spans):
@@ -338,7 +347,7 @@ SPAN_ATTENTION = Op(
             "span_attention",
             "span_attention",
             head_dim=_triton.HEAD_DIM,
-            options=("sliding_window", "softcap", "cu_seqlens"),
+            options=tuple(option for option in _OPTIONS if option not in ('row_reduction="max"', "key_spans=None")),
         ),
         Backend(
             "cuda",

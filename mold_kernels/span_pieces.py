@@ -49,7 +49,7 @@ class SpanPlan:
 
     Args:
         row_spans: int [B, S, 2], half-open ranges of rows, the steps; empty is padding.
-        key_spans: int [B, M, 2], likewise of keys, the key words; None: every key.
+        key_spans: int [B, M, 2], likewise of keys, the key words; None: every key of the example or sequence.
         length: Tq, the number of rows.
         key_length: Tk, the number of keys; None: as many.
         cu_seqlens: int32 [B + 1], where B sequences begin in one row, from which their spans count. None: each example
@@ -68,18 +68,22 @@ class SpanPlan:
         cu_seqlens: torch.Tensor | None = None,
     ):
         batch = len(row_spans) if row_spans.ndim else 0
+        if cu_seqlens is not None and len(cu_seqlens) != batch + 1:
+            raise ValueError(f"row_spans: are of {batch} sequences, must be of the {len(cu_seqlens) - 1} of cu_seqlens")
         self._given = [(tensor, _version(tensor)) for tensor in (row_spans, key_spans, cu_seqlens)]
         self.length, self.key_length = length, length if key_length is None else key_length
         with _outside_inference_mode():
             self.row_spans = _placed("row_spans", row_spans, batch, length, cu_seqlens)
             if key_spans is None:
                 every = row_spans.new_full((batch, 1, 1), self.key_length, dtype=torch.int32)
-                self.key_spans = torch.nn.functional.pad(every, (1, 0))
+                every = torch.nn.functional.pad(every, (1, 0))
+                borders = None if cu_seqlens is None else torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1)[:, None]
+                self.key_spans = every if borders is None else within(borders, self.key_length)
             elif key_spans.device != row_spans.device:
                 raise ValueError(f"key_spans: is on {key_spans.device}, must be on {row_spans.device} as row_spans")
             else:
                 self.key_spans = _placed("key_spans", key_spans, batch, self.key_length, cu_seqlens)
-        self._pieces: dict[int, Pieces] = {}
+        self._pieces: dict[tuple[int, bool], Pieces] = {}
         self._columns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def is_of(
@@ -99,16 +103,15 @@ class SpanPlan:
             for (mine, version), tensor in zip(self._given, (row_spans, key_spans, cu_seqlens), strict=True)
         )
 
-    def pieces(self, rows: int) -> Pieces:
-        """The pieces, none of more than `rows` rows."""
-        if rows not in self._pieces:
+    def pieces(self, rows: int, *, joined: bool = False) -> Pieces:
+        """The pieces, none of more than `rows` rows; `joined`: of all sequences as one example's."""
+        if (rows, joined) not in self._pieces:
+            spans = [spans.view(1, -1, 2) if joined else spans for spans in (self.row_spans, self.key_spans)]
             backend = SPAN_PIECES.choose("auto", self.row_spans).name
             with _outside_inference_mode():
-                pieces = SPAN_PIECES.operator(
-                    *(self.row_spans, self.key_spans, self.length, self.key_length, rows, backend)
-                )
-            self._pieces[rows] = Pieces(*pieces)
-        return self._pieces[rows]
+                pieces = SPAN_PIECES.operator(*(*spans, self.length, self.key_length, rows, backend))
+            self._pieces[rows, joined] = Pieces(*pieces)
+        return self._pieces[rows, joined]
 
     def columns(self, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, before): the columns as int32 [B, N], N rounded up to a multiple, and `Pieces.before`.
@@ -116,7 +119,9 @@ class SpanPlan:
         Ascending; padded with Tk, which no row sees. Waits for the device once, to read N.
         """
         if multiple not in self._columns:
-            pieces = next(iter(self._pieces.values()), None) or self.pieces(max(self.length, 1))
+            pieces = next((pieces for (_, joined), pieces in self._pieces.items() if not joined), None) or self.pieces(
+                max(self.length, 1)
+            )
             with _outside_inference_mode():
                 # Inside torch.compile nothing is read: there are as many columns as there can be.
                 most = (

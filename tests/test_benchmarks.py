@@ -95,6 +95,15 @@ def test_cpu_attention(tmp_path):
     assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in result["attention"])
 
 
+def test_pooled_attention(tmp_path):
+    output = tmp_path / "rows.json"
+    output_of("pooled_attention", "--keys", 100, "--rows", 1, 7, "--rounds", 1, "--output", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert {(row["rows"], row["heads"]) for row in rows} == {(1, "mean"), (1, "all"), (7, "mean"), (7, "all")}
+    assert {row["contender"] for row in rows} == {"torch", "ours", "ours with its lse"}
+    assert all(row["ms"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_plan(tmp_path):
     output = tmp_path / "rows.json"

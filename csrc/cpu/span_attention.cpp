@@ -288,70 +288,88 @@ void forward_every_key(
     sizes.most_columns = block_columns;
     sizes.most_tokens = larger(sizes.most_tokens, run_rows);
 
+    // `sums` [steps, block_columns] are of steps that several pieces make up, `of_run` [pieces, block_columns] of a run.
     struct Buffers {
         Sight<T> sight;
         N *q, *keys, *panels;
-        T* lse;
-        double* sums;  // [steps, block_columns]
+        T *lse, *of_run;
+        double* sums;
     };
     const auto make = [&](Scratch& scratch) {
         return Buffers{
             Sight<T>(scratch, sizes, visibility), scratch.take<N>(sizes.most_tokens * sizes.width),
-            scratch.take<N>(block_columns * sizes.width), scratch.take<N>(block_columns * sizes.depth),
-            scratch.take<T>(sizes.most_tokens), scratch.take<double>(steps * block_columns)};
+            scratch.take<N>(block_columns * sizes.width), scratch.take<N>(sizes.kv_heads * block_columns * sizes.depth),
+            scratch.take<T>(sizes.most_tokens), scratch.take<T>(run_rows * block_columns),
+            scratch.take<double>(steps * block_columns)};
     };
     // The first columns are seen by the most rows.
     parallel(threads, blocks * sizes.batch, make, [&](int64_t task, Buffers& buffers) {
         const int64_t example = task % sizes.batch, n = task / sizes.batch * block_columns;
         const SpanPlan& plan = plans[example];
-        const int64_t count = smaller(block_columns, plan.column_count - n);
+        const int64_t count = smaller(block_columns, plan.column_count - n), padded = round_up(count, lanes<T>);
         if (count <= 0) return;
+        const int64_t token = plan.columns[n];  // columns are neighbours
+        for (int64_t head = 0; head < sizes.kv_heads; ++head) {
+            for (int64_t c = 0; c < padded; ++c) {
+                const Element* key = k.at<const Element>(example, head, token + smaller(c, count - 1));
+                const int64_t entries = c < count ? sizes.head_dim : 0;
+                load_row(key, k.strides[3], entries, buffers.keys + c * sizes.width, sizes.width);
+            }
+            N* panel = buffers.panels + head * block_columns * sizes.depth;
+            transpose<N, block_columns>(buffers.keys, padded, sizes.depth, sizes.width, panel);
+        }
         Sight<T>& sight = buffers.sight;
-        int64_t kv_head = -1;
         const Run* looked = nullptr;
         for (int64_t x = 0; x < groups; ++x) {
             for (int64_t i = 0; i < steps * block_columns; ++i) buffers.sums[i] = 0;
-            for (int64_t head = x * heads; head < (x + 1) * heads; ++head) {
-                if (head / sizes.group != kv_head) {
-                    kv_head = head / sizes.group;
-                    const int64_t padded = round_up(count, lanes<T>);
-                    for (int64_t c = 0; c < padded; ++c) {
-                        const Element* key = k.at<const Element>(example, kv_head, plan.columns[n + smaller(c, count - 1)]);
-                        N* target = buffers.keys + c * sizes.width;
-                        load_row(key, k.strides[3], c < count ? sizes.head_dim : 0, target, sizes.width);
-                    }
-                    transpose<N, block_columns>(buffers.keys, padded, sizes.depth, sizes.width, buffers.panels);
-                }
-                for (const Run& run : plan.runs) {
-                    if (looked != &run) sight.look(plan.columns + n, count, example, run.rows);
-                    looked = &run;
-                    if (!sight.columns) continue;
-                    const int64_t first = sight.template first_row<N>(0), last = sight.template last_row<N>(0);
-                    if (first == last) continue;
+            for (const Run& run : plan.runs) {
+                if (looked != &run) sight.look(plan.columns + n, count, example, run.rows);
+                looked = &run;
+                const int64_t first = sight.columns ? sight.template first_row<N>(0) : 0;
+                const int64_t last = sight.columns ? sight.template last_row<N>(0) : 0;
+                if (first == last) continue;
+                const int64_t pieces = run.pieces.end - run.pieces.begin;
+                for (int64_t i = 0; i < pieces * block_columns; ++i) buffers.of_run[i] = 0;
+                for (int64_t head = x * heads; head < (x + 1) * heads; ++head) {
                     const Matrix<N> rows = rows_of<Element>(q, example, head, run.rows, sizes, buffers.q);
+                    const N* panel = buffers.panels + head / sizes.group * block_columns * sizes.depth;
                     load_entries(lse, example, head, run.rows, buffers.lse);
-                    sight.visit_vectors(0, rows, sizes.depth, buffers.panels, buffers.lse, [&](int64_t c, auto seen) {
-                        for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p) {
+                    sight.visit_vectors(0, rows, sizes.depth, panel, buffers.lse, [&](int64_t c, auto seen) {
+                        T* sums = buffers.of_run + c;
+                        for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p, sums += block_columns) {
                             const Range piece = plan.pieces[p];
-                            Vector<T> total{};
+                            Vector<T> total = load(sums);
                             const int64_t end = smaller(piece.end - run.rows.begin, last);
                             for (int64_t r = larger(piece.begin - run.rows.begin, first); r < end; ++r) {
                                 total += seen(r).probability;
                             }
-                            for (int64_t h = plan.holders_begin[p]; h < plan.holders_begin[p + 1]; ++h) {
-                                double* sums = buffers.sums + plan.holders[h] * block_columns + c;
-                                for (int64_t lane = 0; lane < lanes<T>; ++lane) sums[lane] += total[lane];
-                            }
+                            store<T>(total, sums);
                         }
                     });
                 }
+                for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p) {
+                    const T* sums = buffers.of_run + (p - run.pieces.begin) * block_columns;
+                    for (int64_t h = plan.holders_begin[p]; h < plan.holders_begin[p + 1]; ++h) {
+                        const int64_t step = plan.holders[h];
+                        if (plan.steps[step].end - plan.steps[step].begin == 1) {
+                            T* target = pooled.at<T>(example, x, step) + token;
+                            const T factor = static_cast<T>(plan.weights[step] / heads);
+#pragma omp simd
+                            for (int64_t c = 0; c < count; ++c) target[c] = factor * sums[c];
+                        } else {
+                            double* total = buffers.sums + step * block_columns;
+#pragma omp simd
+                            for (int64_t c = 0; c < count; ++c) total[c] += sums[c];
+                        }
+                    }
+                }
             }
             for (int64_t s = 0; s < steps; ++s) {
-                T* target = pooled.at<T>(example, x, s);
-                for (int64_t c = 0; c < count; ++c) {
-                    const double sum = buffers.sums[s * block_columns + c];
-                    target[plan.columns[n + c]] = static_cast<T>(sum * plan.weights[s] / heads);
-                }
+                if (plan.steps[s].end - plan.steps[s].begin < 2) continue;
+                T* target = pooled.at<T>(example, x, s) + token;
+                const double factor = plan.weights[s] / heads, *total = buffers.sums + s * block_columns;
+#pragma omp simd
+                for (int64_t c = 0; c < count; ++c) target[c] = static_cast<T>(factor * total[c]);
             }
         }
     });
@@ -361,15 +379,20 @@ void forward_every_key(
 template <typename T>
 void column_gradient(
     const View& grad, const SpanPlan& plan, const Piece& at, int64_t x, int64_t heads, double* of_words, T* of_columns) {
-    for (std::size_t m = 0; m < plan.key_words.size(); ++m) of_words[m] = 0;
+    const int64_t words = grad.sizes[3];
+    for (int64_t m = 0; m < words; ++m) of_words[m] = 0;
     for (std::size_t s = 0; s < plan.steps.size(); ++s) {
         if (at.index < plan.steps[s].begin || at.index >= plan.steps[s].end) continue;
         const T* row = grad.at<const T>(at.example, x, s);
-        for (std::size_t m = 0; m < plan.key_words.size(); ++m) {
+        for (int64_t m = 0; m < words; ++m) {
             of_words[m] += plan.weights[s] / heads * row[m * grad.strides[3]];
         }
     }
-    for (std::size_t m = 0; m < plan.key_words.size(); ++m) {
+    if (plan.key_words.empty()) {
+        for (int64_t n = 0; n < plan.column_count; ++n) of_columns[n] = static_cast<T>(of_words[plan.columns[n]]);
+        return;
+    }
+    for (int64_t m = 0; m < words; ++m) {
         for (int64_t n = plan.key_words[m].begin; n < plan.key_words[m].end; ++n) {
             of_columns[n] += static_cast<T>(of_words[m]);
         }

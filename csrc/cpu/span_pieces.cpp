@@ -98,8 +98,8 @@ std::vector<SpanPlan> plan_spans(
                            *start = row_start.at<const std::int32_t>(b);
         plan.columns = columns.at<const std::int32_t>(b);
         plan.column_count = column[key_length];
-        for (std::int64_t m = 0; m < (key_spans ? key_spans->sizes[1] : key_length); ++m) {
-            const Range word = key_spans ? span_at(*key_spans, b, m, key_length) : Range{m, m + 1};
+        for (std::int64_t m = 0; m < (key_spans ? key_spans->sizes[1] : 0); ++m) {
+            const Range word = span_at(*key_spans, b, m, key_length);
             plan.key_words.push_back({column[word.begin], column[word.end]});
         }
         std::vector<std::int64_t> held(row_start.sizes[1]);  // pieces before each that a step holds

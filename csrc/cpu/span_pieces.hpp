@@ -29,7 +29,7 @@ constexpr std::int64_t run_rows = 64;
 struct SpanPlan {
     const std::int32_t* columns;
     std::int64_t column_count;
-    std::vector<Range> key_words;  // [M], of columns
+    std::vector<Range> key_words;  // [M], of columns; none where every key is one
     std::vector<Range> pieces;     // of rows; only those that a step holds, ascending
     std::vector<Range> steps;      // [S], of pieces
     std::vector<double> weights;   // [S]: 1, or 1 / rows of the step for the mean

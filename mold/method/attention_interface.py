@@ -126,53 +126,61 @@ def _attend(
         options["sliding_window"] = sliding_window
     if softcap is not None:
         options["softcap"] = softcap
-    whole = dict(options)
-    if len(borders) > 2:
-        whole["cu_seqlens"] = torch.tensor(borders, dtype=torch.int32, device=query.device)
-    if row_spans is None:
-        out = _ordinary_attention(module, query, key, value, mask, scaling, dropout, whole, sinks, **kwargs)
-        return out.transpose(1, 2), None
-    out, lse = _attention(query, key, value, mask, scaling, whole, sinks)
-    captured = []
-    for (start, end), (*spans, plan) in zip(
-        itertools.pairwise(borders), _texts(row_spans, key_spans, borders), strict=True
-    ):
-        q, k, v, text_lse = (tensor[:, :, start:end] for tensor in (query, key, value, lse))
-        pooled = span_attention(
-            q, k, text_lse, *spans, plan=plan, scale=scaling, row_reduction=row_reduction, **options
-        )
-        features = None
-        if value_features:
-            valid = v.new_ones(v.shape[0], v.shape[2], dtype=torch.bool) if mask is None else mask
-            # The router's norm weight factors out of the sum over tokens; the router applies it.
-            features = value_pool(v, valid, VALUE_NORM_EPSILON)
-        captured.append(LayerAttention(pooled, features))
-    return out.transpose(1, 2), _concatenated(captured)
-
-
-_Text = tuple[torch.Tensor, torch.Tensor, SpanPlan]
-
-_last_texts: tuple | None = None
-"""What `_texts` found last, for the other layers of a forward, and for a checkpoint that runs one again."""
-
-
-def _texts(row_spans: torch.Tensor, key_spans: torch.Tensor, borders: Sequence[int]) -> list[_Text]:
-    """(row_spans, key_spans, plan) of every text: all rows of a batch at once, or texts packed between borders."""
-    global _last_texts
-    if _last_texts is not None and not torch.compiler.is_compiling():
-        rows, keys, last_borders, found = _last_texts
-        # A part of a tensor counts its writes with the whole.
-        unchanged = found[0][2].is_of(*found[0][:2], borders[1] - borders[0])
-        if rows is row_spans and keys is key_spans and last_borders == borders and unchanged:
-            return found
     packed = len(borders) > 2
-    texts: list[_Text] = []
-    for index, (start, end) in enumerate(itertools.pairwise(borders)):
-        spans = (row_spans[index, None], key_spans[index, None]) if packed else (row_spans, key_spans)
-        texts.append((*spans, SpanPlan(*spans, end - start)))
+    if row_spans is None:
+        if packed:
+            options["cu_seqlens"] = _borders_tensor(borders, query.device)
+        out = _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs)
+        return out.transpose(1, 2), None
+    plan, cu_seqlens = _plan(row_spans, key_spans, borders)
+    if packed:
+        options["cu_seqlens"] = cu_seqlens
+    out, lse = _attention(query, key, value, mask, scaling, options, sinks)
+    pooled = span_attention(
+        query,
+        key,
+        lse,
+        row_spans,
+        key_spans,
+        plan=plan,
+        scale=scaling,
+        row_reduction=row_reduction,
+        **options,
+    )
+    features = None
+    if value_features:
+        texts = value.split([end - start for start, end in itertools.pairwise(borders)], 2)
+        # The router's norm weight factors out of the sum over tokens; the router applies it.
+        features = torch.cat([value_pool(v, _valid(v, mask), VALUE_NORM_EPSILON) for v in texts])
+    return out.transpose(1, 2), LayerAttention(pooled, features)
+
+
+def _valid(value, mask):
+    return value.new_ones(len(value), value.shape[2], dtype=torch.bool) if mask is None else mask
+
+
+def _borders_tensor(borders, device):
+    return torch.tensor(borders, dtype=torch.int32, device=device)
+
+
+_last_plan: tuple | None = None
+"""What `_plan` found last, for the other layers of a forward, and for a checkpoint that runs one again."""
+
+
+def _plan(
+    row_spans: torch.Tensor, key_spans: torch.Tensor, borders: Sequence[int]
+) -> tuple[SpanPlan, torch.Tensor | None]:
+    """The spans' plan and, where texts are packed between borders, these as a tensor."""
+    global _last_plan
+    if _last_plan is not None and not torch.compiler.is_compiling():
+        last_borders, plan, cu_seqlens = _last_plan
+        if last_borders == borders and plan.is_of(row_spans, key_spans, borders[-1], None, cu_seqlens):
+            return plan, cu_seqlens
+    cu_seqlens = _borders_tensor(borders, row_spans.device) if len(borders) > 2 else None
+    plan = SpanPlan(row_spans, key_spans, borders[-1], None, cu_seqlens)
     if not (torch.compiler.is_compiling() or row_spans.is_inference() or key_spans.is_inference()):
-        _last_texts = row_spans, key_spans, borders, texts
-    return texts
+        _last_plan = borders, plan, cu_seqlens
+    return plan, cu_seqlens
 
 
 def mold_mask(
@@ -304,13 +312,6 @@ def check_attention_dropout(config) -> None:
             f"{option}: is {getattr(config, option)}, must be 0: pooled attention has no attention dropout; load the "
             f"student with {option}=0.0 (model_init_kwargs)"
         )
-
-
-def _concatenated(captured: Sequence[LayerAttention]) -> LayerAttention:
-    if len(captured) == 1:
-        return captured[0]
-    attention, features = zip(*captured, strict=True)
-    return LayerAttention(torch.cat(attention), None if features[0] is None else torch.cat(features))
 
 
 def _attention(query, key, value, padding_mask, scaling, options, sinks):

@@ -17,6 +17,7 @@ from mold_kernels._triton.scores import (
     LN_2,
     LOG2_E,
     capped_scores,
+    first_position,
     load_rows,
     product,
     score_slope,
@@ -30,14 +31,35 @@ from mold_kernels.native import empty_heads
 
 
 @triton.jit
-def _hide(scores, row, key, T, range_ptr, valid_ptr):
-    """-inf where a row must not see a key; `row` and `key` broadcast to the scores' shape."""
-    visible = (key <= row) & (key < T)
+def _hide(scores, position, key, T, range_ptr, valid_ptr, CAUSAL: tl.constexpr):
+    """-inf where a row must not see a key of T; its `position` and `key` broadcast to the scores' shape."""
+    visible = key < T
+    if CAUSAL:
+        visible = visible & (key <= position)
     if range_ptr is not None:
-        visible = visible & (key >= tl.load(range_ptr + row, mask=row < T, other=0))
+        visible = visible & (key >= tl.load(range_ptr + position, mask=position < T, other=0))
+        if not CAUSAL:
+            visible = visible & (key < tl.load(range_ptr + T + position, mask=position < T, other=0))
     if valid_ptr is not None:
         visible = visible & tl.load(valid_ptr + key, mask=key < T, other=0).to(tl.int1)
     return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _seen_keys(range_ptr, valid_ptr, position, end, T, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(first, first that some row may not see, end) of the keys that rows at [position, end) see, in tiles."""
+    low = 0
+    high = T
+    if CAUSAL:
+        high = tl.minimum(end, T)
+    if range_ptr is not None:
+        low = tl.load(range_ptr + position) // BLOCK_N * BLOCK_N
+        if not CAUSAL:
+            high = tl.load(range_ptr + T + end - 1)
+    masked = low
+    if range_ptr is None and valid_ptr is None:
+        masked = (position if CAUSAL else T) // BLOCK_N * BLOCK_N
+    return low, masked, high
 
 
 @triton.jit
@@ -50,12 +72,13 @@ def _forward_keys(
     kv_head,
     low,
     high,
-    row,
+    position,
     T,
     scale,
     softcap,
     range_ptr,
     valid_ptr,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -68,7 +91,7 @@ def _forward_keys(
         keys = load_rows(k, batch, kv_head, key, key < T, D, BLOCK_D)
         scores = capped_scores(product(q, keys.T, None), scale, softcap, LOG2_E)
         if MASKED:
-            scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_ptr)
+            scores = _hide(scores, position[:, None], key[None, :], T, range_ptr, valid_ptr, CAUSAL)
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         # -inf - -inf would be NaN in a row that has seen no key so far.
         safe = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
@@ -82,16 +105,7 @@ def _forward_keys(
     return acc, total, peak
 
 
-@triton.jit
-def _first_key(range_ptr, first_row, BLOCK_N: tl.constexpr):
-    """The first tile of keys that a tile of rows sees."""
-    if range_ptr is None:
-        return 0
-    else:
-        return tl.load(range_ptr + first_row) // BLOCK_N * BLOCK_N
-
-
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["TQ", "TK"])
 def _attention_forward_kernel(
     q,
     k,
@@ -99,12 +113,15 @@ def _attention_forward_kernel(
     out,
     lse_ptr,
     valid_ptr,
+    first_ptr,
     range_ptr,
     heads,
     group,
-    T,
+    TQ,
+    TK,
     scale,
     softcap,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,34 +133,36 @@ def _attention_forward_kernel(
     head = (tl.program_id(1) % heads).to(tl.int64)
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
-    inside = row < T
+    inside = row < TQ
+    position = first_position(first_ptr, batch) + row
     real = inside
     if valid_ptr is not None:
-        valid_ptr += batch * T
-        real = tl.load(valid_ptr + row, mask=inside, other=0).to(tl.int1)
+        valid_ptr += batch * TK
+        if CAUSAL:
+            real = tl.load(valid_ptr + position, mask=inside, other=0).to(tl.int1)
     queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    low = _first_key(range_ptr, first, BLOCK_N)
-    high = tl.minimum(first + BLOCK_M, T)
+    begin = first_position(first_ptr, batch) + first
+    low, masked, high = _seen_keys(
+        range_ptr, valid_ptr, begin, begin + tl.minimum(BLOCK_M, TQ - first), TK, BLOCK_N, CAUSAL
+    )
     state = acc, total, peak
     if range_ptr is None and valid_ptr is None:
-        diagonal = first // BLOCK_N * BLOCK_N
         state = _forward_keys(
-            state, queries, k, v, batch, kv_head, low, diagonal, row, T, scale, softcap, range_ptr, valid_ptr, D,
-            BLOCK_D, BLOCK_N, False,
+            state, queries, k, v, batch, kv_head, low, masked, position, TK, scale, softcap, range_ptr, valid_ptr,
+            CAUSAL, D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
-        low = diagonal
     acc, total, peak = _forward_keys(
-        state, queries, k, v, batch, kv_head, low, high, row, T, scale, softcap, range_ptr, valid_ptr, D, BLOCK_D,
-        BLOCK_N, True,
+        state, queries, k, v, batch, kv_head, masked, high, position, TK, scale, softcap, range_ptr, valid_ptr,
+        CAUSAL, D, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
 
     sees = real & (total > 0)
     lse = tl.where(sees, (peak + tl.log2(total)) * LN_2, float("inf"))
-    tl.store(lse_ptr + (batch * heads + head) * T + row, lse, mask=inside)
+    tl.store(lse_ptr + (batch * heads + head) * TQ + row, lse, mask=inside)
     if v is not None:
         acc = tl.where(sees[:, None], acc / tl.where(sees, total, 1.0)[:, None], 0.0)
         store_rows(out, batch, head, row, inside, acc, D, BLOCK_D)
@@ -162,12 +181,13 @@ def _dq_keys(
     kv_head,
     low,
     high,
-    row,
+    position,
     T,
     scale,
     softcap,
     range_ptr,
     valid_ptr,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -180,7 +200,7 @@ def _dq_keys(
         scores = capped_scores(product(q, keys.T, None), scale, softcap, LOG2_E)
         slope = score_slope(scores, softcap, LOG2_E)
         if MASKED:
-            scores = _hide(scores, row[:, None], key[None, :], T, range_ptr, valid_ptr)
+            scores = _hide(scores, position[:, None], key[None, :], T, range_ptr, valid_ptr, CAUSAL)
         ds = -delta[:, None]
         if v is not None:
             values = load_rows(v, batch, kv_head, key, key < T, D, BLOCK_D)
@@ -190,7 +210,7 @@ def _dq_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["TQ", "TK"])
 def _attention_backward_dq_kernel(
     q,
     k,
@@ -202,12 +222,15 @@ def _attention_backward_dq_kernel(
     dlse_ptr,
     delta_ptr,
     valid_ptr,
+    first_ptr,
     range_ptr,
     heads,
     group,
-    T,
+    TQ,
+    TK,
     scale,
     softcap,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -218,10 +241,11 @@ def _attention_backward_dq_kernel(
     head = (tl.program_id(1) % heads).to(tl.int64)
     kv_head = head // group
     row = first + tl.arange(0, BLOCK_M)
-    inside = row < T
-    line = (batch * heads + head) * T
+    inside = row < TQ
+    position = first_position(first_ptr, batch) + row
+    line = (batch * heads + head) * TQ
     if valid_ptr is not None:
-        valid_ptr += batch * T
+        valid_ptr += batch * TK
     queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
     delta = tl.zeros([BLOCK_M], tl.float32)
     gradient = queries
@@ -235,18 +259,18 @@ def _attention_backward_dq_kernel(
     lse = tl.load(lse_ptr + line + row, mask=inside, other=float("inf")) * LOG2_E
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    low = _first_key(range_ptr, first, BLOCK_N)
-    high = tl.minimum(first + BLOCK_M, T)
+    begin = first_position(first_ptr, batch) + first
+    low, masked, high = _seen_keys(
+        range_ptr, valid_ptr, begin, begin + tl.minimum(BLOCK_M, TQ - first), TK, BLOCK_N, CAUSAL
+    )
     if range_ptr is None and valid_ptr is None:
-        diagonal = first // BLOCK_N * BLOCK_N
         acc = _dq_keys(
-            acc, queries, gradient, lse, delta, k, v, batch, kv_head, low, diagonal, row, T, scale, softcap, range_ptr,
-            valid_ptr, D, BLOCK_D, BLOCK_N, False,
+            acc, queries, gradient, lse, delta, k, v, batch, kv_head, low, masked, position, TK, scale, softcap,
+            range_ptr, valid_ptr, CAUSAL, D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
-        low = diagonal
     acc = _dq_keys(
-        acc, queries, gradient, lse, delta, k, v, batch, kv_head, low, high, row, T, scale, softcap, range_ptr,
-        valid_ptr, D, BLOCK_D, BLOCK_N, True,
+        acc, queries, gradient, lse, delta, k, v, batch, kv_head, masked, high, position, TK, scale, softcap,
+        range_ptr, valid_ptr, CAUSAL, D, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
     store_rows(dq, batch, head, row, inside, acc * scale, D, BLOCK_D)
 
@@ -266,28 +290,34 @@ def _dk_rows(
     delta_ptr,
     low,
     high,
-    T,
+    position,
+    TQ,
+    TK,
     scale,
     softcap,
     range_ptr,
     valid_ptr,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dk / scale and dv of the rows [low, high), added. Tiles are [keys, rows]: no transpose of what was computed."""
+    """dk / scale and dv of the rows [low, high), added; row 0 stands at `position`.
+
+    Tiles are [keys, rows]: no transpose of what was computed.
+    """
     for start in range(low, high, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        inside = row < T
+        inside = row < TQ
         queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
-        # Rows from T on have lse = +inf: their probabilities are 0.
+        # Rows from TQ on have lse = +inf: their probabilities are 0.
         lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2_E
         delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
         scores = capped_scores(product(keys, queries.T, None), scale, softcap, LOG2_E)
         slope = score_slope(scores, softcap, LOG2_E)
         if MASKED:
-            scores = _hide(scores, row[None, :], key[:, None], T, range_ptr, valid_ptr)
+            scores = _hide(scores, (position + row)[None, :], key[:, None], TK, range_ptr, valid_ptr, CAUSAL)
         p = tl.exp2(scores - lse[None, :])
         ds = -delta[None, :]
         if dout is not None:
@@ -299,7 +329,7 @@ def _dk_rows(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["TQ", "TK"])
 def _attention_backward_dk_kernel(
     q,
     k,
@@ -310,12 +340,15 @@ def _attention_backward_dk_kernel(
     lse_ptr,
     delta_ptr,
     valid_ptr,
+    first_ptr,
     range_ptr,
     kv_heads,
     group,
-    T,
+    TQ,
+    TK,
     scale,
     softcap,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -325,37 +358,48 @@ def _attention_backward_dk_kernel(
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     key = first + tl.arange(0, BLOCK_N)
-    keys = load_rows(k, batch, kv_head, key, key < T, D, BLOCK_D)
+    keys = load_rows(k, batch, kv_head, key, key < TK, D, BLOCK_D)
     values = keys
     if v is not None:
-        values = load_rows(v, batch, kv_head, key, key < T, D, BLOCK_D)
+        values = load_rows(v, batch, kv_head, key, key < TK, D, BLOCK_D)
     if valid_ptr is not None:
-        valid_ptr += batch * T
+        valid_ptr += batch * TK
 
-    low = first // BLOCK_M * BLOCK_M
+    position = first_position(first_ptr, batch)
+    low = 0
     # Rows until `masked` may be such as must not see a key of the tile.
-    masked = tl.minimum((first + BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M, T)
+    masked = 0
+    if CAUSAL:
+        low = first
+        masked = first + BLOCK_N
     if range_ptr is not None:
-        masked = tl.load(range_ptr + T + tl.minimum(first + BLOCK_N, T) - 1)
+        if not CAUSAL:
+            low = tl.load(range_ptr + first)
+        masked = tl.load(range_ptr + TK + tl.minimum(first + BLOCK_N, TK) - 1)
     elif valid_ptr is not None:
-        masked = T
+        masked = position + TQ
+    low = tl.maximum(low - position, 0) // BLOCK_M * BLOCK_M
+    masked = tl.maximum(masked - position, 0)
+    if range_ptr is None:
+        masked = (masked + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    masked = tl.minimum(masked, TQ)
     key_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     value_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(group):
         head = kv_head * group + member
-        line = (batch * kv_heads * group + head) * T
+        line = (batch * kv_heads * group + head) * TQ
         key_sum, value_sum = _dk_rows(
             key_sum, value_sum, keys, values, key, q, dout, batch, head, lse_ptr + line, delta_ptr + line, low, masked,
-            T, scale, softcap, range_ptr, valid_ptr, D, BLOCK_D, BLOCK_M, True,
+            position, TQ, TK, scale, softcap, range_ptr, valid_ptr, CAUSAL, D, BLOCK_D, BLOCK_M, True,
         )  # fmt: skip
         if range_ptr is None and valid_ptr is None:
             key_sum, value_sum = _dk_rows(
                 key_sum, value_sum, keys, values, key, q, dout, batch, head, lse_ptr + line, delta_ptr + line, masked,
-                T, T, scale, softcap, range_ptr, valid_ptr, D, BLOCK_D, BLOCK_M, False,
+                TQ, position, TQ, TK, scale, softcap, range_ptr, valid_ptr, CAUSAL, D, BLOCK_D, BLOCK_M, False,
             )  # fmt: skip
-    store_rows(dk, batch, kv_head, key, key < T, key_sum * scale, D, BLOCK_D)
+    store_rows(dk, batch, kv_head, key, key < TK, key_sum * scale, D, BLOCK_D)
     if v is not None:
-        store_rows(dv, batch, kv_head, key, key < T, value_sum, D, BLOCK_D)
+        store_rows(dv, batch, kv_head, key, key < TK, value_sum, D, BLOCK_D)
 
 
 def attention_with_lse_forward(
@@ -369,14 +413,16 @@ def attention_with_lse_forward(
     softcap: float | None,
     causal: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(out [B, Hq, T, D], lse [B, Hq, T]); out is None without v."""
+    """(out [B, Hq, Tq, D], lse [B, Hq, Tq]); out is None without v."""
     valid = None if valid is None else valid.contiguous()
     batch, heads, length, _ = q.shape
     tile, options = tile_options("attention_forward", q)
     out = None if v is None else empty_heads(q)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     _attention_forward_kernel[triton.cdiv(length, tile.m), batch * heads](
-        *(*map(with_strides, (q, k, v, out)), lse, valid, ranges, heads, heads // k.shape[1], length, scale, softcap),
+        *(*map(with_strides, (q, k, v, out)), lse, valid, first, ranges, heads, heads // k.shape[1], length),
+        *(k.shape[2], scale, softcap),
+        CAUSAL=causal,
         **options,
     )
     return out, lse
@@ -406,22 +452,25 @@ def attention_with_lse_backward(
         v = out = None
         dv = None if dv is None else dv.zero_()
     delta = torch.empty_like(lse)
-    scalars = heads // kv_heads, length, scale, softcap
+    scalars = heads // kv_heads, length, k.shape[2], scale, softcap
     tile, options = tile_options("attention_backward_dq", q)
     _attention_backward_dq_kernel[triton.cdiv(length, tile.m), batch * heads](
-        *(*map(with_strides, (q, k, v, out, dout, dq)), lse, dlse, delta, valid, ranges, heads, *scalars), **options
+        *(*map(with_strides, (q, k, v, out, dout, dq)), lse, dlse, delta, valid, first, ranges, heads, *scalars),
+        CAUSAL=causal,
+        **options,
     )
     tile, options = tile_options("attention_backward_dk", q)
-    _attention_backward_dk_kernel[triton.cdiv(length, tile.n), batch * kv_heads](
-        *(*map(with_strides, (q, k, v, dout, dk, None if v is None else dv)), lse, delta, valid, ranges),
+    _attention_backward_dk_kernel[triton.cdiv(k.shape[2], tile.n), batch * kv_heads](
+        *(*map(with_strides, (q, k, v, dout, dk, None if v is None else dv)), lse, delta, valid, first, ranges),
         *(kv_heads, *scalars),
+        CAUSAL=causal,
         **options,
     )
     return dq, dk, dv
 
 
 def attention_lse_forward(q, k, valid, first, ranges, scale, softcap, causal) -> torch.Tensor:
-    """lse [B, Hq, T]."""
+    """lse [B, Hq, Tq]."""
     return attention_with_lse_forward(q, k, None, valid, first, ranges, scale, softcap, causal)[1]
 
 

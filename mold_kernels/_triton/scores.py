@@ -55,6 +55,15 @@ def product(a, b, acc):
 
 
 @triton.jit
+def first_position(first_ptr, batch):
+    """The position of an example's first row."""
+    if first_ptr is None:
+        return 0
+    else:
+        return tl.load(first_ptr + batch)
+
+
+@triton.jit
 def _tanh(x):
     # (1 - e) / (1 + e) cancels near 0, where a series is exact to float32's rounding instead.
     square = x * x

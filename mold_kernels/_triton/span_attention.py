@@ -1,6 +1,7 @@
 """Span attention: probabilities at the key columns, pooled over pieces of rows and keys; and its gradient.
 
-The derivation is in `mold_kernels.span_attention`, pieces and columns in `mold_kernels._triton.span_pieces`.
+The derivation is in `mold_kernels.span_attention`, pieces and columns in `mold_kernels._triton.span_pieces`. A **unit**
+is heads that share a key head and a gradient: those of a key head, or one head where the result keeps each apart.
 
 Forward: a program takes one row piece and a block of key pieces. All its scores are k q^T tiles of [columns, rows], the
 rows of a piece and the query heads of one key head side by side; they are added up over heads in registers and over
@@ -20,6 +21,7 @@ import triton.language as tl
 
 from mold_kernels._triton.scores import (
     capped_scores,
+    first_position,
     load_rows,
     product,
     score_slope,
@@ -36,16 +38,16 @@ _PROGRAMS = 512
 
 
 @triton.jit
-def _of_example(pieces, batch, T, row_count, key_count):
+def _of_example(pieces, batch, TQ, TK, row_count, key_count):
     """The pieces of one example, in the order of `Pieces`."""
     return (
-        pieces[0] + batch * (T + 1),
+        pieces[0] + batch * (TQ + 1),
         pieces[1] + batch * (row_count + 1),
-        pieces[2] + batch * (T + 1),
+        pieces[2] + batch * (TK + 1),
         pieces[3] + batch * (key_count + 1),
-        pieces[4] + batch * (T + 1),
-        pieces[5] + batch * T,
-        pieces[6] + batch * T,
+        pieces[4] + batch * (TK + 1),
+        pieces[5] + batch * TK,
+        pieces[6] + batch * TK,
     )
 
 
@@ -57,23 +59,28 @@ def _piece_rows(row_start_ptr, piece):
 
 
 @triton.jit
-def _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row):
-    """Of the columns [low, high) those that some row of a piece may see."""
-    high = tl.minimum(high, tl.load(before_ptr + end_row))
+def _seen_columns(before_ptr, range_ptr, low, high, begin, end, T, CAUSAL: tl.constexpr):
+    """Of the columns [low, high) those that some row at the positions [begin, end) may see."""
+    if CAUSAL:
+        high = tl.minimum(high, tl.load(before_ptr + end))
     if range_ptr is not None:
-        low = tl.maximum(low, tl.load(before_ptr + tl.load(range_ptr + first_row)))
+        low = tl.maximum(low, tl.load(before_ptr + tl.load(range_ptr + begin)))
+        if not CAUSAL:
+            high = tl.minimum(high, tl.load(before_ptr + tl.load(range_ptr + T + end - 1)))
     return low, high
 
 
 @triton.jit
-def _probabilities(scores, lse, row, column, range_ptr, T):
-    """exp(score - lse) where the row sees the column; all broadcast.
+def _probabilities(scores, lse, position, column, range_ptr, T, CAUSAL: tl.constexpr):
+    """exp(score - lse) where the row at `position` sees the column; all broadcast.
 
     Not in base 2 as in the flash kernels: lse rounded in base 2 would shift whole rows.
     """
-    visible = column <= row
+    visible = column <= position if CAUSAL else column < T
     if range_ptr is not None:
-        visible = visible & (column >= tl.load(range_ptr + row, mask=row < T, other=0))
+        visible = visible & (column >= tl.load(range_ptr + position, mask=position < T, other=0))
+        if not CAUSAL:
+            visible = visible & (column < tl.load(range_ptr + T + position, mask=position < T, other=0))
     return tl.where(visible, tl.exp(scores - lse), 0.0)
 
 
@@ -83,22 +90,27 @@ def _sum_columns(column_sums, column_piece, key_piece):
     return tl.sum(tl.where(column_piece[None, :] == key_piece[:, None], column_sums[None, :], 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["parts", "row_count", "key_count", "T"])
+@triton.jit(do_not_specialize=["parts", "row_count", "key_count", "TQ", "TK"])
 def _span_attention_forward_kernel(
     q,
     k,
     lse_ptr,
     pairs_ptr,
     pieces,
+    first_ptr,
     range_ptr,
-    kv_heads,
+    groups,
+    units,
+    members,
     group,
     parts,
     row_count,
     key_count,
-    T,
+    TQ,
+    TK,
     scale,
     softcap,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -108,51 +120,55 @@ def _span_attention_forward_kernel(
     blocks = tl.cdiv(key_count, PIECES)
     row_piece = tl.program_id(0) // blocks
     key_block = tl.program_id(0) % blocks * PIECES
-    batch = (tl.program_id(1) // parts).to(tl.int64)
+    result = (tl.program_id(1) // parts).to(tl.int64)
+    batch = result // groups
     part = tl.program_id(1) % parts
+    first_unit = (result % groups).to(tl.int32) * units
     _, row_start_ptr, _, key_first_ptr, before_ptr, columns_ptr, column_piece_ptr = _of_example(
-        pieces, batch, T, row_count, key_count
+        pieces, batch, TQ, TK, row_count, key_count
     )
 
     first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
+    offset = first_position(first_ptr, batch)
     low = tl.load(key_first_ptr + key_block)
     high = tl.load(key_first_ptr + tl.minimum(key_block + PIECES, key_count))
-    low, high = _seen_columns(before_ptr, range_ptr, low, high, first_row, end_row)
     high = tl.where(held, high, 0)
+    if held:
+        low, high = _seen_columns(before_ptr, range_ptr, low, high, offset + first_row, offset + end_row, TK, CAUSAL)
     length = end_row - first_row
-    tiles = tl.cdiv(length * group, BLOCK_M)
+    tiles = tl.cdiv(length * members, BLOCK_M)
     key_piece = key_block + tl.arange(0, BLOCK_N)
     lower = tl.zeros([BLOCK_N], tl.float32)
     upper = tl.zeros([BLOCK_N], tl.float32)
     for start in range(low, high, BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
-        column = tl.load(columns_ptr + place, mask=place < high, other=T)
+        column = tl.load(columns_ptr + place, mask=place < high, other=TK)
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for x in range(kv_heads * part // parts * tiles, kv_heads * (part + 1) // parts * tiles):
-            kv_head = (x // tiles).to(tl.int64)
+        for x in range(units * part // parts * tiles, units * (part + 1) // parts * tiles):
+            first_head = ((first_unit + x // tiles) * members).to(tl.int64)
             pair = x % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-            inside = pair < length * group
-            head = kv_head * group + pair // length
+            inside = pair < length * members
+            head = first_head + pair // length
             row = first_row + pair % length
             lse = tl.load(
-                lse_ptr + (batch * kv_heads * group + head) * T + row,
+                lse_ptr + (batch * groups * units * members + head) * TQ + row,
                 mask=inside,
                 other=float("inf"),
             )
-            keys = load_rows(k, batch, kv_head, column, column < T, D, BLOCK_D)
+            keys = load_rows(k, batch, first_head // group, column, column < TK, D, BLOCK_D)
             queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
             scores = capped_scores(product(keys, queries.T, None), scale, softcap, 1.0)
-            acc += _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T)
+            acc += _probabilities(scores, lse[None, :], (offset + row)[None, :], column[:, None], range_ptr, TK, CAUSAL)
         column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=-1)
         column_sums = tl.sum(acc, 1)
         lower += _sum_columns(column_sums, column_piece, key_piece)
         upper += _sum_columns(column_sums, column_piece, key_piece + BLOCK_N)
-    line = ((part * tl.num_programs(1) // parts + batch) * row_count + row_piece) * key_count
+    line = ((part * tl.num_programs(1) // parts + result) * row_count + row_piece) * key_count
     tl.store(pairs_ptr + line + key_piece, lower, mask=key_piece < key_count)
     tl.store(pairs_ptr + line + key_piece + BLOCK_N, upper, mask=key_piece + BLOCK_N < key_count)
 
 
-@triton.jit(do_not_specialize=["row_count", "key_count", "T"])
+@triton.jit(do_not_specialize=["row_count", "key_count", "TQ", "TK"])
 def _span_attention_backward_dq_kernel(
     q,
     k,
@@ -162,60 +178,69 @@ def _span_attention_backward_dq_kernel(
     unit_ptr,
     dlse_ptr,
     pieces,
+    first_ptr,
     range_ptr,
-    kv_heads,
+    groups,
+    heads,
+    members,
     group,
     row_count,
     key_count,
-    T,
+    TQ,
+    TK,
     scale,
     softcap,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     row_piece = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    units = heads // members
+    batch = (tl.program_id(1) // units).to(tl.int64)
+    first_head = (tl.program_id(1) % units * members).to(tl.int64)
+    kv_head = first_head // group
     _, row_start_ptr, _, _, before_ptr, columns_ptr, column_piece_ptr = _of_example(
-        pieces, batch, T, row_count, key_count
+        pieces, batch, TQ, TK, row_count, key_count
     )
-    pairs_ptr += (batch * row_count + row_piece) * key_count
+    pairs_ptr += ((batch * groups + first_head * groups // heads) * row_count + row_piece) * key_count
 
     first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
-    low, high = _seen_columns(before_ptr, range_ptr, 0, T, first_row, end_row)
-    high = tl.where(held, high, 0)
+    offset = first_position(first_ptr, batch)
+    low = 0
+    high = 0
+    if held:
+        high = tl.load(before_ptr + TK)
+        low, high = _seen_columns(before_ptr, range_ptr, low, high, offset + first_row, offset + end_row, TK, CAUSAL)
     length = end_row - first_row
     unit = 1.0
     if unit_ptr is not None:
         unit = tl.load(unit_ptr)
-    for first in range(0, length * group, BLOCK_M):
+    for first in range(0, length * members, BLOCK_M):
         pair = first + tl.arange(0, BLOCK_M)
-        inside = pair < length * group
-        head = kv_head * group + pair // length
+        inside = pair < length * members
+        head = first_head + pair // length
         row = first_row + pair % length
         queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
-        lse = tl.load(
-            lse_ptr + (batch * kv_heads * group + head) * T + row,
-            mask=inside,
-            other=float("inf"),
-        )
+        lse = tl.load(lse_ptr + (batch * heads + head) * TQ + row, mask=inside, other=float("inf"))
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         dlse = tl.zeros([BLOCK_M], tl.float32)
         for start in range(low, high, BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
-            column = tl.load(columns_ptr + place, mask=place < high, other=T)
+            column = tl.load(columns_ptr + place, mask=place < high, other=TK)
             column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=0)
             g = tl.load(pairs_ptr + column_piece)
-            keys = load_rows(k, batch, kv_head, column, column < T, D, BLOCK_D)
+            keys = load_rows(k, batch, kv_head, column, column < TK, D, BLOCK_D)
             scores = capped_scores(product(queries, keys.T, None), scale, softcap, 1.0)
             slope = score_slope(scores, softcap, 1.0)
-            weights = g[None, :] * _probabilities(scores, lse[:, None], row[:, None], column[None, :], range_ptr, T)
+            weights = g[None, :] * _probabilities(
+                scores, lse[:, None], (offset + row)[:, None], column[None, :], range_ptr, TK, CAUSAL
+            )
             dlse -= tl.sum(weights, 1)
             acc = product((weights * slope).to(keys.dtype), keys, acc)
         store_rows(dq, batch, head, row, inside, acc * (scale * unit), D, BLOCK_D)
-        tl.store(dlse_ptr + (batch * kv_heads * group + head) * T + row, dlse * unit, mask=inside)
+        tl.store(dlse_ptr + (batch * heads + head) * TQ + row, dlse * unit, mask=inside)
 
 
 @triton.jit
@@ -225,7 +250,7 @@ def _shares(columns, slots, BLOCK_N: tl.constexpr):
     return tiles, tl.minimum(slots // tiles, 32)
 
 
-@triton.jit(do_not_specialize=["row_count", "key_count", "T"])
+@triton.jit(do_not_specialize=["row_count", "key_count", "TQ", "TK"])
 def _span_attention_backward_dk_kernel(
     q,
     k,
@@ -233,14 +258,18 @@ def _span_attention_backward_dk_kernel(
     pairs_ptr,
     slots_ptr,
     pieces,
+    first_ptr,
     range_ptr,
+    groups,
     kv_heads,
     group,
     row_count,
     key_count,
-    T,
+    TQ,
+    TK,
     scale,
     softcap,
+    CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -249,25 +278,32 @@ def _span_attention_backward_dk_kernel(
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     row_piece_ptr, row_start_ptr, _, _, before_ptr, columns_ptr, column_piece_ptr = _of_example(
-        pieces, batch, T, row_count, key_count
+        pieces, batch, TQ, TK, row_count, key_count
     )
-    pairs_ptr += batch * row_count * key_count
-
-    count = tl.load(before_ptr + T)
+    offset = first_position(first_ptr, batch)
+    count = tl.load(before_ptr + TK)
     tiles, shares = _shares(count, tl.num_programs(0), BLOCK_N)
     share = tl.program_id(0) // tiles
     start = tl.program_id(0) % tiles * BLOCK_N
     if (start < count) & (share < shares):
         place = start + tl.arange(0, BLOCK_N)
-        column = tl.load(columns_ptr + place, mask=place < count, other=T)
+        column = tl.load(columns_ptr + place, mask=place < count, other=TK)
         column_piece = tl.load(column_piece_ptr + place, mask=place < count, other=0)
-        keys = load_rows(k, batch, kv_head, column, column < T, D, BLOCK_D)
-        low = tl.load(row_piece_ptr + tl.load(columns_ptr + start))
-        last_row = T - 1
+        keys = load_rows(k, batch, kv_head, column, column < TK, D, BLOCK_D)
+        first_column = tl.load(columns_ptr + start)
+        begin = 0
+        end = offset + TQ
+        if CAUSAL:
+            begin = first_column
         if range_ptr is not None:
             last_column = tl.load(columns_ptr + tl.minimum(start + BLOCK_N, count) - 1)
-            last_row = tl.load(range_ptr + T + last_column) - 1
-        seeing = tl.load(row_piece_ptr + last_row) + 1 - low
+            end = tl.load(range_ptr + TK + last_column)
+            if not CAUSAL:
+                begin = tl.load(range_ptr + first_column)
+        # Of the rows at [begin, end) the pieces; a column that no row may see has none or one.
+        low = tl.load(row_piece_ptr + tl.minimum(tl.maximum(begin - offset, 0), TQ))
+        last_row = tl.minimum(tl.maximum(end - offset, 1), TQ) - 1
+        seeing = tl.maximum(tl.load(row_piece_ptr + last_row) + 1 - low, 0)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for x in range((low + seeing * share // shares) * group, (low + seeing * (share + 1) // shares) * group):
             row_piece = (x // group).to(tl.int64)
@@ -276,16 +312,19 @@ def _span_attention_backward_dk_kernel(
             first_row, end_row, _held = _piece_rows(row_start_ptr, row_piece)
             row = first_row + tl.arange(0, BLOCK_M)
             inside = row < end_row
-            g = tl.load(pairs_ptr + row_piece * key_count + column_piece)
+            result = batch * groups + head * groups // (kv_heads * group)
+            g = tl.load(pairs_ptr + (result * row_count + row_piece) * key_count + column_piece)
             queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
             lse = tl.load(
-                lse_ptr + (batch * kv_heads * group + head) * T + row,
+                lse_ptr + (batch * kv_heads * group + head) * TQ + row,
                 mask=inside,
                 other=float("inf"),
             )
             scores = capped_scores(product(keys, queries.T, None), scale, softcap, 1.0)
             weights = g[:, None] * score_slope(scores, softcap, 1.0)
-            weights *= _probabilities(scores, lse[None, :], row[None, :], column[:, None], range_ptr, T)
+            weights *= _probabilities(
+                scores, lse[None, :], (offset + row)[None, :], column[:, None], range_ptr, TK, CAUSAL
+            )
             dk = product(weights.to(queries.dtype), queries, dk)
         slot = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N
         lane = tl.arange(0, BLOCK_N)
@@ -339,26 +378,42 @@ def span_attention_forward(
     groups: int,
     row_reduction: str,
 ) -> torch.Tensor:
-    """[B, 1, S, M] float32."""
+    """[B, H', S, M] float32."""
+    sequences, (row_spans, key_spans) = len(row_spans) > len(q) and len(row_spans), _joined(q, row_spans, key_spans)
     batch, heads, length, _ = q.shape
     kv_heads, steps, keys = k.shape[1], row_spans.shape[1], key_spans.shape[1]
-    pooled = lse.new_empty(batch, steps, keys)
+    pooled = lse.new_empty(batch * groups, steps, keys)
     lse, pieces = lse.contiguous(), Pieces(*pieces)
     tile, options = tile_options("span_attention_forward", q)
     programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
-    parts = min(kv_heads, triton.cdiv(2 * _PROGRAMS, programs * batch))
-    pairs = lse.new_empty(parts, batch, pieces.row_count, pieces.key_count)
-    _span_attention_forward_kernel[programs, batch * parts](
-        *(with_strides(q), with_strides(k), lse, pairs, tuple(pieces), ranges, kv_heads, heads // kv_heads, parts),
-        *(pieces.row_count, pieces.key_count, length, scale, softcap),
+    members = min(heads // kv_heads, heads // groups)
+    units = heads // groups // members
+    parts = min(units, triton.cdiv(2 * _PROGRAMS, programs * batch * groups))
+    pairs = lse.new_empty(parts, batch * groups, pieces.row_count, pieces.key_count)
+    _span_attention_forward_kernel[programs, batch * groups * parts](
+        *(with_strides(q), with_strides(k), lse, pairs, tuple(pieces), first, ranges),
+        *(groups, units, members, heads // kv_heads, parts),
+        *(pieces.row_count, pieces.key_count, length, k.shape[2], scale, softcap),
+        CAUSAL=causal,
         **options,
     )
-    by_step = lse.new_empty(batch, steps, pieces.key_count)
-    pool_spans(
-        by_step, pairs, row_spans, pieces.row_piece, spread=False, mean=row_reduction == "mean", factor=1 / heads
-    )
+    by_step = lse.new_empty(batch * groups, steps, pieces.key_count)
+    mean, factor = row_reduction == "mean", groups / heads
+    pool_spans(by_step, pairs, row_spans, pieces.row_piece, spread=False, mean=mean, factor=factor)
     pool_spans(pooled.mT, by_step.mT[None], key_spans, pieces.key_piece, spread=False)
-    return pooled[:, None]
+    pooled = pooled.view(batch, groups, steps, keys)
+    return _own_blocks(pooled, sequences).contiguous() if sequences else pooled
+
+
+def _joined(q, row_spans, key_spans):
+    """The spans of sequences as one example's: a row of one sees no key of another."""
+    return [spans.reshape(len(q), -1, 2) for spans in (row_spans, key_spans)]
+
+
+def _own_blocks(pooled, sequences):
+    """[sequences, H', S, M] of [1, H', sequences S, sequences M]: a sequence's steps over its own key words."""
+    blocks = pooled[0].unflatten(-1, (sequences, -1)).unflatten(-3, (sequences, -1))
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, 0)
 
 
 def span_attention_backward(
@@ -377,34 +432,45 @@ def span_attention_backward(
     groups: int,
     row_reduction: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dlse) from grad [B, 1, S, M]."""
-    grad = grad[:, 0]
+    """(dq, dk, dlse) from grad [B, H', S, M]."""
+    sequences, (row_spans, key_spans) = len(row_spans) > len(q) and len(row_spans), _joined(q, row_spans, key_spans)
     batch, heads, length, head_dim = q.shape
     kv_heads, steps = k.shape[1], row_spans.shape[1]
+    if sequences:
+        of_sequences, grad = grad, grad.new_zeros(batch, groups, steps, key_spans.shape[1])
+        _own_blocks(grad, sequences).copy_(of_sequences)
+    grad = grad.flatten(0, 1)
     unit = None
     if q.dtype == torch.float16:  # gradients of A are small: keep the weights within float16
         unit = grad.abs().amax().clamp_min(1e-30)
         grad = grad / unit
     lse, pieces = lse.contiguous(), Pieces(*pieces)
-    by_step = lse.new_empty(batch, steps, pieces.key_count)
-    pairs = lse.new_empty(batch, pieces.row_count, pieces.key_count)
-    pool_spans(by_step.mT, grad.mT[None], key_spans, pieces.key_piece, spread=True, factor=1 / heads)
+    by_step = lse.new_empty(batch * groups, steps, pieces.key_count)
+    pairs = lse.new_empty(batch * groups, pieces.row_count, pieces.key_count)
+    pool_spans(by_step.mT, grad.mT[None], key_spans, pieces.key_piece, spread=True, factor=groups / heads)
     pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, spread=True, mean=row_reduction == "mean")
 
     dq, dk, dlse = torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(batch, heads, length)
-    scalars = kv_heads, heads // kv_heads, pieces.row_count, pieces.key_count, length, scale, softcap
+    sizes = pieces.row_count, pieces.key_count, length, k.shape[2], scale, softcap
+    members = min(heads // kv_heads, heads // groups)
     _, options = tile_options("span_attention_backward_dq", q)
-    _span_attention_backward_dq_kernel[pieces.row_count, batch * kv_heads](
-        *(*map(with_strides, (q, k, dq)), lse, pairs, unit, dlse, tuple(pieces), ranges, *scalars), **options
+    _span_attention_backward_dq_kernel[pieces.row_count, batch * heads // members](
+        *(*map(with_strides, (q, k, dq)), lse, pairs, unit, dlse, tuple(pieces), first, ranges),
+        *(groups, heads, members, heads // kv_heads, *sizes),
+        CAUSAL=causal,
+        **options,
     )
     tile, options = tile_options("span_attention_backward_dk", q)
-    slots = max(triton.cdiv(length, tile.n), triton.cdiv(_PROGRAMS, batch * kv_heads))
+    slots = max(triton.cdiv(k.shape[2], tile.n), triton.cdiv(_PROGRAMS, batch * kv_heads))
     partial = lse.new_empty(batch * kv_heads, slots, tile.n, head_dim)
     _span_attention_backward_dk_kernel[slots, batch * kv_heads](
-        *(with_strides(q), with_strides(k), lse, pairs, partial, tuple(pieces), ranges, *scalars), **options
+        *(with_strides(q), with_strides(k), lse, pairs, partial, tuple(pieces), first, ranges),
+        *(groups, kv_heads, heads // kv_heads, *sizes),
+        CAUSAL=causal,
+        **options,
     )
-    _span_attention_gather_dk_kernel[triton.cdiv(length, GATHERED_TOKENS), batch * kv_heads](
-        *(partial, unit, with_strides(dk), pieces.before, kv_heads, slots, length, scale),
+    _span_attention_gather_dk_kernel[triton.cdiv(k.shape[2], GATHERED_TOKENS), batch * kv_heads](
+        *(partial, unit, with_strides(dk), pieces.before, kv_heads, slots, k.shape[2], scale),
         D=head_dim,
         BLOCK_D=options["BLOCK_D"],
         BLOCK_N=tile.n,

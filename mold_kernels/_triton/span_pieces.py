@@ -176,6 +176,7 @@ def span_pieces(row_spans: torch.Tensor, key_spans: torch.Tensor, rows: int, pie
         "width",
         "count",
         "T",
+        "groups",
     ]
 )
 def _pool_spans_kernel(
@@ -196,6 +197,7 @@ def _pool_spans_kernel(
     width,
     count,
     T,
+    groups,
     factor,
     MEAN: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -208,8 +210,8 @@ def _pool_spans_kernel(
     batch = tl.program_id(2).to(tl.int64)
     output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    spans_ptr += batch * count * 2
-    piece_ptr += batch * (T + 1)
+    spans_ptr += batch // groups * count * 2
+    piece_ptr += batch // groups * (T + 1)
     in_ptr += batch * in_batch
     low = 0
     high = inputs
@@ -265,10 +267,10 @@ def pool_spans(
     mean: bool = False,
     factor: float = 1.0,
 ) -> None:
-    """Fill out [B, spans, C] with sums of values [parts, B, pieces, C] over each span's pieces, times `factor`.
+    """Fill out [B H', spans, C] with sums of values [parts, B H', pieces, C] over each span's pieces, times `factor`.
 
-    With `spread` the other way: out [B, pieces, C] from values [parts, B, spans, C], a piece adding up the spans that
-    hold it. `mean` divides by a span's length. `piece` is `row_piece` or `key_piece`.
+    With `spread` the other way: out [B H', pieces, C] from values [parts, B H', spans, C], a piece adding up the spans
+    that hold it. `mean` divides by a span's length. `piece` is `row_piece` or `key_piece`.
     """
     (batch, outputs, width), inputs = out.shape, values.shape[2]
     if not out.numel():
@@ -276,7 +278,8 @@ def pool_spans(
     grid = triton.cdiv(width, tiles.POOL_BLOCK), triton.cdiv(outputs, tiles.POOL_BLOCK), batch
     _pool_spans_kernel[grid](
         *(out, values, spans, piece, *out.stride(), *values.stride()),
-        *(values.shape[0], outputs, inputs, width, spans.shape[1], piece.shape[1] - 1, factor),
+        *(values.shape[0], outputs, inputs, width, spans.shape[1], piece.shape[1] - 1),
+        *(batch // len(spans), factor),
         MEAN=mean,
         SPREAD=spread,
         BLOCK=tiles.POOL_BLOCK,

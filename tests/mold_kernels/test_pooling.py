@@ -12,26 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mold_kernels import SpanPlan, attention_lse, attention_with_lse, reference, span_attention
-from mold_kernels.attention import ATTENTION_LSE, ATTENTION_WITH_LSE
-from mold_kernels.backends import RUNTIMES
-from mold_kernels.span_attention import SPAN_ATTENTION
+from mold_kernels.attention import ATTENTION_WITH_LSE
 from mold_kernels.testing import random_qkv, random_spans
+from tests.conftest import LEVELS, use_backend
 from tests.mold_kernels.test_attention import assert_matches_reference as assert_attention_matches
 from tests.mold_kernels.test_span_attention import assert_matches_reference
 
-BACKENDS = [
-    name
-    for name, line in SPAN_ATTENTION.backends.items()
-    if line.backward and "cpu" in (RUNTIMES[name].devices or ("cpu",)) and RUNTIMES[name].why_missing() is None
-]
-DTYPES = [torch.float32, torch.bfloat16] if "triton" in BACKENDS else [torch.float64, torch.float32, torch.bfloat16]
+BACKENDS = ["torch", *LEVELS[-1:]]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def has(name, *options, op=SPAN_ATTENTION):
-    """Skips the test of a backend that refuses the options: `test_tables` holds it to that."""
-    line = op.backends[name]
-    if line.options is not None and (lacking := set(options) - set(line.options)):
-        pytest.skip(f"{name} does not have {lacking}")
+@pytest.fixture(autouse=True)
+def best_level():
+    yield
+    if LEVELS:
+        use_backend(LEVELS[-1])
 
 
 def make_qkv(rows, keys, heads, seed=0, dtype=torch.float64, batch=2, head_dim=16):
@@ -40,13 +35,6 @@ def make_qkv(rows, keys, heads, seed=0, dtype=torch.float64, batch=2, head_dim=1
     q, _, _ = random_qkv(generator, batch, *heads, rows, head_dim, dtype=dtype)
     _, k, v = random_qkv(generator, batch, *heads, keys, head_dim, dtype=dtype)
     return q, k, v
-
-
-def options_by_name(rows, keys, heads="mean", row_reduction="sum", key_spans=(), causal=True, **rest):
-    """As the table of backends calls them."""
-    names = ["heads"] * (heads != "mean") + ['row_reduction="max"'] * (row_reduction == "max") + list(rest)
-    names += ["key_spans=None"] * (key_spans is None) + ["causal=False"] * (not causal)
-    return names + ["query_start"] * (causal and rows != keys)
 
 
 def eager(q, k, positions, causal=True):
@@ -83,7 +71,7 @@ def test_the_gradient_of_a_maximum_is_the_first_row_s():
     q, k, _ = make_qkv(4, 4, (1, 1), batch=1)
     q = q[:, :, :1].expand(1, 1, 4, -1).clone().requires_grad_()
     spans = torch.tensor([[[1, 4]]])
-    for backend in ("reference", *(name for name in ("torch",))):
+    for backend in ("reference", "torch"):
         lse = reference.attention_lse(q, k, causal=False)
         pooled = span_attention(q, k, lse, spans, spans, row_reduction="max", causal=False, backend=backend)
         (grad,) = torch.autograd.grad(pooled.sum(), q)
@@ -113,8 +101,7 @@ def check_attention(fast, slow, tensors, upstream, names, backend, options):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("rows", "keys", "options"), CASES)
 def test_attention(rows, keys, options, masked, dtype, name):
-    names = options_by_name(rows, keys, **options)
-    has(name, *names, op=ATTENTION_LSE)
+    name = use_backend(name)
     for heads in HEADS[:2]:
         q, k, v = make_qkv(rows, keys, heads, dtype=dtype)
         mask = torch.ones(2, keys, dtype=torch.bool)
@@ -128,9 +115,8 @@ def test_attention(rows, keys, options, masked, dtype, name):
             check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, name, options)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(("name", "row_reduction"), [*((name, "sum") for name in BACKENDS), ("torch", "max")])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row_reduction", ["sum", "max"])
 @pytest.mark.parametrize("heads", ["mean", "group", "all"])
 @pytest.mark.parametrize("every_key", [False, True])
 @pytest.mark.parametrize(("rows", "keys", "options"), [pytest.param(37, 37, {}, id="rows-are-keys"), *CASES])
@@ -142,14 +128,14 @@ def test_span_attention(rows, keys, options, every_key, heads, row_reduction, dt
         key_spans[..., 1] = key_spans[..., 1].minimum(key_spans[..., 0] + 2)
     options = {"heads": heads, **options}
     key_spans = None if every_key else key_spans
-    has(name, *options_by_name(rows, keys, row_reduction=row_reduction, key_spans=key_spans, **options))
-    assert_matches_reference(q, k, row_spans, key_spans, row_reduction, name, **options)
+    assert_matches_reference(q, k, row_spans, key_spans, row_reduction, use_backend(name), **options)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ["torch", *LEVELS])
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.integers(1, 150), st.sampled_from(HEADS), st.integers(1, 40), st.integers(0, 99))
 def test_any_rows_over_any_keys(name, data, keys, heads, head_dim, seed):
+    name = use_backend(name)
     causal = data.draw(st.booleans())
     rows = data.draw(st.integers(1, keys if causal else 150))
     options = {"causal": causal, "heads": data.draw(st.sampled_from(["mean", "group", "all"]))}
@@ -161,9 +147,7 @@ def test_any_rows_over_any_keys(name, data, keys, heads, head_dim, seed):
         cuts = sorted(data.draw(st.lists(st.integers(0, keys), max_size=4)))
         options["cu_seqlens"] = torch.tensor([0, *cuts, keys]).int()
     every_key = data.draw(st.booleans())
-    has(name, "heads", "causal=False", "query_start", *["key_spans=None"] * every_key)
-    dtype = torch.float32 if name == "triton" else torch.float64
-    q, k, v = make_qkv(rows, keys, heads, seed, dtype=dtype, batch=1, head_dim=head_dim)
+    q, k, v = make_qkv(rows, keys, heads, seed, batch=1, head_dim=head_dim)
     generator = torch.Generator().manual_seed(seed)
     row_spans, key_spans = random_spans(generator, 1, 4, rows), random_spans(generator, 1, 5, keys)
     assert_matches_reference(q, k, row_spans, None if every_key else key_spans, "mean", name, seed, **options)
@@ -180,9 +164,11 @@ def test_any_rows_over_any_keys(name, data, keys, heads, head_dim, seed):
 @pytest.mark.parametrize("heads", ["mean", "all"])
 @pytest.mark.parametrize("borders", [[0, 5, 5, 20, 37], [0, 37], [0, 30, 37]])
 def test_packed_sequences(borders, heads, every_key, name):
+    check_packed_sequences(borders, heads, every_key, torch.float64, use_backend(name))
+
+
+def check_packed_sequences(borders, heads, every_key, dtype, name):
     """Spans count from each sequence's start; a sequence's result is what it would be alone."""
-    has(name, "heads", "spans of sequences", *["key_spans=None"] * every_key)
-    dtype = torch.float32 if name == "triton" else torch.float64
     q, k, _ = make_qkv(37, 37, (6, 2), batch=1, dtype=dtype)
     cu_seqlens = torch.tensor(borders).int()
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,109 @@
+"""What does the attention of a few rows to every key cost on this CPU, beside torch's matrix products?
+
+    python -m benchmarks.pooled_attention                                   # 1, 64 and 512 rows over 2k to 32k keys
+    python -m benchmarks.pooled_attention --keys 4096 --rows 64 --output rows.json
+
+The rows are a cache's last. torch: q k^T of the heads that share a key head at once, the mask, softmax, the mean over
+heads. Ours: `span_attention` without key spans, from a log-sum-exp that a model's own attention has; "with its lse" it
+makes that too. Extra memory is the peak of resident memory above what was there before, the result included, asked of
+the system in a process of its own. Contenders take turns; medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import re
+import statistics
+from pathlib import Path
+
+import torch
+
+from benchmarks.cpu_attention import seconds
+from benchmarks.machine import about_this_machine
+from mold_kernels import attention_lse, span_attention
+
+HEADS, KV_HEADS, WIDTH = 9, 3, 64
+CONTENDERS = "torch", "ours", "ours with its lse"
+
+
+def make_contenders(rows: int, keys: int, heads: str) -> dict:
+    """Functions that return the pooled attention [1, rows, keys], or [1, Hq, rows, keys] with heads "all"."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, rows, HEADS, WIDTH, generator=generator).transpose(1, 2)
+    k = torch.randn(1, keys, KV_HEADS, WIDTH, generator=generator).transpose(1, 2)
+    spans = torch.stack([torch.arange(rows), torch.arange(rows) + 1], 1)[None].int()
+    lse = attention_lse(q, k)
+    hidden = torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1)
+
+    def by_torch():
+        scores = q.reshape(1, KV_HEADS, -1, WIDTH) @ k.mT * WIDTH**-0.5
+        maps = scores.view(1, HEADS, rows, keys).masked_fill_(hidden, -torch.inf).softmax(-1)
+        return maps.mean(1) if heads == "mean" else maps
+
+    ours = (
+        by_torch,
+        lambda: span_attention(q, k, lse, spans, None, heads=heads),
+        lambda: span_attention(q, k, attention_lse(q, k), spans, None, heads=heads),
+    )
+    return dict(zip(CONTENDERS, ours, strict=True))
+
+
+def extra_memory(rows: int, keys: int, heads: str, name: str) -> int:
+    """Bytes of the contender's first call at its peak, above what was resident before."""
+    function = make_contenders(rows, keys, heads)[name]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
+
+
+def measure(contenders: dict, rounds: int) -> dict[str, float]:
+    """Median seconds of each."""
+    times = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, function in contenders.items():
+            times[name].append(seconds(function))
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keys", type=int, nargs="+", default=[2048, 4096, 8192, 32768])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 512])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    about = about_this_machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"{'keys':>6} {'rows':>5} {'heads':6} {'':18} {'ms':>9} {'faster':>7} {'extra MiB':>10} {'result MiB':>10}")
+    table, spawn = [], multiprocessing.get_context("spawn")
+    for keys, rows, heads in itertools.product(arguments.keys, arguments.rows, ("mean", "all")):
+        times = measure(make_contenders(rows, keys, heads), arguments.rounds)
+        for name in CONTENDERS:
+            with spawn.Pool(1) as pool:
+                extra = pool.apply(extra_memory, (rows, keys, heads, name))
+            result = rows * keys * 4 * (HEADS if heads == "all" else 1)
+            row = {"keys": keys, "rows": rows, "heads": heads, "contender": name, "ms": times[name] * 1e3}
+            row |= {"faster": times["torch"] / times[name], "extra_bytes": extra, "result_bytes": result}
+            table.append(row)
+            print(
+                f"{keys:6} {rows:5} {heads:6} {name:18} {row['ms']:9.2f} {row['faster']:6.1f}x "
+                f"{extra / 2**20:10.1f} {result / 2**20:10.1f}",
+                flush=True,
+            )
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"about": about, "rows": table}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The Triton backend where rows are not keys, attention is not causal, heads are kept apart, sequences are packed."""
+
+import pytest
+import torch
+
+from mold_kernels import attention_lse, attention_with_lse, reference
+from mold_kernels._triton import span_attention as kernels
+from mold_kernels.testing import random_spans
+from tests.mold_kernels.test_pooling import check_attention, check_packed_sequences, make_qkv
+from tests.mold_kernels.test_span_attention import assert_matches_reference
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs one after another."""
+    monkeypatch.setattr(kernels, "_PROGRAMS", 12)
+
+
+CASES = [
+    pytest.param(1, 37, {}, id="decoding"),
+    pytest.param(21, 53, {}, id="prefill-over-a-cache"),
+    pytest.param(21, 53, {"sliding_window": 18}, id="window-over-a-cache"),
+    pytest.param(21, 53, {"query_start": torch.tensor([0, 9]), "softcap": 5.0}, id="starts"),
+    pytest.param(37, 37, {"causal": False}, id="both-sides"),
+    pytest.param(11, 40, {"causal": False, "softcap": 5.0}, id="across"),
+    pytest.param(40, 11, {"causal": False}, id="more-rows-than-keys"),
+]
+PACKED = pytest.param(37, 37, {"causal": False, "cu_seqlens": torch.tensor([0, 5, 5, 20, 37]).int()}, id="packed")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rows", "keys", "options"), [*CASES, PACKED])
+def test_attention(rows, keys, options, masked):
+    batch = 1 if "cu_seqlens" in options else 2
+    q, k, v = make_qkv(rows, keys, (2, 1), dtype=torch.float32, batch=batch)
+    mask = torch.ones(batch, keys, dtype=torch.bool)
+    mask[0, : keys // 4], mask[-1, keys - keys // 3 :] = False, False
+    options = {**options, "key_padding_mask": mask if masked else None}
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (q.shape, q.shape[:3])]
+    check_attention(attention_lse, reference.attention_lse, (q, k), grads[1:], ["lse", "dq", "dk"], "triton", options)
+    outputs = ["out", "lse", "dq", "dk", "dv"]
+    check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, "triton", options)
+
+
+def test_every_tile_over_a_cache(tile):
+    test_attention(21, 53, {}, False)
+    test_attention(37, 37, {"causal": False}, False)
+
+
+@pytest.mark.parametrize(("rows", "keys", "options"), [*CASES, PACKED])
+def test_span_attention(rows, keys, options):
+    batch = 1 if "cu_seqlens" in options else 2
+    q, k, _ = make_qkv(rows, keys, (4, 2), dtype=torch.float32, batch=batch)
+    generator = torch.Generator().manual_seed(2)
+    spans = random_spans(generator, batch, 6, rows), random_spans(generator, batch, 9, keys)
+    assert_matches_reference(q, k, *spans, "mean", "triton", heads="all", **options)
+
+
+@pytest.mark.parametrize("heads", ["mean", "group", "all"])
+def test_seven_heads_of_a_key_head(heads):
+    q, k, _ = make_qkv(21, 53, (7, 1), dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(2)
+    spans = random_spans(generator, 2, 6, 21), random_spans(generator, 2, 9, 53)
+    assert_matches_reference(q, k, *spans, "sum", "triton", heads=heads)
+
+
+@pytest.mark.parametrize("heads", ["mean", "all"])
+def test_packed_sequences(heads):
+    check_packed_sequences([0, 5, 5, 20, 37], heads, False, torch.float32, "triton")
