@@ -8,11 +8,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-SHARED, *SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+SHARED, *SNIPPETS, KERNELS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.slow
@@ -30,8 +31,21 @@ def test_the_snippets_run(snippet, tmp_path):
         assert (tmp_path / "runs" / "first" / "model.safetensors").is_file()
 
 
+def test_the_kernels_alone():
+    found: dict = {}
+    exec(KERNELS, found)
+    expected = reference_maps(found["q"], found["k"])  # [1, 9, 64, 4096]
+    torch.testing.assert_close(found["scores"], expected.view(1, 3, 3, 64, 4096).mean(2).sum(2, keepdim=True))
+    torch.testing.assert_close(found["looked"], expected[..., 100:140].sum(-1).mean((1, 2))[:, None, None])
+
+
+def reference_maps(q, k):
+    scores = q @ k.repeat_interleave(3, 1).mT / 8
+    return scores.masked_fill(torch.ones(64, 4096, dtype=torch.bool).triu(4033), -torch.inf).softmax(-1)
+
+
 def test_the_snippets_are_short():
-    for code, most in zip((SHARED, *SNIPPETS), (6, 4, 6, 13), strict=True):
+    for code, most in zip((SHARED, *SNIPPETS, KERNELS), (6, 4, 6, 13, 7), strict=True):
         assert len([line for line in code.splitlines() if line.strip()]) <= most
 
 
