@@ -205,6 +205,8 @@ def test_a_span_ends_with_its_sequence():
         ValueError, match=r"row_spans: shape is \[3, 1, 2\], must be \[1, .* or \[2, number of spans, 2\]"
     ):
         span_attention(q, k, lse, good[[0, 0, 0]], None, cu_seqlens=borders)
+    with pytest.raises(ValueError, match="row_spans: are of 3 sequences, must be of the 2 of cu_seqlens"):
+        SpanPlan(good[[0, 0, 0]], None, 9, 9, borders)
 
 
 @pytest.mark.parametrize(
