@@ -33,7 +33,11 @@ def test_models_side_by_side_on_several_sets(mold, models, problems, tmp_path):
         assert sum(row["correct"] for row in rows) == result["right"]
         assert (result["low"], result["high"]) == wilson_interval(result["right"], result["total"])
     text = " ".join(out.split())
-    for piece in ("in (14 questions)", "other (3 questions)", "teacher on in: 14 questions that the training data asks too"):
+    for piece in (
+        "in (14 questions)",
+        "other (3 questions)",
+        "teacher on in: 14 questions that the training data asks too",
+    ):
         assert piece in text
     # The same again generates nothing; a limit takes the first ones; another length is another evaluation.
     journals = {path: path.read_bytes() for path in folder.glob("predictions/*.journal")}
