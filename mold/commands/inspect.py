@@ -82,6 +82,8 @@ def describe(options: Options) -> Iterator[Text | Table]:
         for index, text in enumerate(encoded.key_word_texts):
             table.add_row(f"{index + 1}: {text}", *(f"{value:.3f}" for value in mixed[steps.start : steps.stop, index]))
         yield table
+    if signals.settings.signal_layers == "mixture":
+        return
     most = weights.topk(min(5, len(weights)))
     named = ", ".join(f"{layer} ({weight:.3f})" for weight, layer in zip(*map(torch.Tensor.tolist, most), strict=True))
     yield Text(f"layers that count most, of {len(weights)}: {named}")

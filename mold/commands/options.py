@@ -303,7 +303,7 @@ TAKES = {
     "inspect": (
         *(*names(InspectOptions), *_ROWS, "teacher_model_name_or_path", "teacher_model_revision", "signals_dir"),
         *("model_name_or_path", "model_revision", *_TEXT, *_SEGMENTS, "row_reduction", "tau_1"),
-        "output_dir",
+        *("mol_teacher_layers_left_out", "output_dir"),
     ),
 }
 """The options of each command, by name. `mold run` has its own, and gives each stage those that it takes."""

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mold.data.problems import generate_problems
-from tests.mold.command_line import extract_options, refusal
+from tests.mold.command_line import extract_options, flags, options_of, refusal
 from tests.mold.conftest import rows_of, write_rows
 from tests.tiny_models import make_model
 
@@ -66,3 +66,22 @@ def test_several_data_sets(mold, models, problems, tmp_path, caplog):
     assert f"{len(rows)} teacher signals" in out
     said = refusal(mold("extract", *options[:place], "generated", *options[place:]))
     assert said.endswith("problems.jsonl generated, must not have generated problems beside others")
+
+
+def test_a_mixture_is_inspected_and_trained_on(mold, models, problems, tmp_path):
+    """With the options that it was made with, and refused by name without them."""
+    made = {"signal_layers": "mixture", "signal_dtype": "float16"}
+    of_it = {"tau_1": 0.2, "mol_teacher_layers_left_out": 1, "key_scope": "question"}
+    folder = tmp_path / "run"
+    status, out, _ = mold("extract", *extract_options(models, problems, folder, **made, **of_it))
+    assert (status, "14 teacher signals" in out) == (0, True)
+    looked = {"dataset": problems, "teacher_model_name_or_path": models / "teacher", "output_dir": folder}
+    status, out, _ = mold("inspect", *flags(looked | of_it), "--example", "2")
+    assert (status, "attention of" in out, "layers that count most" in out) == (0, True, False)
+    assert "was extracted with key_scope='question', must be 'all'" in refusal(mold("inspect", *flags(looked)))
+    assert mold("train", *options_of(models, problems, folder, **of_it))[0] == 0
+    assert (folder / "mold_router.safetensors").is_file()
+    other = options_of(
+        models, problems, tmp_path / "other", **of_it | {"tau_1": 0.1, "signals_dir": folder / "signals"}
+    )
+    assert "was extracted with tau_1=0.2, must be 0.1" in refusal(mold("train", *other))
