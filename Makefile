@@ -60,7 +60,7 @@ wheels: $(TOOLS)/.installed
 	for python in $(WHEELS_FOR); do \
 		$$python -m pip wheel --no-deps --wheel-dir build/wheels dist/*.tar.gz || exit 1; \
 	done
-	$(TOOLS)/bin/auditwheel repair --wheel-dir dist build/wheels/*.whl
+	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" auditwheel repair --wheel-dir dist build/wheels/*.whl
 
 # What Hugging Face's `kernels` loads, in build/torch-universal.
 torch-universal:
