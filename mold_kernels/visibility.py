@@ -81,6 +81,13 @@ def check_visibility(
             f"key_padding_mask: is {mask.dtype} {list(mask.shape)} on {mask.device}, "
             f"must be torch.bool {[batch, length]} on {device}"
         )
+    if not causal and cu_seqlens is not None and rows != length:
+        raise ValueError(f"cu_seqlens: given with {rows} rows over {length} keys and causal=False, must be as many")
+    check_cu_seqlens(cu_seqlens, batch, length, device)
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    """Raise a ValueError unless these are None or the borders of sequences in the one row of a batch."""
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != device:
@@ -90,8 +97,6 @@ def check_visibility(
         )
     if batch != 1:
         raise ValueError(f"cu_seqlens: given with a batch of {batch}, must be 1: packed sequences are one long row")
-    if not causal and rows != length:
-        raise ValueError(f"cu_seqlens: given with {rows} rows over {length} keys and causal=False, must be as many")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (cu_seqlens.diff() < 0).any() or cu_seqlens[:1].tolist() != [0] or cu_seqlens[-1] != length
         if wrong:

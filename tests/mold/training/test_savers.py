@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file
 
+from mold.data.encoding import learned_places
 from mold.data.examples import PROMPT
 from mold.method.loss import region_cross_entropy
 from mold.training import chunked_cross_entropy as chunked_module
@@ -166,7 +167,7 @@ def test_nothing_made_is_as_large_as_the_logits(generator):
     head = ChunkedHead(model)
     ids = torch.randint(5000, (2, 40), generator=generator)
     regions = torch.ones_like(ids)
-    learned = head.learned(regions)
+    learned = head.learned(learned_places(regions))
     with Watch():
         outputs = model(input_ids=ids, use_cache=False, **head.arguments(learned))
         head.cross_entropy(outputs, ids, regions, learned).sum().backward()
@@ -181,7 +182,7 @@ def test_every_head_gives_the_cross_entropy_of_all_logits(generator, family, kin
     regions = torch.randint(3, (3, 17), generator=generator)
     regions[:, 9] = PROMPT  # a position that nobody learns from
     head = make_head(model, kind)
-    learned = head.learned(regions)
+    learned = head.learned(learned_places(regions))
     outputs = model(input_ids=ids, use_cache=False, **head.arguments(learned))
     expected = region_cross_entropy(model(input_ids=ids).logits, ids, regions)
     torch.testing.assert_close(head.cross_entropy(outputs, ids, regions, learned), expected)
