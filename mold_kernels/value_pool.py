@@ -61,7 +61,7 @@ def value_pool(
         raise ValueError(f"mask: is {mask.dtype} {list(mask.shape)}, must be torch.bool {valid}")
     if mask.device != v.device:
         raise ValueError(f"mask: is on {mask.device}, must be on {v.device} as v")
-    if not (eps > 0 and math.isfinite(eps)):
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps: is {eps}, must be finite and greater than 0")
     check_cu_seqlens(cu_seqlens, v.shape[0], v.shape[2], v.device)
     chosen = VALUE_POOL.choose(backend, v, {"cu_seqlens": cu_seqlens})

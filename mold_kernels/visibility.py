@@ -33,7 +33,7 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> None:
 
 def check_scale(scale: float | None) -> None:
     """Raise a ValueError unless `scale` is None or a number."""
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale: is {scale}, must be finite or None")
 
 
@@ -73,7 +73,7 @@ def check_visibility(
     _check_query_start(query_start, batch, length - rows, device)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window: is {sliding_window}, must be at least 1 (a row sees itself) or None")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: is {softcap}, must be finite and greater than 0, or None")
     mask = key_padding_mask
     if mask is not None and (mask.dtype, mask.shape, mask.device) != (torch.bool, (batch, length), device):

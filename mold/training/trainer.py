@@ -29,7 +29,12 @@ from mold.data.conversations import example_from_row
 from mold.data.encoding import Collator, encode_example, has_signal, shortened
 from mold.data.examples import Example
 from mold.files import append_jsonl, sole_use
-from mold.method.attention_interface import ATTENTION_NAME, check_attention_dropout, use_mold_attention
+from mold.method.attention_interface import (
+    ATTENTION_NAME,
+    check_attention_dropout,
+    observe_attention,
+    use_mold_attention,
+)
 from mold.method.loss import TERMS, MoldLoss, denominators, visible_keys
 from mold.method.online_teacher import OnlineTeacher
 from mold.method.signals import SignalCache
@@ -188,6 +193,17 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         self.mol_router_learning_rate = args.mol_router_learning_rate
         self._reset_window()
         self.add_callback(_BestCheckpoint(self))
+        if args.torch_compile and args.trains_attention:
+            self._install_capturing()
+
+    def _install_capturing(self):
+        """transformers hooks into layers in the first forward that wants their attention; a graph would break there."""
+        model, one = without_adapter(self.model), torch.ones(1, 1, dtype=torch.int64, device=self.args.device)
+        training, spans = model.training, torch.tensor([[[0, 1]]], dtype=torch.int32, device=self.args.device)
+        observe_attention(
+            model.eval(), {"input_ids": one, "attention_mask": one, "row_spans": spans, "key_spans": spans}
+        )
+        model.train(training)
 
     def _refuse_unsupported_parallelism(self):
         for name in ("fsdp", "deepspeed"):

@@ -1,7 +1,7 @@
 """No step waits for a GPU: nothing is read back, and nothing is made on the host and copied to it.
 
-There is none here. A step runs on tensors that have shapes and a device and no values (torch's FakeTensorMode): whatever
-needs a value, `.item()`, `.tolist()`, `bool(tensor)`, `.nonzero()` or an index of booleans, is an error there.
+There is none here. A step runs on tensors that have shapes and a device and no values (torch's FakeTensorMode):
+whatever needs a value, `.item()`, `.tolist()`, `bool(tensor)`, `.nonzero()` or an index of booleans, is an error there.
 """
 
 import contextlib
