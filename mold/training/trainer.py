@@ -35,6 +35,7 @@ from mold.method.attention_interface import (
     observe_attention,
     use_mold_attention,
 )
+from mold.method.chunked_mlp import chunk_mlps
 from mold.method.loss import TERMS, MoldLoss, denominators, visible_keys
 from mold.method.online_teacher import OnlineTeacher
 from mold.method.signals import SignalCache
@@ -130,6 +131,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
                 args.row_reduction,
                 args.max_length,
                 args.segments,
+                args.teacher_chunk_size,
             )
         if signals is None and teacher_model is None and args.trains_attention:
             raise ValueError(
@@ -147,6 +149,8 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         check_adapter(model)
+        if args.mlp_chunk_size is not None:
+            chunk_mlps(without_adapter(model), "mlp_chunk_size", args.mlp_chunk_size)
         mixed, layers = signals is not None and signals.settings.signal_layers == "mixture", {}
         if args.method == "single_layer":
             layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
