@@ -711,11 +711,12 @@ class _PlannedChunks(torch.autograd.Function):
 
         def run(tokens):
             for chunk, upstream in zip(hidden[:, :tokens].split(ctx.size, 1), grad.split(ctx.size, 1), strict=False):
-                with torch.enable_grad():
-                    chunk = chunk.detach().requires_grad_()
-                    output = ctx.forward(chunk)
-                found = torch.autograd.grad(output, [chunk, *trained], upstream)
-            return found[1:]
+                found = gradients_of(chunk.detach().requires_grad_(), upstream)
+            return found
+
+        @torch.enable_grad()
+        def gradients_of(chunk, upstream):
+            return torch.autograd.grad(ctx.forward(chunk), [chunk, *trained], upstream)[1:]
 
         found = _run_chunks(run, hidden.shape[1], ctx.size)
         return None, None, None if gradients is None else torch.empty_like(gradients), *found

@@ -65,10 +65,15 @@ def _in_chunks(mlp: nn.Module, forward: Callable, tokens: int, hidden: torch.Ten
     size = chunk_length(tokens, hidden)
     if hidden.shape[1] <= size:
         return forward(hidden)
-    if torch.is_grad_enabled():
-        draws = mlp.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in mlp.modules())
-        forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=draws)
-    return torch.cat([forward(chunk) for chunk in hidden.split(size, 1)], 1)
+
+    def run(chunk: torch.Tensor) -> torch.Tensor:
+        return forward(chunk.contiguous())
+
+    if not torch.is_grad_enabled():
+        return torch.cat([run(chunk) for chunk in hidden.split(size, 1)], 1)
+    draws = mlp.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in mlp.modules())
+    checkpointed = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=draws)
+    return torch.cat([checkpointed(chunk) for chunk in hidden.split(size, 1)], 1)
 
 
 @torch.no_grad()

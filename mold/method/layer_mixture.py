@@ -31,7 +31,7 @@ def loss_of_mixture(
             of each.
     """
     if torch.compiler.is_compiling():  # which takes no gradients in a forward, and decides itself what is kept
-        return loss(sum(weight[:, None, None] * layer for weight, layer in zip(weights.unbind(1), layers, strict=True)))
+        return loss(torch.einsum("bl,lbsm->bsm", weights, torch.stack(tuple(layers))))
     return _LossOfMixture.apply(loss, weights, *layers)
 
 
