@@ -294,7 +294,7 @@ def test_two_chunks_of_an_mlp_stand_for_all(monkeypatch, adapter):
     assert 1 <= planned.flops / real.flops < 1.03
     whole = plan_step(config(), dataclasses.replace(setup, mlp_chunk_size=None))
     assert planned.flops > whole.flops
-    assert planned.step < whole.step
+    assert planned.phases[-1] < 0.8 * whole.phases[-1]
 
 
 def test_nothing_grows_with_the_square_of_the_length():
