@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from mold import plan
+from mold import planned_step
 from mold.commands.cli import dispatch, main
 from mold.commands.inputs import lora_config, student_config
 from mold.commands.parsing import parse
@@ -286,7 +286,7 @@ def test_two_chunks_of_an_mlp_stand_for_all(monkeypatch, adapter):
     setup = Setup(1000, per_device_train_batch_size=2, mlp_chunk_size=250, **options)
     planned = plan_step(config(), setup)
     monkeypatch.setattr(
-        plan, "_planned_chunks", lambda forward, *rest: chunked_mlp._in_chunks(*forward.args, forward, *rest)
+        planned_step, "planned_chunks", lambda forward, *rest: chunked_mlp._in_chunks(*forward.args, forward, *rest)
     )
     real = plan_step(config(), setup)
     assert planned.phases == pytest.approx(real.phases, rel=0.05)
