@@ -23,11 +23,12 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, Cache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
 
 from mold_kernels import SpanPlan, attention_lse, span_attention
 from mold_kernels.spans import span_membership
@@ -37,6 +38,9 @@ Spans = torch.Tensor | Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, 
 
 _BLOCK_ELEMENTS = 1 << 22
 """Most probabilities that are held at once beside the result (16 MiB in float32)."""
+
+_WAITING = 64
+"""Most generated tokens whose rows wait for each other: the keys are read once for all of them."""
 
 _HEADS, _REDUCTIONS = ("mean", "group", "all"), ("mean", "sum", "max")
 
@@ -224,8 +228,12 @@ class _Layer:
 
     def clear(self):
         self.pieces: list[_Piece] = []
+        self._waiting: list[tuple] = []  # queries and masks of generated tokens, see `_can_wait`
+        self._first_waiting = 0
+        self._last_call: _Call | None = None
         self._joined: torch.Tensor | None = None
         self.end: int | None = None  # tokens so far
+        self.cropped = False  # whether its cache gave tokens back since
         self._batch: int | None = None
         self.text: Cache | None = None  # the cache that holds it
 
@@ -238,8 +246,15 @@ class _Layer:
         self.forwards += 1
         self._within = 0  # a forward may call its attention once for each of several packed pieces
 
+    def has(self, cache):
+        """Whether it is this cache that the layer was called with, or a part of it."""
+        mine = self.cache
+        parts = [mine.self_attention_cache, mine.cross_attention_cache] if isinstance(mine, EncoderDecoderCache) else []
+        return any(part is cache for part in (mine, *parts))
+
     def release(self):
         """Hold no cache, nor its memory."""
+        self._settle()
         self.cache = self.text = None
         self.what._total = None, 0, 0
 
@@ -272,19 +287,21 @@ class _Layer:
             options.get("s_aux"),
             options.get("position_bias"),
         )
-        with torch.set_grad_enabled(self.what.grad and torch.is_grad_enabled()):
-            if torch.is_autocast_enabled(query.device.type):
-                with torch.autocast(query.device.type, enabled=False):
-                    pieces = self._pieces(call, start, first_key, grows)
-            else:
+        if self._can_wait(call, start, first_key):
+            self._wait(call, start)
+            pieces = []
+        else:
+            self._settle()
+            with torch.set_grad_enabled(self.what.grad and torch.is_grad_enabled()), _no_autocast(query.device):
                 pieces = self._pieces(call, start, first_key, grows)
-        if again:
-            return
+            if again:
+                return
         if grows:
             self._forget(min((piece.row for piece in pieces if piece.row >= 0), default=start + count))
         self.pieces += pieces
         self._joined = None
         self.end = self._within = start + count
+        self.cropped = False
         self._keys, self._batch, self.text = first_key + filled, len(key), self.cache
 
     def _place(self, count, length):
@@ -307,16 +324,65 @@ class _Layer:
             if self.cache is None and self._within == 0 == start and count == self.end + 1:
                 return True
             spans = self.what.row_spans
-            if self.cache is not None and self.cache is self.text and start > (spans.max() if spans is not None else 0):
+            if self.cropped and self.cache is self.text and start > (0 if spans is None else spans.max()):
                 self._drop(start)
                 return False
         raise ValueError(
             f"watch: {self.name} had a forward of {batch} x {count} tokens from position {start} on behind "
-            f"{self._batch} x {self.end}, must go on with the same text: clear() comes between two, or a watch for each"
+            f"{self._batch} x {self.end}, must go on with the same text, no token of which left its cache: clear() "
+            "comes between two, or a watch for each"
         )
+
+    def _can_wait(self, call, start, first_key):
+        """Whether a generated token's row may be computed later, together with those of the next ones.
+
+        So it is where the cache only ever puts keys behind those that it has, and keeps the very tensor.
+        """
+        if call.query.shape[2] > 1 or self.cache is None or self.what.grad or first_key or call.bias is not None:
+            return False
+        if call.window is not None or not (call.mask is None or getattr(call.mask, "ndim", 0) == 4):
+            return False
+        if self.what.row_spans is not None and start < self.what.row_spans.max():
+            return False
+        cache, number = self.cache, getattr(self.module, "layer_idx", None)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.cross_attention_cache if self._cross else cache.self_attention_cache
+        if number is None or number >= len(cache.layers):
+            return False
+        layer = cache.layers[number]
+        return type(layer) is DynamicLayer and layer.keys is call.key
+
+    def _wait(self, call, start):
+        if self._waiting and (
+            start != self._first_waiting + len(self._waiting) or (self._waiting[0][1] is None) != (call.mask is None)
+        ):
+            self._settle()
+        if not self._waiting:
+            self._first_waiting = start
+        self._waiting.append((call.query.detach(), call.mask))
+        self._last_call = call  # whose keys are those of all
+        if len(self._waiting) == _WAITING:
+            self._settle()
+
+    def _settle(self):
+        """Compute the rows that waited."""
+        if not self._waiting:
+            return
+        queries, masks = zip(*self._waiting, strict=True)
+        call, self._last_call, self._waiting = self._last_call, None, []
+        mask = None
+        if masks[0] is not None:
+            hidden = False if masks[0].dtype == torch.bool else torch.finfo(masks[0].dtype).min
+            length = call.key.shape[2]
+            mask = torch.cat([torch.nn.functional.pad(m, (0, length - m.shape[3]), value=hidden) for m in masks], 2)
+        call = call._replace(query=torch.cat(queries, 2), mask=mask, row=self._first_waiting, causal=not self._cross)
+        with torch.no_grad(), _no_autocast(call.query.device):
+            values = self._look(call, slice(0, len(queries)), None, 0)
+        self.pieces.append(_Piece(self._first_waiting, 0, values))
 
     def _drop(self, row):
         """Forget the rows from this one on."""
+        del self._waiting[max(0, row - self._first_waiting) :]
         for index, (first, key, values) in enumerate(self.pieces):
             if first >= 0 and first + values.shape[2] > row:
                 self.pieces[index] = _Piece(first, key, values[:, :, : max(0, row - first)])
@@ -357,6 +423,7 @@ class _Layer:
     def joined(self) -> torch.Tensor:
         """[B, H', R, M]: what all calls gave."""
         if self._joined is None:
+            self._settle()
             self._joined = self._join()
         return self._joined
 
@@ -384,6 +451,7 @@ class _Layer:
         return like.new_zeros(*like.shape[:2], self.what.row_spans.shape[1], like.shape[3])
 
     def positions(self) -> list[int]:
+        self._settle()
         rows = [] if self.what.row_spans is None else [-1] * self.what.row_spans.shape[1]
         for piece in self.pieces:
             if piece.row >= 0:
@@ -397,6 +465,10 @@ class _Layer:
         for name, spans, most in (("keys", self.what.keys, self._keys), ("rows", self.what.row_spans, self.end)):
             if spans is not None and spans.max() > most:
                 raise ValueError(f"{name}: reach to {spans.max()}, must end within the {most} that {self.name} had")
+
+
+def _no_autocast(device):
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def _of_width(piece, width):
@@ -523,12 +595,11 @@ def _check_complete(layers):
 
 _watched: dict[torch.nn.Module, list[_Layer]] = {}
 _lock = threading.Lock()
-_plain = AttentionInterface.get_interface, Cache.reorder_cache, EncoderDecoderCache.reorder_cache
 
 
 def _get_interface(self, attn_implementation, default):
     """What a layer asks for its attention function, while a watch is open."""
-    function = _plain[0](self, attn_implementation, default)
+    function = _plain[AttentionInterface, "get_interface"](self, attn_implementation, default)
     return functools.partial(_attend, function, attn_implementation)
 
 
@@ -539,21 +610,38 @@ def _attend(function, name, module, /, query, key, value, attention_mask=None, *
     return result
 
 
+def _layers_with(cache):
+    return [layer for layers in list(_watched.values()) for layer in layers if layer.has(cache)]
+
+
 def _reorder_cache(self, beam_idx):
-    for layers in list(_watched.values()):
-        if any(layer.cache is self for layer in layers):
-            raise ValueError(
-                "num_beams: beam search reorders the texts of a batch, whose rows a watch has already seen; must be 1"
-            )
-    return _plain[2 if isinstance(self, EncoderDecoderCache) else 1](self, beam_idx)
+    if _layers_with(self):
+        raise ValueError(
+            "num_beams: beam search reorders the texts of a batch, whose rows a watch has already seen; must be 1"
+        )
+    return _plain[Cache, "reorder_cache"](self, beam_idx)
+
+
+def _crop(self, *args, **kwargs):
+    for layer in _layers_with(self):
+        layer.cropped = True
+    return _plain[Cache, "crop"](self, *args, **kwargs)
+
+
+_REPLACED = {
+    (AttentionInterface, "get_interface"): _get_interface,
+    (Cache, "reorder_cache"): _reorder_cache,  # those of an EncoderDecoderCache call these
+    (Cache, "crop"): _crop,
+}
+_plain = {(owner, name): getattr(owner, name) for owner, name in _REPLACED}
 
 
 def _open(layers):
     with _lock:
         for layer in layers:
             _watched.setdefault(layer.module, []).append(layer)
-        AttentionInterface.get_interface = _get_interface
-        Cache.reorder_cache = EncoderDecoderCache.reorder_cache = _reorder_cache
+        for (owner, name), function in _REPLACED.items():
+            setattr(owner, name, function)
 
 
 def _close(layers):
@@ -563,7 +651,8 @@ def _close(layers):
             if not _watched[layer.module]:
                 del _watched[layer.module]
         if not _watched:
-            AttentionInterface.get_interface, Cache.reorder_cache, EncoderDecoderCache.reorder_cache = _plain
+            for (owner, name), function in _plain.items():
+                setattr(owner, name, function)
 
 
 def _calls_interface(kind: type) -> bool:
