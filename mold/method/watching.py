@@ -39,7 +39,7 @@ Spans = torch.Tensor | Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, 
 _BLOCK_ELEMENTS = 1 << 22
 """Most probabilities that are held at once beside the result (16 MiB in float32)."""
 
-_WAITING = 64
+_WAITING = 32
 """Most generated tokens whose rows wait for each other: the keys are read once for all of them."""
 
 _HEADS, _REDUCTIONS = ("mean", "group", "all"), ("mean", "sum", "max")
@@ -175,11 +175,8 @@ class _What:
 
         Static caches keep it on the device, which is waited for once a forward.
         """
-        total = cache.get_seq_length()
-        if isinstance(total, int):
-            return total
-        if self._total[:2] != (cache, forwards):
-            self._total = cache, forwards, int(total)
+        if self._total[0] is not cache or self._total[1] != forwards:
+            self._total = cache, forwards, int(cache.get_seq_length())
         return self._total[2]
 
     def plan(self, rows, keys, count, length):
@@ -191,7 +188,10 @@ class _What:
         """[B, H', R, M] of [B, Hq, R, M]."""
         if self.heads == "all":
             return probabilities
-        return probabilities.unflatten(1, (1 if self.heads == "mean" else kv_heads, -1)).mean(2)
+        grouped = probabilities.unflatten(1, (1 if self.heads == "mean" else kv_heads, -1))
+        # As a product: a mean over a dimension in the middle takes torch ten times as long on a CPU.
+        weights = grouped.new_full((1, grouped.shape[2]), 1 / grouped.shape[2])
+        return (weights @ grouped.flatten(3)).view(*grouped.shape[:2], *probabilities.shape[2:])
 
 
 class _Piece(NamedTuple):
@@ -222,6 +222,7 @@ class _Layer:
 
     def __init__(self, name: str, module: torch.nn.Module, what: _What):
         self.name, self.module, self.what = name, module, what
+        self._always_cross = getattr(module, "is_cross_attention", False)
         self.cache: Cache | None = None
         self.forwards = 0
         self.clear()
@@ -239,10 +240,14 @@ class _Layer:
 
     def begin(self, module, args, kwargs):
         """Before the module's forward: its cache, and whether its keys are of another sequence."""
-        self.cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
-        self._cross = getattr(module, "is_cross_attention", False) or any(
-            kwargs.get(name) is not None for name in _CROSS
-        )
+        cache = kwargs.get("cache")  # past_key_values and layer_past in older versions
+        if cache is None:
+            cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+        self.cache = cache
+        self._cross = self._always_cross
+        for name in _CROSS:
+            if kwargs.get(name) is not None:
+                self._cross = True
         self.forwards += 1
         self._within = 0  # a forward may call its attention once for each of several packed pieces
 
@@ -359,7 +364,7 @@ class _Layer:
             self._settle()
         if not self._waiting:
             self._first_waiting = start
-        self._waiting.append((call.query.detach(), call.mask))
+        self._waiting.append((call.query.detach() if call.query.requires_grad else call.query, call.mask))
         self._last_call = call  # whose keys are those of all
         if len(self._waiting) == _WAITING:
             self._settle()
@@ -416,7 +421,10 @@ class _Layer:
         both_sides = call.window is not None and not call.causal and call.query.shape[2] > 1
         if unsaid and both_sides and call.window < call.key.shape[2]:
             raise ValueError(f"watch: {self.name} has a window on both sides that no mask tells, which is not followed")
-        if rows.stop - rows.start > 1 and call.mask is None and call.bias is None:
+        (batch, heads, _, _), length = call.query.shape, call.key.shape[2]
+        # What fits into one block is faster there.
+        several = batch * heads * (rows.stop - rows.start) * length > _BLOCK_ELEMENTS
+        if several and call.mask is None and call.bias is None:
             return _by_kernels(call, rows, spans_from, first_key, self.what)
         return _in_blocks(call, rows, spans_from, first_key, self.what)
 
@@ -535,17 +543,21 @@ def _probabilities(call, query, keys, first):
     block = slice(first, first + count)
     if call.bias is not None:
         scores = scores + _of_block(call.bias, block, scores)
-    hidden = None
-    if isinstance(call.mask, torch.Tensor) and call.mask.ndim == 4:
-        mask = _of_block(call.mask, block, scores)
+    mask, hidden = call.mask, None
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        mask = _of_block(mask, block, scores)
         if mask.dtype == torch.bool:
             hidden = ~mask
         else:
             hidden, scores = mask <= torch.finfo(mask.dtype).min, scores + mask
-    elif call.mask is not None or call.causal or call.window is not None:
+    elif mask is not None or call.window is not None:
         hidden = _hidden(call, block, scores)
+    elif call.causal:  # a row sees itself, and nothing is to be looked for before the first row
+        later = call.row + first + 1
+        square = torch.ones(count, max(0, scores.shape[3] - later), dtype=torch.bool, device=scores.device)
+        scores[..., later:].masked_fill_(square.triu(), -torch.inf)
     if hidden is not None:
-        scores = scores.masked_fill(hidden, -torch.inf)
+        scores = scores.masked_fill_(hidden, -torch.inf)
     if call.sinks is None:
         found = scores.softmax(-1)
     else:
