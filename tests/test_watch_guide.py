@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import mold
-from mold.report import drawing
 from tests.mold.method.test_watching import eager_maps, float64_softmax, tiny_qwen2_vl, tiny_whisper
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
@@ -31,7 +30,7 @@ def guide(tmp_path_factory):
         patch.chdir(folder)
         for block in BLOCKS:
             exec(block, found)
-    assert (folder / "answer.svg").read_text().startswith("<svg")
+    assert (folder / "answer.svg").read_text().count("<svg") == 1
     return found
 
 
@@ -124,7 +123,7 @@ def test_the_heat_map_has_every_cell(guide):
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["w", "x", "y", "z"]
     (picture,) = axes.images
-    assert (picture.get_array() == drawing.colours(shares, drawing.from_zero(shares))).all()
+    assert (picture.get_array() == shares).all()
     assert guide["shares"].shape == (8, guide["context"] - 1)
 
 

@@ -371,7 +371,7 @@ class _Layer:
 
     def _settle(self):
         """Compute the rows that waited."""
-        if not self._waiting:
+        if not self._waiting or self._last_call is None:
             return
         queries, masks = zip(*self._waiting, strict=True)
         call, self._last_call, self._waiting = self._last_call, None, []
@@ -695,11 +695,11 @@ def _choose(model, layers) -> dict[str, torch.nn.Module]:
     if names is None:
         return {name: found[name] for name in stack}
     numbers = [re.findall(r"\d+", name) for name in stack]
-    known = range(len(stack))
+    known = list(range(len(stack)))
     if all(len(number) == 1 for number in numbers):
         known = [int(number) for (number,) in numbers]
-    of_number = dict(zip(known, stack, strict=True))
-    count = max(of_number) + 1
+    of_number: dict[Any, str] = dict(zip(known, stack, strict=True))
+    count = max(known) + 1
     chosen = [number + count if isinstance(number, int) and number < 0 else number for number in names]
     wrong = [given for given, number in zip(names, chosen, strict=True) if number not in of_number]
     if wrong or not chosen:
@@ -711,7 +711,7 @@ def _choose(model, layers) -> dict[str, torch.nn.Module]:
 
 
 def _named(names, found):
-    chosen = {}
+    chosen: dict[str, torch.nn.Module] = {}
     for pattern in names:
         of_pattern = {name: module for name, module in found.items() if fnmatch.fnmatchcase(name, pattern)}
         if not of_pattern:
