@@ -27,7 +27,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, Cache, EncoderDecoderCache
+from transformers import AttentionInterface, Cache, EncoderDecoderCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from mold_kernels import SpanPlan, attention_lse, span_attention
@@ -597,7 +597,8 @@ def _check_complete(layers):
     silent = [layer.name for layer in layers if not layer.forwards]
     if silent:
         raise ValueError(
-            f"watch: saw nothing of {_few(silent)}, must see a forward of every watched layer before it is closed"
+            f"watch: saw nothing of {_few(silent)}, must see a forward of every watched layer before it is closed "
+            "(what torch.compile made before does not come by)"
         )
     for layer in layers:
         layer.check_spans()
@@ -626,12 +627,22 @@ def _layers_with(cache):
     return [layer for layers in list(_watched.values()) for layer in layers if layer.has(cache)]
 
 
-def _reorder_cache(self, beam_idx):
-    if _layers_with(self):
+def _refuse_beams(is_watched):
+    if is_watched:
         raise ValueError(
             "num_beams: beam search reorders the texts of a batch, whose rows a watch has already seen; must be 1"
         )
+
+
+def _reorder_cache(self, beam_idx):
+    _refuse_beams(_layers_with(self))
     return _plain[Cache, "reorder_cache"](self, beam_idx)
+
+
+def _beam_search(self, *args, **kwargs):
+    # Without a cache nothing else tells.
+    _refuse_beams(any(module in _watched for module in self.modules()))
+    return _plain[GenerationMixin, "_beam_search"](self, *args, **kwargs)
 
 
 def _crop(self, *args, **kwargs):
@@ -642,6 +653,7 @@ def _crop(self, *args, **kwargs):
 
 _REPLACED = {
     (AttentionInterface, "get_interface"): _get_interface,
+    (GenerationMixin, "_beam_search"): _beam_search,
     (Cache, "reorder_cache"): _reorder_cache,  # those of an EncoderDecoderCache call these
     (Cache, "crop"): _crop,
 }

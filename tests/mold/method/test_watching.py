@@ -284,6 +284,46 @@ def test_cross_attention_while_generating(attention):
     assert own.names == [f"model.decoder.layers.{layer}.self_attn" for layer in (0, 1)]
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_decoder_with_an_encoder_and_every_cache(cache):
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        **{"vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4},
+        **{"decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+        forced_eos_token_id=None,
+    )
+    model = transformers.BartForConditionalGeneration(config).double().eval()
+    inputs = make_inputs(PADDING)
+    with mold.watch(model, rows="all", layers="*encoder_attn") as cross, mold.watch(model, rows="all") as own:
+        tokens = generate(model, inputs, cache_implementation=cache)
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), float64_softmax():
+        out = model(**inputs, decoder_input_ids=tokens[:, :-1], output_attentions=True, use_cache=False)
+    assert_equal(cross.attention, out.cross_attentions)
+    assert_equal(own.attention, out.decoder_attentions)
+
+
+def test_windows_on_both_sides():
+    torch.manual_seed(0)
+    config = transformers.ModernBertConfig(
+        **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4},
+        **{"num_attention_heads": 4, "local_attention": 8, "global_attn_every_n_layers": 2, "pad_token_id": 0},
+    )
+    model = transformers.ModernBertModel(config).double().eval()
+    model.set_attn_implementation("sdpa")
+    inputs = make_inputs(PADDING)
+    with torch.no_grad(), mold.watch(model, rows="all") as seen:
+        model(**inputs)
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), float64_softmax():
+        expected = model(**inputs, output_attentions=True).attentions
+    real = inputs["attention_mask"].bool()
+    for actual, maps in zip(seen.attention, expected, strict=True):
+        torch.testing.assert_close(actual[0], maps[0])
+        torch.testing.assert_close(actual[1, :, real[1]], maps[1, :, real[1]])
+
+
 def test_a_position_bias():
     torch.manual_seed(0)
     config = transformers.T5Config(
@@ -486,6 +526,15 @@ def test_nothing_seen_is_an_error():
         _ = seen.attention
 
 
+def test_a_model_that_was_compiled_before_is_an_error():
+    model = make_model("llama", attention="sdpa").eval()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(**make_inputs(), use_cache=False)
+        with pytest.raises(ValueError, match=r"saw nothing of .*what torch\.compile made"), mold.watch(model):
+            compiled(**make_inputs(), use_cache=False)
+
+
 def test_spans_behind_the_text_are_an_error():
     model = make_model("llama", attention="sdpa").eval()
     for name in ("keys", "rows"):
@@ -521,11 +570,18 @@ def test_a_cache_that_loses_keys_is_an_error():
     assert seen.attention[0].shape == (2, 4, 14, 14)
 
 
-def test_beam_search_is_refused():
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beam_search_is_refused(use_cache):
     model = make_model("llama", attention="sdpa").eval()
     with pytest.raises(ValueError, match="num_beams: beam search"), mold.watch(model):
-        generate(model, make_inputs(), num_beams=2)
+        generate(model, make_inputs(), num_beams=2, use_cache=use_cache)
     assert_closed(model)
+    cache = DynamicCache()
+    with torch.no_grad(), mold.watch(model) as seen:
+        model(**make_inputs(), cache=cache)
+        with pytest.raises(ValueError, match="num_beams: beam search"):
+            cache.reorder_cache(torch.tensor([1, 0]))
+    assert seen.attention[0].shape == (2, 4, 14, 14)
     assert generate(model, make_inputs(), num_beams=2).shape == (2, 31)
 
 
