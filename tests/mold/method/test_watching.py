@@ -75,6 +75,8 @@ def assert_equal(seen, expected):
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_every_row_of_a_generation_is_that_of_eager(family, attention, cache, monkeypatch):
     monkeypatch.setattr(watching, "_WAITING", 5)
+    if cache == "dynamic":
+        monkeypatch.setattr(watching, "_BLOCK_ELEMENTS", 500)
     model = make_model(family, attention=attention, dtype=torch.float64).eval()
     for padding in (0, PADDING):
         inputs = make_inputs(padding)
@@ -106,6 +108,14 @@ def test_flex_attention():
     assert_equal(seen.attention, eager_maps(model, tokens[:, :-1], mask))
 
 
+@pytest.fixture(params=["whole", "blocks"])
+def block_size(request, monkeypatch):
+    """Rows in one block, or in kernels and, where a mask is there, in several blocks."""
+    if request.param == "blocks":
+        monkeypatch.setattr(watching, "_BLOCK_ELEMENTS", 300)
+
+
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("heads", ["all", "group", "mean"])
 @pytest.mark.parametrize("padding", [0, PADDING])
 def test_last_rows_heads_and_key_spans(heads, padding):
@@ -130,12 +140,14 @@ def of_heads(maps, heads, groups):
     return maps.unflatten(1, (groups if heads == "group" else 1, -1)).mean(2)
 
 
+@pytest.mark.usefixtures("block_size")
+@pytest.mark.parametrize("padding", [0, PADDING])
 @pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "mold"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "max"])
-def test_row_spans_of_the_prompt_and_a_row_for_each_generated_token(reduction, attention, chunks):
+def test_row_spans_of_the_prompt_and_a_row_for_each_generated_token(reduction, attention, chunks, padding):
     model = make_model("mistral_window", attention=attention, dtype=torch.float64).eval()
-    inputs, spans = make_inputs(PADDING), [[(0, 6), (5, 12)], [(4, 5), (0, 0)]]
+    inputs, spans = make_inputs(padding), [[(0, 6), (5, 12)], [(4, 5), (0, 0)]]
     options = {"prefill_chunk_size": 5} if chunks else {}
     with mold.watch(model, rows=spans, row_reduction=reduction) as seen:
         tokens = generate(model, inputs, **options)
@@ -150,7 +162,6 @@ def test_row_spans_of_the_prompt_and_a_row_for_each_generated_token(reduction, a
                     pooled[example, :, index] = rows.amax(1) if reduction == "max" else getattr(rows, reduction)(1)
         expected.append(torch.cat([pooled, maps[:, :, 14:]], 2))
     for actual, maps in zip(seen.attention, expected, strict=True):
-        # The model itself rounds to float32 where its own attention is another than eager with a patched softmax.
         torch.testing.assert_close(actual, maps, rtol=1e-9, atol=1e-11)
     assert seen.positions == [-1, -1, *range(14, 30)]
 
@@ -216,6 +227,7 @@ def tiny_bert():
     return transformers.BertForMaskedLM(config)
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", [0, PADDING])
 def test_an_encoder(attention, padding):
@@ -448,6 +460,7 @@ def test_a_training_step_is_the_same_bit_for_bit(attention):
     assert all(map(torch.equal, *gradients))
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("padding", [0, PADDING])
 def test_a_gradient_where_it_is_asked_for(padding, checkpointing):
