@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mold.data.examples import DEFAULT_TEMPLATE, Example
     from mold.data.problems import generate_problems
     from mold.data.readers import read_examples, read_mixture
+    from mold.data.tokens import token_spans
     from mold.method.attention_interface import LayerAttention, stack_attention, use_mold_attention
     from mold.method.extraction import extract_signals
     from mold.method.loss import MoldLoss
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mold.method.router import LayerRouter
     from mold.method.signal_settings import SignalSettings
     from mold.method.signals import SignalCache
+    from mold.method.watching import watch
     from mold.models import load_model, load_tokenizer, spread_layers, take_layers
     from mold.training.config import MoldConfig
     from mold.training.host_memory import freed_memory_kept
@@ -57,7 +59,9 @@ __all__ = [
     "spread_layers",
     "stack_attention",
     "take_layers",
+    "token_spans",
     "use_mold_attention",
+    "watch",
 ]
 
 # As the imports above, which only a type checker reads.
@@ -67,6 +71,7 @@ _HOMES = {
     "data.examples": ("DEFAULT_TEMPLATE", "Example"),
     "data.problems": ("generate_problems",),
     "data.readers": ("read_examples", "read_mixture"),
+    "data.tokens": ("token_spans",),
     "method.attention_interface": ("LayerAttention", "stack_attention", "use_mold_attention"),
     "method.extraction": ("extract_signals",),
     "method.loss": ("MoldLoss",),
@@ -74,6 +79,7 @@ _HOMES = {
     "method.router": ("LayerRouter",),
     "method.signal_settings": ("SignalSettings",),
     "method.signals": ("SignalCache",),
+    "method.watching": ("watch",),
     "models": ("load_model", "load_tokenizer", "spread_layers", "take_layers"),
     "training.config": ("MoldConfig",),
     "training.host_memory": ("freed_memory_kept",),

@@ -168,3 +168,13 @@ def test_gpu_says_why_it_cannot_run():
     assert done.stderr.splitlines()[-1] == (
         "benchmarks.gpu: the Triton kernels cannot run here: torch finds no CUDA device"
     )
+
+
+def test_watch(tmp_path):
+    output = tmp_path / "rows.json"
+    small = ["--prompt", 32, "--tokens", 4, "--layers", 15, "--rounds", 1, "--threads", 1]
+    assert "4 tokens behind 32" in output_of("watch", *small, "--output", output)
+    rows = {row["contender"]: row for row in json.loads(output.read_text())["rows"]}
+    assert list(rows) == ["plain", "watch", "watch mean", "watch spans", "watch two", "eager"]
+    assert rows["plain"]["ratio"] == 1
+    assert all(row["median"] > 0 for row in rows.values())

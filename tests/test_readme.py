@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import mold
+from tests.tiny_models import make_model
+from tests.tiny_tokenizers import make_tokenizer
+
 README = Path(__file__).parents[1] / "README.md"
 
 
-SHARED, *SNIPPETS, KERNELS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+SHARED, *SNIPPETS, KERNELS, WATCH = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.slow
@@ -44,8 +48,19 @@ def reference_maps(q, k):
     return scores.masked_fill(torch.ones(64, 4096, dtype=torch.bool).triu(4033), -torch.inf).softmax(-1)
 
 
+def test_a_watch():
+    tokenizer = make_tokenizer("smollm")
+    teacher = make_model("llama", layers=15, vocab=len(tokenizer), attention="sdpa", eos_token_id=None).eval()
+    found = {"mold": mold, "teacher": teacher, "tokenizer": tokenizer, "problems": mold.generate_problems(1)}
+    exec(WATCH, found)
+    prompt = found["inputs"]["input_ids"].shape[1]
+    assert found["maps"].shape == (1, 4, min(64, prompt) + 15, prompt + 15)
+    start, end = found["passage"][0].tolist()
+    torch.testing.assert_close(found["looked"][0, 0, :, 0], found["maps"][0, :, -16:, start:end].mean(0).sum(-1))
+
+
 def test_the_snippets_are_short():
-    for code, most in zip((SHARED, *SNIPPETS, KERNELS), (6, 4, 6, 13, 7), strict=True):
+    for code, most in zip((SHARED, *SNIPPETS, KERNELS, WATCH), (6, 4, 6, 13, 7, 8), strict=True):
         assert len([line for line in code.splitlines() if line.strip()]) <= most
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
@@ -42,6 +43,53 @@ def tokenize(
     added = encoding["special_tokens_mask"]
     end = max((index + 1 for index, is_added in enumerate(added) if not is_added), default=0)
     return list(encoding["input_ids"][:end]), [tuple(span) for span in encoding["offset_mapping"][:end]]
+
+
+def token_spans(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    phrases: Sequence[str],
+    *,
+    which: str = "first",
+    special_tokens: bool = True,
+) -> torch.Tensor:
+    """The tokens of phrases in a text, as `mold.watch` and `mold_kernels.span_attention` take them.
+
+    A token counts if it has a character of the phrase, so one that has the blank before it does too.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        text: what the model reads, for example ``tokenizer.apply_chat_template(messages, tokenize=False)``.
+        phrases: what is looked for, letter by letter.
+        which: "first" or "last" occurrence of each phrase, in the phrases' order; or "all" of them, phrase by phrase.
+        special_tokens: whether the tokenizer puts its special tokens before the text. False for the text of a chat
+            template, which holds them.
+
+    Returns:
+        int32 [spans, 2], half-open, counted from the text's first token: tokens of padding before it are to be added.
+
+    Raises:
+        ValueError: the tokenizer has no offsets, or the text has no such phrase, or none of its characters has a token.
+    """
+    if which not in ("first", "last", "all"):
+        raise ValueError(f'which: is {which!r}, must be "first", "last" or "all"')
+    if isinstance(phrases, str) or not phrases or not all(isinstance(phrase, str) and phrase for phrase in phrases):
+        raise ValueError(f"phrases: is {phrases!r}, must be a list of phrases, none of them empty")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer: is {type(tokenizer).__name__}, must be a fast one: slow ones have no offsets")
+    _, offsets = tokenize(tokenizer, text, special_tokens)
+    spans = []
+    for phrase in phrases:
+        places = [match.start() for match in re.finditer(f"(?={re.escape(phrase)})", text)]
+        if not places:
+            raise ValueError(f"phrases: holds {phrase!r}, which the text does not have")
+        for start in {"first": places[:1], "last": places[-1:], "all": places}[which]:
+            end = start + len(phrase)
+            held = [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
+            if not held:
+                raise ValueError(f"phrases: {phrase!r} at character {start} has no token of {type(tokenizer).__name__}")
+            spans.append((held[0], held[-1] + 1))
+    return torch.tensor(spans, dtype=torch.int32)
 
 
 def check_no_special_tokens(tokenizer: PreTrainedTokenizerBase, parts: Iterable[tuple[str, str]]) -> None:

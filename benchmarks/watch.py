@@ -1,0 +1,98 @@
+"""What does `mold.watch` cost in a generation on this CPU, beside the same without and beside eager maps?
+
+    python -m benchmarks.watch                                    # 128 tokens behind 2048, SmolLM2-135M's shape
+    python -m benchmarks.watch --prompt 512 --tokens 32 --threads 1 --output rows.json
+
+A greedy generation through torch's SDPA, float32, random weights. "watch": of every layer the last 64 rows of the
+prompt and each generated token, over every key, head by head. "watch mean": the mean of the heads. "watch spans": two
+passages of the prompt, heads averaged. "watch two": layers 14 and -1 alone. "eager": `output_attentions=True`, which
+needs eager attention and keeps the prompt's T x T maps. Contenders take turns, each first as often as the others;
+medians are compared, with the middle half of each one's ratios to the plain generation of its turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import mold
+from benchmarks.machine import about_this_machine
+
+SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+WATCHED = {
+    "watch": {},
+    "watch mean": {"heads": "mean"},
+    "watch spans": {"heads": "mean", "keys": [(2, 6), (10, 30)]},
+    "watch two": {"layers": [14, -1]},
+}
+
+
+def make_model(layers: int, positions: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = LlamaConfig(
+        num_hidden_layers=layers, vocab_size=49152, max_position_embeddings=positions, **SHAPE, **special
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def seconds(model: LlamaForCausalLM, prompt: torch.Tensor, tokens: int, name: str) -> float:
+    """Of a whole generation, the tensors of the watched layers included."""
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    if name == "eager":
+        options |= {"output_attentions": True, "return_dict_in_generate": True}
+    model.set_attn_implementation("eager" if name == "eager" else "sdpa")
+    begin = time.perf_counter()
+    with mold.watch(model, **WATCHED[name]) if name in WATCHED else nullcontext() as seen:
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    if seen is not None:
+        _ = seen.attention
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--contenders", nargs="+", choices=[*WATCHED, "eager"], default=[*WATCHED, "eager"])
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    about = about_this_machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    model = make_model(arguments.layers, arguments.prompt + arguments.tokens)
+    prompt = torch.randint(1, 49152, (1, arguments.prompt))
+    names = ["plain", *arguments.contenders]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        seconds(model, prompt[:, :64], 2, name)
+    for turn in range(arguments.rounds):
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            times[name].append(seconds(model, prompt, arguments.tokens, name))
+    print(f"{arguments.tokens} tokens behind {arguments.prompt}, {arguments.layers} layers, {arguments.rounds} rounds")
+    print(f"{'':12} {'seconds':>8} {'/ plain':>8} {'middle half':>15}")
+    table = []
+    for name in names:
+        ratios = [mine / plain for mine, plain in zip(times[name], times["plain"], strict=True)]
+        row = {"contender": name, "seconds": times[name], "median": statistics.median(times[name])}
+        row["ratio"] = row["median"] / statistics.median(times["plain"])
+        row["quarters"] = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        table.append(row)
+        print(f"{name:12} {row['median']:8.2f} {row['ratio']:8.3f} {row['quarters'][0]:7.3f} {row['quarters'][2]:7.3f}")
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"about": about, "rows": table}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,779 @@
+"""The attention to some tokens, watched while any transformers model runs, without a T x T map.
+
+    with mold.watch(model, keys=[(3, 9)], rows="last:64", layers=[14, -1]) as seen:
+        model.generate(**inputs)
+    seen.attention     # [B, H', rows, keys] of each of the two layers
+
+A model asks transformers' attention interface for the function that computes its attention. While a watch is open what
+it is given calls that same function with the same arguments, hands its output on untouched, and then looks at the
+queries, the keys and the mask. Nothing of the model or its configuration is changed, so masks, caches and every branch
+that asks for the implementation are as they were. A hook of each watched module tells which cache it was called with,
+from which follows where its rows and keys stand in the text.
+
+Many rows that see all before them, or all there are, take the kernels of `mold_kernels`; a single row, and one behind a
+mask of its own, is a product and a softmax in blocks of rows.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import inspect
+import re
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AttentionInterface, Cache, EncoderDecoderCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
+
+from mold_kernels import SpanPlan, attention_lse, span_attention
+from mold_kernels.spans import span_membership
+
+Spans = torch.Tensor | Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]
+"""Half-open ranges of tokens: of every example [(start, end), ...], or for each its own; or an integer tensor."""
+
+_BLOCK_ELEMENTS = 1 << 22
+"""Most probabilities that are held at once beside the result (16 MiB in float32)."""
+
+_WAITING = 32
+"""Most generated tokens whose rows wait for each other: the keys are read once for all of them."""
+
+_HEADS, _REDUCTIONS = ("mean", "group", "all"), ("mean", "sum", "max")
+
+_REFUSED = ("indices", "block_indices", "sinks", "cu_seqlens", "cu_seq_lens_q")
+"""Options of an attention function that change which keys a row sees, or how much, and are not followed here."""
+
+_CROSS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+"""Arguments by which a module is given keys of another sequence than its own."""
+
+
+@contextmanager
+def watch(
+    model: torch.nn.Module,
+    keys: Spans | None = None,
+    rows: str | Spans = "last:64",
+    layers: Sequence[int] | str | Sequence[str] | None = None,
+    heads: str = "all",
+    *,
+    row_reduction: str = "mean",
+    grad: bool = False,
+) -> Iterator[Seen]:
+    """Watch where a model looks while it runs: its forwards and `generate`, with any attention and any cache.
+
+    The model computes what it computes without, bit for bit. Positions count the columns of the input, padding on the
+    left included; those of generated tokens follow.
+
+    Args:
+        model: any whose layers call transformers' attention interface, or a part of one; causal or not.
+        keys: spans of the watched keys, whose probabilities are summed; None: every key is a column.
+        rows: "last:N", the last N rows of each forward; "all"; or spans of the prompt, pooled by `row_reduction`,
+            behind which every generated token (a forward of one row) has a row of its own.
+        layers: numbers of layers of the model's decoder, of its encoder where it has no decoder, negative ones counted
+            from the end; or names of attention modules, with wildcards: "*.encoder_attn" are the cross-attentions of
+            Whisper. None: all that numbers can name.
+        heads: "all", the mean of a "group" (the query heads of a key head), or the "mean" of all.
+        row_reduction: of the rows of a span: "mean", "sum" or "max".
+        grad: whether the result is differentiable. Rows that a mask is made for then keep their probabilities.
+
+    Yields:
+        A `Seen`, whose `attention` holds a tensor a layer.
+
+    Raises:
+        ValueError: an argument is not what it must be; the model, or a layer of it, has an attention that cannot be
+            watched; a second text, or beam search, comes before `Seen.clear`; spans lie behind the text; or a watched
+            layer did not run.
+    """
+    for name, value, known in (("heads", heads, _HEADS), ("row_reduction", row_reduction, _REDUCTIONS)):
+        if value not in known:
+            raise ValueError(f"{name}: is {value!r}, must be one of {', '.join(map(repr, known))}")
+    row_spans, last = _checked_rows(rows)
+    what = _What(None if keys is None else _checked_spans("keys", keys), row_spans, last, heads, row_reduction, grad)
+    watched = [_Layer(name, module, what) for name, module in _choose(model, layers).items()]
+    seen = Seen(watched)
+    hooks = [layer.module.register_forward_pre_hook(layer.begin, with_kwargs=True) for layer in watched]
+    _open(watched)
+    try:
+        yield seen
+    finally:
+        _close(watched)
+        for hook in hooks:
+            hook.remove()
+        for layer in watched:
+            layer.release()
+    _check_complete(watched)
+
+
+class Seen:
+    """What a watch has seen.
+
+    Attributes:
+        names: of the watched modules, one for each tensor of `attention`.
+    """
+
+    def __init__(self, layers: list[_Layer]):
+        self._layers = layers
+        self.names: list[str] = [layer.name for layer in layers]
+
+    @property
+    def attention(self) -> list[torch.Tensor]:
+        """[B, H', R, M] of each layer, float32 (float64 of a float64 model): attention probabilities.
+
+        H' are all heads, those of the keys, or one. R are the watched rows of the forwards, one forward behind the
+        other; a row that is computed again (without a cache, behind rejected drafts) takes the place of the former. M
+        are the key spans or, without, the keys that there were in the end: a row is zero at those behind it, as it is
+        at padding, and everywhere if it is padding itself.
+        """
+        return [layer.joined() for layer in self._layers]
+
+    @property
+    def positions(self) -> list[int]:
+        """The positions in the text that the rows of `attention` stand at; -1 for each row span."""
+        return self._layers[0].positions()
+
+    def clear(self) -> None:
+        """Forget what was seen: the next forward begins another text."""
+        for layer in self._layers:
+            layer.clear()
+
+
+class _What:
+    """What is watched. Spans are int32 [1 or B, M, 2] on the CPU; `last` is the most rows of a forward without any.
+
+    What the layers of a forward have in common is made once.
+    """
+
+    def __init__(self, keys, row_spans, last: int, heads: str, row_reduction: str, grad: bool):
+        self.keys, self.row_spans, self.last = keys, row_spans, last
+        self.heads, self.row_reduction, self.grad = heads, row_reduction, grad
+        self._plan: SpanPlan | None = None
+        self._total: tuple[Cache | None, int, int] = None, 0, 0
+        self.local = functools.lru_cache(8)(self._local)
+        self.weights = functools.lru_cache(8)(self._weights)
+        self.each_row = functools.lru_cache(8)(self._each_row)
+
+    def _local(self, name, shift, length, batch, device):
+        """The spans of that name as [B, M, 2] of a call's rows or keys."""
+        spans = getattr(self, name)
+        if len(spans) not in (1, batch):
+            raise ValueError(f"{name}: are spans of {len(spans)} examples, must be of 1 or {batch}, as the batch has")
+        return (spans - shift).clamp(0, length).expand(batch, -1, -1).contiguous().to(device)
+
+    def _weights(self, name, shift, length, batch, device, dtype):
+        """Likewise as a matrix [B, 1, M, length] of zeros and ones."""
+        return span_membership(self.local(name, shift, length, batch, device), length)[:, None].to(dtype)
+
+    def _each_row(self, count, batch, device):
+        row = torch.arange(count, dtype=torch.int32, device=device)
+        return torch.stack([row, row + 1], -1).expand(batch, -1, -1).contiguous()
+
+    def total(self, cache, forwards):
+        """How many tokens a cache holds, which the attention has just put its own into.
+
+        Static caches keep it on the device, which is waited for once a forward.
+        """
+        if self._total[0] is not cache or self._total[1] != forwards:
+            self._total = cache, forwards, int(cache.get_seq_length())
+        return self._total[2]
+
+    def plan(self, rows, keys, count, length):
+        if self._plan is None or not self._plan.is_of(rows, keys, count, length):
+            self._plan = SpanPlan(rows, keys, count, length)
+        return self._plan
+
+    def group(self, probabilities, kv_heads):
+        """[B, H', R, M] of [B, Hq, R, M]."""
+        if self.heads == "all":
+            return probabilities
+        grouped = probabilities.unflatten(1, (1 if self.heads == "mean" else kv_heads, -1))
+        # As a product: a mean over a dimension in the middle takes torch ten times as long on a CPU.
+        weights = grouped.new_full((1, grouped.shape[2]), 1 / grouped.shape[2])
+        return (weights @ grouped.flatten(3)).view(*grouped.shape[:2], *probabilities.shape[2:])
+
+
+class _Piece(NamedTuple):
+    """What one call of an attention gave: [B, H', R, M], whose first row and first column stand there."""
+
+    row: int  # -1: row spans, as far as the call had their rows
+    key: int
+    values: torch.Tensor
+
+
+class _Call(NamedTuple):
+    """One call of an attention function, its keys cut to those that are filled."""
+
+    query: torch.Tensor  # [B, Hq, Tq, D]
+    key: torch.Tensor  # [B, Hkv, Tk, D]
+    mask: object  # None, a tensor, or FlexAttention's BlockMask
+    row: int  # the key at which the first row stands
+    causal: bool  # whether rows see no key behind them, where the mask does not say it
+    scale: float
+    window: int | None  # likewise
+    softcap: float | None
+    sinks: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+class _Layer:
+    """One watched attention module: where its calls stand in the text, and what they gave."""
+
+    def __init__(self, name: str, module: torch.nn.Module, what: _What):
+        self.name, self.module, self.what = name, module, what
+        self._always_cross = getattr(module, "is_cross_attention", False)
+        self.cache: Cache | None = None
+        self.forwards = 0
+        self.clear()
+
+    def clear(self):
+        self.pieces: list[_Piece] = []
+        self._waiting: list[tuple] = []  # queries and masks of generated tokens, see `_can_wait`
+        self._first_waiting = 0
+        self._last_call: _Call | None = None
+        self._joined: torch.Tensor | None = None
+        self.end: int | None = None  # tokens so far
+        self.cropped = False  # whether its cache gave tokens back since
+        self._batch: int | None = None
+        self.text: Cache | None = None  # the cache that holds it
+
+    def begin(self, module, args, kwargs):
+        """Before the module's forward: its cache, and whether its keys are of another sequence."""
+        cache = kwargs.get("cache")  # past_key_values and layer_past in older versions
+        if cache is None:
+            cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
+        self.cache = cache
+        self._cross = self._always_cross
+        for name in _CROSS:
+            if kwargs.get(name) is not None:
+                self._cross = True
+        self.forwards += 1
+        self._within = 0  # a forward may call its attention once for each of several packed pieces
+
+    def has(self, cache):
+        """Whether it is this cache that the layer was called with, or a part of it."""
+        mine = self.cache
+        parts = [mine.self_attention_cache, mine.cross_attention_cache] if isinstance(mine, EncoderDecoderCache) else []
+        return any(part is cache for part in (mine, *parts))
+
+    def release(self):
+        """Hold no cache, nor its memory."""
+        self._settle()
+        self.cache = self.text = None
+        self.what._total = None, 0, 0
+
+    def observe(self, name, query, key, mask, **options):
+        """One call of the module's attention function, which the implementation of that name computed."""
+        if name is not None and name.startswith("paged|"):
+            raise ValueError(f"watch: {self.name} runs with {name!r}, whose keys are of several texts at once")
+        again = torch._C._current_graph_task_id() != -1  # a checkpoint computes in the backward what was seen
+        if again and not self.what.grad:
+            return
+        for option in _REFUSED:
+            if options.get(option) is not None:
+                raise ValueError(f"watch: {self.name} has an attention with {option}, which cannot be watched")
+        causal = options.get("is_causal")
+        causal = getattr(self.module, "is_causal", True) if causal is None else causal
+        count = query.shape[2]
+        start, first_key, filled = self._place(count, key.shape[2])
+        grows = self._check_follows(start, count, len(key)) if not again else False
+        scale = options.get("scaling")
+        by_mask = name in (None, "eager", "flex_attention")  # which look at nothing else
+        call = _Call(
+            query.expand(len(key), -1, -1, -1) if len(query) < len(key) else query,
+            key[:, :, :filled] if filled < key.shape[2] else key,
+            mask,
+            start - first_key,
+            bool(causal) and not self._cross and not by_mask and count > 1,
+            query.shape[3] ** -0.5 if scale is None else scale,
+            None if by_mask or self._cross else options.get("sliding_window"),
+            options.get("softcap"),
+            options.get("s_aux"),
+            options.get("position_bias"),
+        )
+        if self._can_wait(call, start, first_key):
+            self._wait(call, start)
+            pieces = []
+        else:
+            self._settle()
+            with torch.set_grad_enabled(self.what.grad and torch.is_grad_enabled()), _no_autocast(query.device):
+                pieces = self._pieces(call, start, first_key, grows)
+            if again:
+                return
+        if grows:
+            self._forget(min((piece.row for piece in pieces if piece.row >= 0), default=start + count))
+        self.pieces += pieces
+        self._joined = None
+        self.end = self._within = start + count
+        self.cropped = False
+        self._keys, self._batch, self.text = first_key + filled, len(key), self.cache
+
+    def _place(self, count, length):
+        """(position of the first row, of the first key, how many keys are filled)."""
+        cache = self.cache
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        total = 0 if cache is None else self.what.total(cache, self.forwards)
+        if total < count:  # none, or none of this module
+            return self._within + (0 if self._cross else length - count), 0 if self._cross else self._within, length
+        if self._cross:
+            return total - count, 0, length
+        return total - count, max(total - length, 0), min(total, length)
+
+    def _check_follows(self, start, count, batch):
+        """Whether this forward computes the text anew, one token longer; an error if it is of another text."""
+        if self.end is None or (start == self.end and batch == self._batch):
+            return False
+        if batch == self._batch and start < self.end:
+            if self.cache is None and self._within == 0 == start and count == self.end + 1:
+                return True
+            spans = self.what.row_spans
+            if self.cropped and self.cache is self.text and start > (0 if spans is None else spans.max()):
+                self._drop(start)
+                return False
+        raise ValueError(
+            f"watch: {self.name} had a forward of {batch} x {count} tokens from position {start} on behind "
+            f"{self._batch} x {self.end}, must go on with the same text, no token of which left its cache: clear() "
+            "comes between two, or a watch for each"
+        )
+
+    def _can_wait(self, call, start, first_key):
+        """Whether a generated token's row may be computed later, together with those of the next ones.
+
+        So it is where the cache only ever puts keys behind those that it has, and keeps the very tensor.
+        """
+        if call.query.shape[2] > 1 or self.cache is None or self.what.grad or first_key or call.bias is not None:
+            return False
+        if call.window is not None or not (call.mask is None or getattr(call.mask, "ndim", 0) == 4):
+            return False
+        if self.what.row_spans is not None and start < self.what.row_spans.max():
+            return False
+        cache, number = self.cache, getattr(self.module, "layer_idx", None)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.cross_attention_cache if self._cross else cache.self_attention_cache
+        if number is None or number >= len(cache.layers):
+            return False
+        layer = cache.layers[number]
+        return type(layer) is DynamicLayer and layer.keys is call.key
+
+    def _wait(self, call, start):
+        if self._waiting and (
+            start != self._first_waiting + len(self._waiting) or (self._waiting[0][1] is None) != (call.mask is None)
+        ):
+            self._settle()
+        if not self._waiting:
+            self._first_waiting = start
+        self._waiting.append((call.query.detach() if call.query.requires_grad else call.query, call.mask))
+        self._last_call = call  # whose keys are those of all
+        if len(self._waiting) == _WAITING:
+            self._settle()
+
+    def _settle(self):
+        """Compute the rows that waited."""
+        if not self._waiting or self._last_call is None:
+            return
+        queries, masks = zip(*self._waiting, strict=True)
+        call, self._last_call, self._waiting = self._last_call, None, []
+        mask = None
+        if masks[0] is not None:
+            hidden = False if masks[0].dtype == torch.bool else torch.finfo(masks[0].dtype).min
+            length = call.key.shape[2]
+            mask = torch.cat([torch.nn.functional.pad(m, (0, length - m.shape[3]), value=hidden) for m in masks], 2)
+        call = call._replace(query=torch.cat(queries, 2), mask=mask, row=self._first_waiting, causal=not self._cross)
+        with torch.no_grad(), _no_autocast(call.query.device):
+            values = self._look(call, slice(0, len(queries)), None, 0)
+        self.pieces.append(_Piece(self._first_waiting, 0, values))
+
+    def _drop(self, row):
+        """Forget the rows from this one on."""
+        del self._waiting[max(0, row - self._first_waiting) :]
+        for index, (first, key, values) in enumerate(self.pieces):
+            if first >= 0 and first + values.shape[2] > row:
+                self.pieces[index] = _Piece(first, key, values[:, :, : max(0, row - first)])
+        self.pieces = [piece for piece in self.pieces if piece.values.shape[2]]
+
+    def _forget(self, row):
+        """Forget the rows from this one on, and row spans, which were computed anew."""
+        self.pieces = [piece for piece in self.pieces if piece.row >= 0]
+        self._drop(row)
+
+    def _pieces(self, call, start, first_key, grows):
+        """What the watched rows of a call gave."""
+        what, count = self.what, call.query.shape[2]
+        column = first_key if what.keys is None else 0
+        if what.row_spans is None:
+            rows = slice(max(0, count - what.last), count)
+            return [_Piece(start + rows.start, column, self._look(call, rows, None, first_key))]
+        pieces = []
+        begin, end = what.row_spans.amin((0, 1))[0].item(), what.row_spans.max().item()
+        rows = slice(max(begin - start, 0), min(end - start, count))
+        if rows.start < rows.stop:
+            pieces.append(_Piece(-1, column, self._look(call, rows, start + rows.start, first_key)))
+        if (count == 1 and start >= end) or grows:
+            rows = slice(count - 1, count)
+            pieces.append(_Piece(start + rows.start, column, self._look(call, rows, None, first_key)))
+        return pieces
+
+    def _look(self, call, rows, spans_from, first_key):
+        """[B, H', R, M] of these rows of a call, or of the row spans, which count from position `spans_from`."""
+        unsaid = call.mask is None or (isinstance(call.mask, torch.Tensor) and call.mask.ndim == 2)
+        both_sides = call.window is not None and not call.causal and call.query.shape[2] > 1
+        if unsaid and both_sides and call.window < call.key.shape[2]:
+            raise ValueError(f"watch: {self.name} has a window on both sides that no mask tells, which is not followed")
+        (batch, heads, _, _), length = call.query.shape, call.key.shape[2]
+        # What fits into one block is faster there.
+        several = batch * heads * (rows.stop - rows.start) * length > _BLOCK_ELEMENTS
+        if several and call.mask is None and call.bias is None:
+            return _by_kernels(call, rows, spans_from, first_key, self.what)
+        return _in_blocks(call, rows, spans_from, first_key, self.what)
+
+    def joined(self) -> torch.Tensor:
+        """[B, H', R, M]: what all calls gave."""
+        if self._joined is None:
+            self._settle()
+            self._joined = self._join()
+        return self._joined
+
+    def _join(self):
+        what = self.what
+        if not self.pieces:
+            raise ValueError(f"attention: nothing was seen of {self.name}, must be read behind a forward of the model")
+        width = max(piece.key + piece.values.shape[3] for piece in self.pieces)
+        values = [_of_width(piece, width) for piece in self.pieces]
+        rows = [value for value, piece in zip(values, self.pieces, strict=True) if piece.row >= 0]
+        if what.row_spans is not None:
+            parts = [value for value, piece in zip(values, self.pieces, strict=True) if piece.row < 0]
+            rows.insert(0, self._of_spans(parts) if parts else self._no_rows(rows[0]))
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
+
+    def _of_spans(self, parts):
+        """The row spans, of parts that had some of their rows each."""
+        whole = functools.reduce(torch.maximum if self.what.row_reduction == "max" else torch.add, parts)
+        if self.what.row_reduction != "mean":
+            return whole
+        sizes = self.what.row_spans.diff().clamp(min=1).to(whole)
+        return whole / sizes[:, None]
+
+    def _no_rows(self, like):
+        return like.new_zeros(*like.shape[:2], self.what.row_spans.shape[1], like.shape[3])
+
+    def positions(self) -> list[int]:
+        self._settle()
+        rows = [] if self.what.row_spans is None else [-1] * self.what.row_spans.shape[1]
+        for piece in self.pieces:
+            if piece.row >= 0:
+                rows += range(piece.row, piece.row + piece.values.shape[2])
+        return rows
+
+    def check_spans(self):
+        """An error if spans lie behind what there was."""
+        if self.end is None:
+            return
+        for name, spans, most in (("keys", self.what.keys, self._keys), ("rows", self.what.row_spans, self.end)):
+            if spans is not None and spans.max() > most:
+                raise ValueError(f"{name}: reach to {spans.max()}, must end within the {most} that {self.name} had")
+
+
+def _no_autocast(device):
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
+def _of_width(piece, width):
+    padding = piece.key, width - piece.key - piece.values.shape[3]
+    return torch.nn.functional.pad(piece.values, padding) if any(padding) else piece.values
+
+
+def _by_kernels(call: _Call, rows: slice, spans_from: int | None, first_key: int, what: _What) -> torch.Tensor:
+    """[B, H', R, M] of rows that see every key, or all before them."""
+    query, key = call.query[:, :, rows], call.key.to(call.query.dtype)
+    (batch, _, count, _), length, device = query.shape, key.shape[2], query.device
+    options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, "causal": call.causal}
+    if call.causal:
+        options |= {"query_start": call.row + rows.start, "sliding_window": call.window}
+    lse = attention_lse(query, key, **options)
+    if call.sinks is not None:
+        lse = lse + torch.nn.functional.softplus(call.sinks[:, None].to(lse.dtype) - lse)
+    keys = None if what.keys is None else what.local("keys", first_key, length, batch, device)
+    if spans_from is None:
+        spans = what.each_row(count, batch, device)
+    else:
+        spans = what.local("row_spans", spans_from, count, batch, device)
+    reduction = "max" if what.row_reduction == "max" and spans_from is not None else "sum"
+    options |= {"heads": what.heads, "row_reduction": reduction, "plan": what.plan(spans, keys, count, length)}
+    pooled = span_attention(query, key, lse, spans, keys, **options)
+    return pooled[:, None] if what.heads == "mean" else pooled
+
+
+def _in_blocks(call: _Call, rows: slice, spans_from: int | None, first_key: int, what: _What) -> torch.Tensor:
+    """[B, H', R, M] of a single row, and of rows whose keys a mask tells."""
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    query, keys = call.query[:, :, rows], call.key.to(dtype).mT
+    (batch, heads, count, _), (kv_heads, length), device = query.shape, (keys.shape[1], keys.shape[3]), query.device
+    words = None if what.keys is None else what.weights("keys", first_key, length, batch, device, dtype).mT
+    steps = None
+    if spans_from is not None:
+        steps = what.weights("row_spans", spans_from, count, batch, device, dtype)
+    size = max(1, _BLOCK_ELEMENTS // (batch * heads * length))
+    blocks = []
+    for first in range(0, count, size):
+        block = slice(first, min(first + size, count))
+        found = _probabilities(call, query[:, :, block].to(dtype), keys, rows.start + first)
+        found = what.group(found, kv_heads)
+        found = found if words is None else found @ words
+        if steps is None:
+            blocks.append(found)
+        elif what.row_reduction == "max":
+            inside = steps[..., block, None] > 0  # [B, 1, S, R, 1]
+            largest = [torch.where(inside[:, :, step], found, 0).amax(2) for step in range(steps.shape[2])]
+            blocks = [torch.stack(largest, 2) if not blocks else torch.stack(largest, 2).maximum(blocks[0])]
+        else:
+            part = steps[..., block] @ found
+            blocks = [part if not blocks else blocks[0] + part]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+
+
+def _probabilities(call, query, keys, first):
+    """[B, Hq, R, Tk] of the call's rows from `first` on; keys are [B, Hkv, D, Tk]."""
+    batch, heads, count, head_dim = query.shape
+    scores = (query * call.scale).reshape(batch, keys.shape[1], -1, head_dim) @ keys
+    scores = scores.view(batch, heads, count, -1)
+    if call.softcap is not None:
+        scores = call.softcap * (scores / call.softcap).tanh()
+    block = slice(first, first + count)
+    if call.bias is not None:
+        scores = scores + _of_block(call.bias, block, scores)
+    mask, hidden = call.mask, None
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        mask = _of_block(mask, block, scores)
+        if mask.dtype == torch.bool:
+            hidden = ~mask
+        else:
+            hidden, scores = mask <= torch.finfo(mask.dtype).min, scores + mask
+    elif mask is not None or call.window is not None:
+        hidden = _hidden(call, block, scores)
+    elif call.causal:  # a row sees itself, and nothing is to be looked for before the first row
+        later = call.row + first + 1
+        square = torch.ones(count, max(0, scores.shape[3] - later), dtype=torch.bool, device=scores.device)
+        scores[..., later:].masked_fill_(square.triu(), -torch.inf)
+    if hidden is not None:
+        scores = scores.masked_fill_(hidden, -torch.inf)
+    if call.sinks is None:
+        found = scores.softmax(-1)
+    else:
+        sinks = call.sinks[:, None, None].to(scores.dtype).expand(batch, -1, count, 1)
+        found = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    # A row that sees no key would be NaN.
+    return found if hidden is None else found.masked_fill(hidden, 0)
+
+
+def _of_block(mask, block, scores):
+    """The block's rows of a mask or bias, [1 or B, 1 or Hq, 1 or R, Tk]."""
+    rows = mask[:, :, block] if mask.shape[2] > 1 else mask
+    return rows[..., : scores.shape[3]]
+
+
+def _hidden(call, block, scores):
+    """Which keys rows do not see, where it must be found out: [1 or B, 1, R, Tk]."""
+    row = torch.arange(block.start, block.stop, device=scores.device)[:, None]
+    key, mask = torch.arange(scores.shape[3], device=scores.device), call.mask
+    if mask is not None and not isinstance(mask, torch.Tensor):  # FlexAttention's, whose rows count from the call's
+        example = torch.arange(len(scores), device=scores.device)[:, None, None, None]
+        return ~mask.mask_mod(example, torch.zeros_like(example), row, key).expand(len(scores), 1, -1, -1)
+    place = call.row + row
+    hidden = torch.zeros_like(place > key)
+    if call.causal:
+        hidden = key > place
+    if call.window is not None:
+        hidden = hidden | (key <= place - call.window)
+    if mask is None:
+        return hidden[None, None]
+    real = mask[:, : scores.shape[3]].bool()
+    hidden = hidden | ~real[:, None, None]
+    return hidden | ~real[:, None, place] if call.causal else hidden
+
+
+def _check_complete(layers):
+    silent = [layer.name for layer in layers if not layer.forwards]
+    if silent:
+        raise ValueError(
+            f"watch: saw nothing of {_few(silent)}, must see a forward of every watched layer before it is closed "
+            "(what torch.compile made before does not come by)"
+        )
+    for layer in layers:
+        layer.check_spans()
+
+
+# --- which modules, and how they are watched ---
+
+_watched: dict[torch.nn.Module, list[_Layer]] = {}
+_lock = threading.Lock()
+
+
+def _get_interface(self, attn_implementation, default):
+    """What a layer asks for its attention function, while a watch is open."""
+    function = _plain[AttentionInterface, "get_interface"](self, attn_implementation, default)
+    return functools.partial(_attend, function, attn_implementation)
+
+
+def _attend(function, name, module, /, query, key, value, attention_mask=None, **options):
+    result = function(module, query, key, value, attention_mask, **options)
+    for layer in _watched.get(module, ()):
+        layer.observe(name, query, key, attention_mask, **options)
+    return result
+
+
+def _layers_with(cache):
+    return [layer for layers in list(_watched.values()) for layer in layers if layer.has(cache)]
+
+
+def _refuse_beams(is_watched):
+    if is_watched:
+        raise ValueError(
+            "num_beams: beam search reorders the texts of a batch, whose rows a watch has already seen; must be 1"
+        )
+
+
+def _reorder_cache(self, beam_idx):
+    _refuse_beams(_layers_with(self))
+    return _plain[Cache, "reorder_cache"](self, beam_idx)
+
+
+def _beam_search(self, *args, **kwargs):
+    # Without a cache nothing else tells.
+    _refuse_beams(any(module in _watched for module in self.modules()))
+    return _plain[GenerationMixin, "_beam_search"](self, *args, **kwargs)
+
+
+def _crop(self, *args, **kwargs):
+    for layer in _layers_with(self):
+        layer.cropped = True
+    return _plain[Cache, "crop"](self, *args, **kwargs)
+
+
+_REPLACED = {
+    (AttentionInterface, "get_interface"): _get_interface,
+    (GenerationMixin, "_beam_search"): _beam_search,
+    (Cache, "reorder_cache"): _reorder_cache,  # those of an EncoderDecoderCache call these
+    (Cache, "crop"): _crop,
+}
+_plain = {(owner, name): getattr(owner, name) for owner, name in _REPLACED}
+
+
+def _open(layers):
+    with _lock:
+        for layer in layers:
+            _watched.setdefault(layer.module, []).append(layer)
+        for (owner, name), function in _REPLACED.items():
+            setattr(owner, name, function)
+
+
+def _close(layers):
+    with _lock:
+        for layer in layers:
+            _watched[layer.module].remove(layer)
+            if not _watched[layer.module]:
+                del _watched[layer.module]
+        if not _watched:
+            for (owner, name), function in _plain.items():
+                setattr(owner, name, function)
+
+
+def _calls_interface(kind: type) -> bool:
+    """Whether a module class asks transformers for its attention function."""
+    functions = (value for base in kind.__mro__[: -len(torch.nn.Module.__mro__)] for value in vars(base).values())
+    return any(
+        "get_interface" in inspect.unwrap(function).__code__.co_names
+        for function in functions
+        if inspect.isfunction(inspect.unwrap(function))
+    )
+
+
+def _choose(model, layers) -> dict[str, torch.nn.Module]:
+    """The attention modules that `layers` names, in the model's order."""
+    found = {name: module for name, module in model.named_modules() if _calls_interface(type(module))}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__}: its attention cannot be watched (no layer of it asks transformers' attention "
+            "interface for the function that computes it); use a model family that does, for example Llama or BERT"
+        )
+    names = [layers] if isinstance(layers, str) else layers
+    if names is not None and all(isinstance(name, str) for name in names) and names:
+        return _named(names, found)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = set(decoder.modules())
+    stack = [name for name, module in found.items() if module in inside] or list(found)
+    stack = [name for name in stack if _pattern(name) == _pattern(stack[0])]
+    if names is None:
+        return {name: found[name] for name in stack}
+    numbers = [re.findall(r"\d+", name) for name in stack]
+    known = list(range(len(stack)))
+    if all(len(number) == 1 for number in numbers):
+        known = [int(number) for (number,) in numbers]
+    of_number: dict[Any, str] = dict(zip(known, stack, strict=True))
+    count = max(known) + 1
+    chosen = [number + count if isinstance(number, int) and number < 0 else number for number in names]
+    wrong = [given for given, number in zip(names, chosen, strict=True) if number not in of_number]
+    if wrong or not chosen:
+        raise ValueError(
+            f"layers: is {layers}, must be numbers of {_few(stack)} ({_few(map(str, known))}), or names: "
+            f"{', '.join(dict.fromkeys(map(_pattern, found)))}"
+        )
+    return {of_number[number]: found[of_number[number]] for number in chosen}
+
+
+def _named(names, found):
+    chosen: dict[str, torch.nn.Module] = {}
+    for pattern in names:
+        of_pattern = {name: module for name, module in found.items() if fnmatch.fnmatchcase(name, pattern)}
+        if not of_pattern:
+            raise ValueError(
+                f"layers: {pattern!r} is no attention module of the model that can be watched, must be one of "
+                f"{', '.join(dict.fromkeys(map(_pattern, found)))}"
+            )
+        chosen |= of_pattern
+    return chosen
+
+
+def _pattern(name):
+    return re.sub(r"\d+", "*", name)
+
+
+def _few(names):
+    first, *rest = names
+    return f"{first} to {rest[-1]}" if rest else first
+
+
+def _checked_rows(rows) -> tuple[torch.Tensor | None, int]:
+    """(row spans or None, the most rows of a forward without them)."""
+    if not isinstance(rows, str):
+        return _checked_spans("rows", rows), 0
+    number = re.fullmatch(r"last:([1-9]\d*)", rows)
+    if number is None and rows != "all":
+        raise ValueError(f'rows: is {rows!r}, must be "last:N" of at least one row, "all", or spans')
+    return None, int(number[1]) if number else sys.maxsize
+
+
+def _checked_spans(name, spans) -> torch.Tensor:
+    """int32 [1 or B, M, 2] on the CPU."""
+    try:
+        if not isinstance(spans, torch.Tensor) and len(spans) and not isinstance(spans[0][0], int):
+            most = max(map(len, spans))
+            spans = [[*example, *[(0, 0)] * (most - len(example))] for example in spans]
+        tensor = torch.as_tensor(spans).cpu()
+        tensor = tensor[None] if tensor.ndim == 2 else tensor
+        whole = not tensor.is_floating_point() and tensor.dtype != torch.bool
+        right = whole and tensor.ndim == 3 and tensor.shape[1:].numel() and tensor.shape[2] == 2
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        right = False
+    if not right:
+        raise ValueError(
+            f"{name}: is {spans}, must be spans [(start, end), ...] of every example, or such a list of each"
+        )
+    start, end = tensor.unbind(-1)
+    if ((start < 0) | (end < start)).any():
+        wrong = tensor[(start < 0) | (end < start)][0].tolist()
+        raise ValueError(
+            f"{name}: holds {wrong}, must be half-open ranges of tokens from 0 on (start == end is padding)"
+        )
+    return tensor.int()
