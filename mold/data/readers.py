@@ -475,15 +475,14 @@ def _s1k(row: dict) -> dict:
 
 
 def _openr1(row: dict) -> dict:
-    """The first generation that is complete and was judged right; where messages stand, those."""
+    """The first generation that is complete and, where any was judged, judged right; where messages stand, those."""
     if row.get("messages"):
         return _plain(row)
-    generations = row["generations"]
-    judged = [row[name] for name in ("correctness_math_verify", "correctness_llama") if row.get(name)]
-    complete = row.get("is_reasoning_complete") or [True] * len(generations)
-    right = [place for place, done in enumerate(complete) if done and any(judge[place] for judge in judged)]
-    chosen = generations[right[0] if right else 0]
-    return _thought_through(row["problem"], chosen, None, bool(right), row["answer"])
+    verdicts = [row[name] for name in ("correctness_math_verify", "correctness_llama") if row.get(name)]
+    complete = row.get("is_reasoning_complete") or [True] * len(row["generations"])
+    judged = itertools.zip_longest(row["generations"], complete, *verdicts)
+    right = [text for text, done, *rights in judged if text and done and (not verdicts or any(rights))]
+    return _thought_through(row["problem"], [*right, *row["generations"], ""][0], None, bool(right), row["answer"])
 
 
 def _thought_through(question: str, content: str, thought: str | None, correct: bool, answer=None) -> dict:

@@ -455,8 +455,22 @@ GENERATIONS = {
         OPENR1 | GENERATIONS,
         OPENR1 | GENERATIONS | {"correctness_math_verify": None, "correctness_llama": [False, True]},
         OPENR1 | {**GENERATIONS, "generations": [TAGGED, TAGGED], "correctness_math_verify": [True, True]},
+        OPENR1 | {"generations": ["<think>\n12 or", TAGGED], "is_reasoning_complete": [False, True]},
+        OPENR1 | GENERATIONS | {"answer": None},
     ],
-    ids=["openthoughts", "its-metadata", "openthoughts3", "s1k", "s1k-1.1", "openr1", "raw", "judged-by-llama", "both"],
+    ids=[
+        "openthoughts",
+        "its-metadata",
+        "openthoughts3",
+        "s1k",
+        "s1k-1.1",
+        "openr1",
+        "raw",
+        "judged-by-llama",
+        "both",
+        "not-judged",
+        "no-answer",
+    ],
 )
 def test_reasoning_traces_as_they_are_published(tmp_path, row):
     ((example,), _) = read_examples(write(tmp_path / "a.jsonl", [row]))
@@ -474,11 +488,14 @@ def test_the_first_graded_thought_is_taken(tmp_path):
         S1K_GRADED | {"deepseek_grade": "No", "gemini_grade": "No"},
         OPENR1 | {**GENERATIONS, "correctness_math_verify": [False, False]},
         OPENR1 | GENERATIONS | {"is_reasoning_complete": [True, False]},
+        OPENR1 | {**GENERATIONS, "generations": []},
     ],
-    ids=["s1k", "openr1", "openr1-cut"],
+    ids=["s1k", "openr1", "openr1-cut", "openr1-empty"],
 )
 def test_traces_to_wrong_answers_are_left_out_and_counted(tmp_path, row):
     good = row | {"question": "And now?"} if "question" in row else row | {"problem": "And now?"}
+    if "problem" in row:
+        good |= GENERATIONS
     good |= {"deepseek_grade": "Yes", "correctness_math_verify": [True, False], "is_reasoning_complete": [True, False]}
     examples, report = read_examples(write(tmp_path / "a.jsonl", [row, good]))
     assert [(example.question, example.rationale) for example in examples] == [("And now?", "I guess 13.")]
