@@ -70,7 +70,8 @@ def one_problem(place: int, problem: mold.Example, rng: random.Random) -> Iterat
     stray = next(fact for fact in facts if not used & set(numbers(fact)))
     (distractor,) = numbers(stray)
     yield f"{rng.choice(['Problem', 'Now problem', 'Next is problem'])} {place}. I read: {' '.join(facts)}"
-    yield f"Asked is: {task} {rng.choice(['So I look for one number.', 'Let me see what leads there.', 'Step by step.'])}"
+    begun = rng.choice(["So I look for one number.", "Let me see what leads there.", "Step by step."])
+    yield f"Asked is: {task} {begun}"
     for step in steps:
         terms, result = equation(step)
         if rng.random() < 0.3:
