@@ -76,7 +76,7 @@ def one_problem(place: int, problem: mold.Example, rng: random.Random) -> Iterat
         terms, result = equation(step)
         if rng.random() < 0.3:
             wrong = result + rng.choice([1, 2, 10])
-            yield f"{terms} = {wrong}? {undone(terms, wrong, result)}"
+            yield f"{terms} = {wrong}? {found_out(terms, wrong, result)}"
         yield f"{step} {rng.choice(['Check', 'Backwards', 'To be sure'])}: {undone(terms, result)}"
     if rng.random() < 0.5:
         added = f"{problem.answer} + {distractor} = {int(problem.answer) + distractor}"
@@ -101,17 +101,22 @@ def equation(step: str) -> tuple[str, int]:
     return terms, int(result)
 
 
-def undone(terms: str, result: int, right: int | None = None) -> str:
-    """The operations of `terms` taken back from a result, until its first number is there or, with `right`, is not."""
+def undone(terms: str, result: int) -> str:
+    """The operations of `terms` taken back from their result, until the first number is there again."""
     first, *others = terms.split()
     lines, value = [], result
     for sign, number in reversed([*zip(others[::2], others[1::2], strict=True)]):
         back, function = UNDO[sign]
-        if right is not None:
-            return f"Taking it back, {result} {back} {number} is not {function(right, int(number))}. So it is {right}."
         lines.append(f"{value} {back} {number} = {function(value, int(number))}")
         value = function(value, int(number))
     return f"{' and '.join(lines)}, where it began with {first}."
+
+
+def found_out(terms: str, wrong: int, right: int) -> str:
+    """What the last operation of `terms`, taken back, says of a wrong result."""
+    *_, sign, number = terms.split()
+    back, function = UNDO[sign]
+    return f"Taking it back, {wrong} {back} {number} is not {function(right, int(number))}. So it is {right}."
 
 
 def main() -> None:
@@ -126,6 +131,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reasoning-traces"))
     parser.add_argument("--write_only", action="store_true")
     chosen = parser.parse_args()
+    if chosen.count < 2 or not 1 <= chosen.problems[0] <= chosen.problems[1]:
+        parser.error("--count must be at least 2, --problems a number and one that is not smaller")
     data = chosen.output_dir / "traces.jsonl"
     write_traces(data, chosen.count, tuple(chosen.problems), chosen.seed)
     if chosen.write_only:
@@ -134,20 +141,12 @@ def main() -> None:
     both += [str(chosen.output_dir), "--teacher_model_name_or_path", chosen.teacher]
     both += ["--step_unit", "paragraph", "--key_scope", "question"]
     extract.main([*both, "--signal_layers", "mixture", "--signal_dtype", "float16", "--extract_batch_size", "1"])
-    student = [
-        "--student_num_layers",
-        chosen.layers,
-        "--max_steps",
-        chosen.steps,
-        "--row_norm",
-        "l1",
-        "--learning_rate",
-        "5e-4",
-    ]
+    student = ["--student_num_layers", chosen.layers, "--max_steps", chosen.steps]
+    loss = ["--row_norm", "l1", "--learning_rate", "5e-4"]
     savers = ["--activation_checkpointing", "true", "--cross_entropy", "chunked"]
     batches = ["--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1", "--logging_steps", "1"]
     held_out = ["--num_eval", "1", "--max_new_tokens", "32", "--predict_before", "false"]
-    train.main([*both, *student, *savers, *batches, *held_out, "--report_to", "none"])
+    train.main([*both, *student, *loss, *savers, *batches, *held_out, "--report_to", "none"])
 
 
 if __name__ == "__main__":
