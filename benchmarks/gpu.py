@@ -258,10 +258,10 @@ def check_all(bench: Bench, length: int) -> None:
 
 
 def check_engines(bench: Bench, length: int) -> set[str]:
-    """The backends of attention_with_lse that are right here; one that is not, of others' code, is a row."""
+    """The backends of attention_with_lse that are wrong here, or cannot run after all: others' code ends no run."""
     q = bench.heads(4, length, 64, torch.bfloat16)
     k, v = (bench.heads(2, length, 64, torch.bfloat16) for _ in range(2))
-    right = set()
+    wrong = set()
     for name, line in ATTENTION_WITH_LSE.backends.items():
         if name == "reference" or line.refusal(q, (), needs_gradient=True):
             continue
@@ -276,13 +276,12 @@ def check_engines(bench: Bench, length: int) -> set[str]:
         except Exception as error:  # whatever a package of others raises
             reason = (str(error).splitlines() or [""])[0]
             bench.add(Row("check", f"engine {name}", length, note=f"WRONG: {type(error).__name__}: {reason}"))
-        else:
-            right.add(name)
-    return right
+            wrong.add(name)
+    return wrong
 
 
-def measure_ops(bench: Bench, shape: roofline.Shape) -> dict[str, float]:
-    """Every backend of every op in both directions, beside the same case in plain PyTorch.
+def measure_ops(bench: Bench, shape: roofline.Shape, wrong: set[str]) -> dict[str, float]:
+    """Every backend of every op in both directions, without wrong engines, beside the same case in plain PyTorch.
 
     Returns:
         Milliseconds of forward and backward together, of each backend of attention_with_lse.
@@ -304,7 +303,7 @@ def measure_ops(bench: Bench, shape: roofline.Shape) -> dict[str, float]:
             base = measure("SDPA" if op is ATTENTION_WITH_LSE else "torch", case.baseline)
             # The reference stores T x T, and "torch" is the baseline.
             for name in op.backends:
-                if name in ("reference", "torch"):
+                if name in ("reference", "torch") or (op is ATTENTION_WITH_LSE and name in wrong):
                     continue
                 if (reason := case.refusal(name, direction)) is not None:
                     if bench.device in (RUNTIMES[name].devices or (bench.device,)):
@@ -378,12 +377,12 @@ def measure_columns(bench: Bench, shape: roofline.Shape) -> None:
 
 def compare_engines(bench: Bench, shapes: list[roofline.Shape]) -> None:
     """All ops at every shape, and which engine is the one to take."""
-    right = check_engines(bench, 19 if bench.device == "cpu" else 517)
+    wrong = check_engines(bench, 19 if bench.device == "cpu" else 517)
     for shape in shapes:
-        times = measure_ops(bench, shape)
+        times = measure_ops(bench, shape, wrong)
         q = bench.heads(shape.heads, shape.length, shape.head_dim, torch.bfloat16)
         auto = ATTENTION_WITH_LSE.choose("auto", q, needs_gradient=True).name
-        say_engine(bench, shape.length, {name: time for name, time in times.items() if name in right}, auto)
+        say_engine(bench, shape.length, times, auto)
         measure_columns(bench, shape)
 
 
