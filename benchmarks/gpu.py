@@ -4,9 +4,11 @@
     python -m benchmarks.gpu --tiles            # first says which tiles would be better than the table's
     TRITON_INTERPRET=1 python -m benchmarks.gpu --smoke     # no GPU: tiny shapes on the CPU, times mean nothing
 
-First every op against the float64 reference on fresh random inputs: a failure ends the run. Then, with medians over
-many runs: each op against its floor (`benchmarks.roofline`), the flash forward and backward against torch's SDPA and
-FlexAttention, a training step of Llama-1B's shape in bfloat16 with activation checkpointing with and without the
+First every op's Triton kernels against the float64 reference on fresh random inputs: a failure ends the run. Then, with
+medians over many runs: the cases of `pytest benchmarks` on a layer of Llama-1B in bfloat16, every backend that is here
+beside SDPA or plain PyTorch, the Triton kernels against their floor too (`benchmarks.roofline`); which attention engine
+"auto" should take on this card, of those that are right (FlexAttention, and flash-attn-4 where it is installed);
+flash-colreduce where it is; a training step of Llama-1B's shape with activation checkpointing with and without the
 attention loss, the eager form until it runs out of memory, and the longest T that fits.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -31,6 +34,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import roofline
+from benchmarks.cases import DIRECTIONS, make_case, one_direction
+from benchmarks.cpu_attention import make_spans
 from mold.method.loss import MoldLoss
 from mold_kernels import (
     _triton,
@@ -39,14 +44,16 @@ from mold_kernels import (
     layer_mixture_kl,
     reference,
     span_attention,
+    tables,
     value_pool,
 )
 from mold_kernels._triton import tiles
+from mold_kernels.attention import ATTENTION_WITH_LSE
+from mold_kernels.backends import RUNTIMES
 from mold_kernels.spans import span_membership
 from mold_kernels.testing import assert_as_accurate_as, random_mask, random_spans
 
 OUTPUT = Path(__file__).parent / "results" / "gpu.json"
-TOKENS_A_STEP, TOKENS_A_KEY_WORD = roofline.TOKENS_A_STEP, roofline.TOKENS_A_KEY_WORD
 LLAMA_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -110,8 +117,8 @@ class Bench:
         """(median, 20 % and 80 % quantile) in milliseconds, the first runs left out."""
         times = []
         function()
-        end = time.monotonic() + seconds
-        while len(times) < 5 or (time.monotonic() < end and len(times) < 100):
+        end, fewest = time.monotonic() + seconds, 5 if self.device == "cuda" else 1
+        while len(times) < fewest or (time.monotonic() < end and len(times) < 100):
             times.append(self._once(function))
         times.sort()
         return statistics.median(times), times[len(times) // 5], times[len(times) * 4 // 5]
@@ -128,60 +135,68 @@ class Bench:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def measure(self, section: str, what: str, length: int, function: Callable[[], object], **more) -> Row:
-        """A row with the time and peak memory of `function`; "OOM" and "no time left" are rows too."""
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(row, flush=True)
+
+    def measure(self, section: str, what: str, length: int, prepare: Callable, *arguments, absolute=False) -> Row:
+        """A row with the time and peak memory of the function that `prepare(*arguments)` returns.
+
+        Peak is beyond what was there before it ran, or all of it where `absolute`. "OOM" and "no time left" are rows
+        too.
+        """
         row = Row(section, what, length)
         if time.monotonic() > self.end:
             row.note = "not measured: no time left"
         else:
             gc.collect()
             before = 0
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
             try:
+                function = prepare(*arguments)
+                if self.device == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                    before = 0 if absolute else torch.cuda.memory_allocated()
                 row.median, row.low, row.high = self.time(function)
             except torch.OutOfMemoryError:
                 row.note = "OOM"
             else:
                 if self.device == "cuda":
-                    absolute = more.pop("absolute", False)
-                    row.peak = (torch.cuda.max_memory_allocated() - (0 if absolute else before)) / 2**30
-                for name, value in more.items():
-                    setattr(row, name, value(row) if callable(value) else value)
-        self.rows.append(row)
-        print(row, flush=True)
+                    row.peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        self.add(row)
         return row
+
+
+def compare(bench: Bench, name: str, fast: Callable, slow: Callable, tensors, wide=()) -> None:
+    """Values and gradients against the float64 reference; `wide` tensors stay float32 whatever the others are.
+
+    Raises:
+        AssertionError: one is too far off.
+    """
+
+    def run(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        leaves += [t.detach().to(reference.accumulation_dtype(dtype)).requires_grad_() for t in wide]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum(
+            (o.masked_fill(o.isinf(), 0) * torch.linspace(-1, 2, o.numel(), device=o.device).view(o.shape)).sum()
+            for o in outputs
+        )
+        return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+    dtype = tensors[0].dtype
+    results = run(fast, dtype), run(slow, dtype), run(slow, torch.float64)
+    for index, (a, b, c) in enumerate(zip(*results, strict=True)):
+        lost = c.isinf()
+        assert_as_accurate_as(
+            a.masked_fill(lost, 0), b.masked_fill(lost, 0), c.masked_fill(lost, 0), f"{name}, tensor {index}"
+        )
+    bench.add(Row("check", f"{name} {str(dtype).removeprefix('torch.')}", tensors[0].shape[-2], note="right"))
 
 
 def check_all(bench: Bench, length: int) -> None:
     """Every op on fresh inputs against the reference in float64; raises where one is too far off."""
-
-    def compare(name, fast, slow, tensors, wide=()):
-        """Values and gradients; `wide` tensors stay float32 whatever the others are."""
-
-        def run(function, dtype):
-            leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
-            leaves += [t.detach().to(reference.accumulation_dtype(dtype)).requires_grad_() for t in wide]
-            outputs = function(*leaves)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            loss = sum(
-                (o.masked_fill(o.isinf(), 0) * torch.linspace(-1, 2, o.numel(), device=o.device).view(o.shape)).sum()
-                for o in outputs
-            )
-            return [*outputs, *torch.autograd.grad(loss, leaves)]
-
-        dtype = tensors[0].dtype
-        results = run(fast, dtype), run(slow, dtype), run(slow, torch.float64)
-        for index, (a, b, c) in enumerate(zip(*results, strict=True)):
-            lost = c.isinf()
-            assert_as_accurate_as(
-                a.masked_fill(lost, 0), b.masked_fill(lost, 0), c.masked_fill(lost, 0), f"{name}, tensor {index}"
-            )
-        bench.rows.append(Row("check", f"{name} {str(dtype).removeprefix('torch.')}", length, note="right"))
-        print(bench.rows[-1], flush=True)
-
     packed = torch.tensor([0, length // 3, length // 2, length], dtype=torch.int32, device=bench.device)
     cases = [
         (torch.bfloat16, 2, 4, 2, 64, {}),
@@ -199,12 +214,14 @@ def check_all(bench: Bench, length: int) -> None:
             each = options | padding
             name = " ".join(["D", str(dim), *each])
             compare(
+                bench,
                 f"attention_with_lse {name}",
                 lambda *t, each=each: attention_with_lse(*t, **each, backend="triton"),
                 lambda *t, each=each: reference.attention_with_lse(*t, **each),
                 (q, k, v),
             )
         compare(
+            bench,
             f"attention_lse D {dim}",
             lambda *t, options=options: attention_lse(*t, **options, backend="triton"),
             lambda *t, options=options: reference.attention_lse(*t, **options),
@@ -214,6 +231,7 @@ def check_all(bench: Bench, length: int) -> None:
         spans = [random_spans(generator, batch, count, length).to(bench.device) for count in (7, 12)]
         lse = reference.attention_lse(q.double(), k.double(), **options).float()
         compare(
+            bench,
             f"span_attention D {dim} {' '.join(options)}",
             lambda *t, spans=spans, options=options: span_attention(*t, *spans, **options, backend="triton"),
             lambda *t, spans=spans, options=options: reference.span_attention(*t, *spans, **options),
@@ -221,6 +239,7 @@ def check_all(bench: Bench, length: int) -> None:
             wide=(lse,),
         )
         compare(
+            bench,
             f"value_pool D {dim}",
             lambda v, mask=mask: value_pool(v, mask, 1e-6, backend="triton"),
             lambda v, mask=mask: reference.value_pool(v, mask, 1e-6),
@@ -230,6 +249,7 @@ def check_all(bench: Bench, length: int) -> None:
     counts = [torch.tensor(values, device=bench.device) for values in ([20, 3, 0], [33, 1, 5])]
     for row_norm in ("softmax", "l1"):
         compare(
+            bench,
             f"layer_mixture_kl {row_norm}",
             lambda s, w, norm=row_norm: layer_mixture_kl(maps, s, w, *counts, row_norm=norm, backend="triton"),
             lambda s, w, norm=row_norm: reference.layer_mixture_kl(maps.to(s), s, w, *counts, row_norm=norm),
@@ -237,87 +257,133 @@ def check_all(bench: Bench, length: int) -> None:
         )
 
 
-def text_spans(length: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Steps and key words as long and as many as in `benchmarks.roofline`; int32 [1, S, 2] and [1, M, 2]."""
-    steps, keys = max(2, length // TOKENS_A_STEP), max(2, length // TOKENS_A_KEY_WORD)
-    borders = torch.linspace(0, length, steps + 1).int()
-    starts = torch.linspace(0, length - 3, keys).int()
-    words = torch.stack([starts, starts + 1 + torch.arange(keys) % 2], -1)
-    return torch.stack([borders[:-1], borders[1:]], -1)[None].to(device), words[None].int().to(device)
+def check_engines(bench: Bench, length: int) -> set[str]:
+    """The backends of attention_with_lse that are wrong here, or cannot run after all: others' code ends no run."""
+    q = bench.heads(4, length, 64, torch.bfloat16)
+    k, v = (bench.heads(2, length, 64, torch.bfloat16) for _ in range(2))
+    wrong = set()
+    for name, line in ATTENTION_WITH_LSE.backends.items():
+        if name == "reference" or line.refusal(q, (), needs_gradient=True):
+            continue
+        try:
+            compare(
+                bench,
+                f"engine {name}",
+                lambda *t, name=name: attention_with_lse(*t, backend=name),
+                reference.attention_with_lse,
+                (q, k, v),
+            )
+        except Exception as error:  # whatever a package of others raises
+            reason = (str(error).splitlines() or [""])[0]
+            bench.add(Row("check", f"engine {name}", length, note=f"WRONG: {type(error).__name__}: {reason}"))
+            wrong.add(name)
+    return wrong
 
 
-def measure_ops(bench: Bench, length: int, shape: roofline.Shape) -> None:
-    """Each op against its floor, the flash kernels against torch's."""
-    dtype = torch.bfloat16
-    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    q, k, v = (bench.heads(count, length, shape.head_dim, dtype).requires_grad_() for count in heads)
-    rows, keys = text_spans(length, bench.device)
-    floors = {work.name: 1e3 * work.floor for work in roofline.attention(shape) + roofline.span_attention(shape)}
-    floors["attention_backward"] = floors["attention_forward"] * 2.5
+def measure_ops(bench: Bench, shape: roofline.Shape, wrong: set[str]) -> dict[str, float]:
+    """Every backend of every op in both directions, without wrong engines, beside the same case in plain PyTorch.
+
+    Returns:
+        Milliseconds of forward and backward together, of each backend of attention_with_lse.
+    """
+    works = roofline.attention(shape) + roofline.span_attention(shape)
+    floors = {work.name: 1e3 * work.floor for work in works}
+    floors["attention_with_lse_forward"] = floors["attention_forward"]
+    floors["attention_with_lse_backward"] = floors["attention_forward"] * 2.5
     floors["span_attention_backward"] = floors["span_attention_backward_dq"] + floors["span_attention_backward_dk"]
+    engines: dict[str, list[float | None]] = {}
+    for op in tables.OPS:
+        case = make_case(op, shape, torch.bfloat16, bench.device)
+        for direction in DIRECTIONS:
 
-    def against_floor(name):
-        return {"ratio": lambda row: floors[name] / row.median, "note": "of the floor"}
+            def measure(name, run, op=op, case=case, direction=direction):
+                what = f"{op.name} {name} {direction}"
+                return bench.measure("op", what, shape.length, one_direction, run, case.leaves, direction)
 
-    def compare(name, forward):
-        with torch.no_grad():
-            first = bench.measure("flash", f"{name} forward", length, lambda: forward(q, k, v))
-        out = forward(q, k, v)
-        out = out[0] if isinstance(out, tuple) else out
-        upstream = torch.randn_like(out)
-        second = bench.measure(
-            "flash",
-            f"{name} backward",
-            length,
-            lambda: torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True),
-        )
-        return first, second
+            base = measure("SDPA" if op is ATTENTION_WITH_LSE else "torch", case.baseline)
+            # The reference stores T x T, and "torch" is the baseline.
+            for name in op.backends:
+                if name in ("reference", "torch") or (op is ATTENTION_WITH_LSE and name in wrong):
+                    continue
+                if (reason := case.refusal(name, direction)) is not None:
+                    if bench.device in (RUNTIMES[name].devices or (bench.device,)):
+                        note = f"not here: {reason}"
+                        bench.add(Row("op", f"{op.name} {name} {direction}", shape.length, note=note))
+                    continue
+                row = measure(name, lambda case=case, name=name: case.ours(name))
+                if row.median and base.median:
+                    row.ratio, row.note = row.median / base.median, "of the baseline's time"
+                if row.median and name == "triton" and (floor := floors.get(f"{op.name}_{direction}")):
+                    row.note += f"; {floor / row.median:.2f} of the floor's speed"
+                if op is ATTENTION_WITH_LSE:
+                    engines.setdefault(name, []).append(row.median)
+    return {name: sum(times) for name, times in engines.items() if len(times) == 2 and all(times)}
 
-    ours = compare("triton", lambda q, k, v: attention_with_lse(q, k, v, backend="triton"))
-    for row, name in zip(ours, ("attention_forward", "attention_backward"), strict=True):
-        row.ratio, row.note = floors[name] / row.median if row.median else None, "of the floor"
-    others = {
-        "SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-        "flex": lambda q, k, v: attention_with_lse(q, k, v, backend="flex"),
-    }
-    if bench.device == "cpu":
-        del others["flex"]  # has no gradient there
-    for name, forward in others.items():
-        for mine, row in zip(ours, compare(name, forward), strict=True):
-            if mine.median and row.median:
-                row.ratio, row.note = row.median / mine.median, f"of {name}'s speed has the Triton kernel"
 
-    with torch.no_grad():
-        lse = attention_with_lse(q, k, v, backend="triton")[1]
-        bench.measure("op", "attention_lse forward", length, lambda: attention_lse(q, k, backend="triton"))
-        bench.measure(
-            "op", "span_attention forward", length,
-            lambda: span_attention(q, k, lse, rows, keys, backend="triton"), **against_floor("span_attention_forward"),
-        )  # fmt: skip
-        mask = torch.ones(1, length, dtype=torch.bool, device=bench.device)
-        bench.measure("op", "value_pool forward", length, lambda: value_pool(v, mask, 1e-6, backend="triton"))
-    lse = lse.detach().requires_grad_()
-    pooled = span_attention(q, k, lse, rows, keys, backend="triton")
-    upstream = torch.randn_like(pooled)
-    bench.measure(
-        "op", "span_attention backward", length,
-        lambda: torch.autograd.grad(pooled, (q, k, lse), upstream, retain_graph=True),
-        **against_floor("span_attention_backward"),
-    )  # fmt: skip
-    student = bench.random(shape.layers, 1, rows.shape[1], keys.shape[1]).abs().requires_grad_()
-    teacher = student.detach().repeat(2, 1, 1, 1)
-    weights = torch.full((1, shape.layers), 1 / shape.layers, device=bench.device, requires_grad=True)
-    counts = [torch.tensor([count], device=bench.device) for count in pooled.shape[1:]]
-    loss = layer_mixture_kl(teacher, student, weights, *counts, backend="triton")
-    with torch.no_grad():
-        bench.measure(
-            "op", "layer_mixture_kl forward", length,
-            lambda: layer_mixture_kl(teacher, student, weights, *counts, backend="triton"),
-        )  # fmt: skip
-    bench.measure(
-        "op", "layer_mixture_kl backward", length,
-        lambda: torch.autograd.grad(loss.sum(), (student, weights), retain_graph=True),
-    )  # fmt: skip
+def say_engine(bench: Bench, length: int, times: dict[str, float], auto: str) -> None:
+    """Which engine "auto" should take on this card, where it takes the one that is named.
+
+    Args:
+        bench: what is said becomes a row of it.
+        length: of the text that was measured.
+        times: milliseconds of each engine that is right here.
+        auto: what "auto" takes now.
+    """
+    if auto not in times:
+        bench.add(Row("engine", auto, length, note="auto takes it, and it is not right or was not measured"))
+        return
+    best = min(times, key=times.__getitem__)
+    ratio = times[best] / times[auto]
+    if ratio > 0.98:  # nothing that another run would not say otherwise
+        best, ratio = auto, 1.0
+    should = "auto takes it, rightly" if best == auto else f"auto should take it on this card; it takes {auto}"
+    bench.add(Row("engine", best, length, times[best], ratio=ratio, note=should))
+
+
+def measure_columns(bench: Bench, shape: roofline.Shape) -> None:
+    """What every key gets from all rows, head by head: flash-colreduce, and the same by ours."""
+    what = "column sums flash-colreduce"
+    if importlib.util.find_spec("flash_colreduce") is None:
+        note = "not here: the package flash-colreduce is not installed"
+        bench.add(Row("columns", what, shape.length, note=note))
+        return
+    from flash_colreduce import flash_colreduce
+
+    q = bench.heads(shape.heads, shape.length, shape.head_dim, torch.bfloat16)
+    k = bench.heads(shape.kv_heads, shape.length, shape.head_dim, torch.bfloat16)
+    each_head = k.repeat_interleave(shape.group, 1)  # it has no groups of query heads
+    rows = torch.tensor([[[0, shape.length]]], dtype=torch.int32, device=bench.device)
+    starts = torch.arange(shape.length, dtype=torch.int32, device=bench.device)
+    keys = torch.stack([starts, starts + 1], -1)[None]
+
+    def ours():
+        return span_attention(q, k, attention_lse(q, k), rows, keys, heads="all")[:, :, 0]
+
+    def theirs():
+        return flash_colreduce(q, each_head, "sum", is_causal=True)
+
+    try:
+        expected, found = ours().float(), theirs().float()
+    except Exception as error:  # whatever it raises where it cannot run
+        bench.add(Row("columns", what, shape.length, note=f"not here: {str(error).splitlines()[0]}"))
+        return
+    off = ((found - expected).square().mean() / expected.square().mean()).sqrt().item()
+    mine = bench.measure("columns", "column sums ours, with the lse", shape.length, lambda: ours)
+    row = bench.measure("columns", what, shape.length, lambda: theirs)
+    row.note = f"{off:.1e} from ours"
+    if row.median and mine.median:
+        row.ratio, row.note = row.median / mine.median, f"of our time; {row.note}"
+
+
+def compare_engines(bench: Bench, shapes: list[roofline.Shape]) -> None:
+    """All ops at every shape, and which engine is the one to take."""
+    wrong = check_engines(bench, 19 if bench.device == "cpu" else 517)
+    for shape in shapes:
+        times = measure_ops(bench, shape, wrong)
+        q = bench.heads(shape.heads, shape.length, shape.head_dim, torch.bfloat16)
+        auto = ATTENTION_WITH_LSE.choose("auto", q, needs_gradient=True).name
+        say_engine(bench, shape.length, times, auto)
+        measure_columns(bench, shape)
 
 
 class TrainingStep:
@@ -332,10 +398,13 @@ class TrainingStep:
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.loss = MoldLoss.for_config(self.model.config).to(device)
 
+    def at(self, contender: str, length: int) -> Callable[[], None]:
+        return lambda: self.run(contender, length)
+
     def run(self, contender: str, length: int) -> None:
         self.model.set_attn_implementation({"none": "sdpa", "ours": "mold", "eager": "eager"}[contender])
         ids = torch.arange(length, device=self.device)[None] % self.model.config.vocab_size
-        rows, keys = text_spans(length, self.device)
+        rows, keys = (spans.to(self.device) for spans in make_spans(length))
         inputs = {"input_ids": ids, "use_cache": False}
         if contender == "ours":
             inputs |= {"row_spans": rows, "key_spans": keys, "value_features": True, "output_attentions": True}
@@ -369,7 +438,7 @@ def compare_tiles(bench: Bench, length: int, shape: roofline.Shape) -> None:
     """Which of the table's tile and its neighbours is the fastest, for every attention kernel in bfloat16."""
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     q, k, v = (bench.heads(count, length, shape.head_dim, torch.bfloat16).requires_grad_() for count in heads)
-    rows, keys = text_spans(length, bench.device)
+    rows, keys = (spans.to(bench.device) for spans in make_spans(length))
 
     def flash():
         out, lse = attention_with_lse(q, k, v, backend="triton")
@@ -390,8 +459,7 @@ def compare_tiles(bench: Bench, length: int, shape: roofline.Shape) -> None:
         tiles.table_tile = choose
         best = min(times, key=times.get)
         note = "the table's" if best == table else f"{best} instead of the table's {table}"
-        bench.rows.append(Row("tiles", kernel, length, times[best], ratio=times[best] / times[table], note=note))
-        print(bench.rows[-1], flush=True)
+        bench.add(Row("tiles", kernel, length, times[best], ratio=times[best] / times[table], note=note))
 
 
 def measure_steps(bench: Bench, config: dict, lengths: list[int], longest: list[int]) -> None:
@@ -399,9 +467,9 @@ def measure_steps(bench: Bench, config: dict, lengths: list[int], longest: list[
     step = TrainingStep(config, max(lengths + longest), bench.device)
     eager_fits = True
     for length in lengths:
-        base = bench.measure("step", "no attention loss", length, lambda n=length: step.run("none", n), absolute=True)
+        base = bench.measure("step", "no attention loss", length, step.at, "none", length, absolute=True)
         for contender in ("ours", "eager") if eager_fits else ("ours",):
-            row = bench.measure("step", contender, length, lambda n=length, c=contender: step.run(c, n), absolute=True)
+            row = bench.measure("step", contender, length, step.at, contender, length, absolute=True)
             if row.median and base.median:
                 row.ratio, row.note = row.median / base.median, "of the time without the loss"
                 if row.peak and base.peak:
@@ -409,7 +477,7 @@ def measure_steps(bench: Bench, config: dict, lengths: list[int], longest: list[
             if contender == "eager" and row.note == "OOM":
                 eager_fits = False
     for length in longest:
-        if bench.measure("longest", "ours", length, lambda n=length: step.run("ours", n), absolute=True).note == "OOM":
+        if bench.measure("longest", "ours", length, step.at, "ours", length, absolute=True).note == "OOM":
             break
 
 
@@ -420,6 +488,7 @@ def about(device: str, seed: int) -> dict:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
         versions |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": driver[:1]}
+        versions["capability"] = torch.cuda.get_device_capability()
     import triton
 
     return versions | {"triton": triton.__version__, "seed": seed, "device_type": device}
@@ -449,11 +518,10 @@ def main() -> None:
         if arguments.tiles:
             compare_tiles(bench, 8192, roofline.Shape(8192))
         if arguments.smoke:
-            measure_ops(bench, 30, roofline.Shape(30, 2, 1, 16, 2))
+            compare_engines(bench, [roofline.Shape(30, 2, 1, 16, 2, 3)])
             measure_steps(bench, TINY, [32], [48])
         else:
-            for length in (4096, 32768):
-                measure_ops(bench, length, roofline.Shape(length))
+            compare_engines(bench, [roofline.Shape(length) for length in (4096, 32768)])
             measure_steps(bench, LLAMA_1B, [4096, 8192, 16384, 32768], [65536, 98304, 131072, 196608])
     finally:
         arguments.output.write_text(json.dumps({"about": facts, "rows": [asdict(row) for row in bench.rows]}, indent=1))

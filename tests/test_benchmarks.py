@@ -1,15 +1,19 @@
 """Every benchmark runs, on a small case; what it measures is its own business."""
 
+import importlib.machinery
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+import mold_kernels
 from mold_kernels import tables
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +34,7 @@ def output_of(*arguments, **options):
 
 
 def test_every_benchmark_has_a_test_here():
-    helpers = {"__init__", "conftest", "machine"}
+    helpers = {"__init__", "cases", "conftest", "machine"}
     names = {file.stem.removeprefix("test_") for file in (ROOT / "benchmarks").glob("*.py")} - helpers
     assert sorted(name for name in names if f"test_{name}" not in globals()) == []
 
@@ -54,6 +58,9 @@ def test_the_ops_are_measured(tmp_path):
     # The backend is its own baseline here: whatever else runs meets both.
     assert 0.1 < row["extra_info"]["ratio"] < 10
     assert row["extra_info"]["peak_bytes"] > 0
+    later = shutil.copy(output, tmp_path / "later.json")
+    compared = output_of("pytest_benchmark", "compare", output, later, module="")
+    assert compared.count("test_op[value_pool-torch-forward]") == 2
 
 
 def test_training_step(tmp_path):
@@ -156,8 +163,78 @@ def test_gpu(tmp_path):
     pytest.importorskip("triton")
     output_of("gpu", "--smoke", "--output", tmp_path / "gpu.json", environment={"TRITON_INTERPRET": "1"})
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert {row["section"] for row in rows} == {"check", "flash", "op", "step", "longest"}
-    assert all(row["median"] for row in rows if row["section"] != "check")
+    assert {row["section"] for row in rows} == {"check", "op", "engine", "columns", "step", "longest"}
+    assert all(row["median"] or "not here: " in row["note"] for row in rows if row["section"] != "check")
+    measured = {row["what"] for row in rows if row["section"] == "op" and row["median"]}
+    for op in tables.OPS:
+        for name in {"native", "triton"} & op.backends.keys():
+            assert {f"{op.name} {name} {direction}" for direction in ("forward", "backward")} <= measured
+    assert [(row["what"], row["note"]) for row in rows if row["section"] == "engine"] == [
+        ("native", "auto takes it, rightly")
+    ]
+
+
+@pytest.fixture
+def gpu_bench():
+    pytest.importorskip("triton")
+    from benchmarks.gpu import Bench
+
+    return Bench("cpu", 60, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("times", "auto", "what", "ratio", "note"),
+    [
+        ({"triton": 3.0, "flex": 4.0}, "triton", "triton", 1, "auto takes it, rightly"),
+        ({"triton": 3.0, "fa4": 1.5}, "triton", "fa4", 0.5, "auto should take it on this card; it takes triton"),
+        ({"triton": 3.0, "fa4": 2.97}, "triton", "triton", 1, "auto takes it, rightly"),  # within the spread
+        ({"triton": 3.0}, "fa4", "fa4", None, "auto takes it, and it is not right or was not measured"),
+    ],
+)
+def test_gpu_says_which_engine_to_take(gpu_bench, times, auto, what, ratio, note):
+    from benchmarks.gpu import say_engine
+
+    say_engine(gpu_bench, 4096, times, auto)
+    (row,) = gpu_bench.rows
+    assert (row.section, row.what, row.ratio, row.note) == ("engine", what, ratio, note)
+
+
+def test_gpu_recommends_no_engine_that_is_wrong(gpu_bench, monkeypatch):
+    from benchmarks import gpu
+
+    def broken(q, k, v, *, backend):
+        if backend == "aten":
+            raise TypeError("no such argument\nwhatever it was")
+        out, lse = mold_kernels.attention_with_lse(q, k, v, backend=backend)
+        return out, lse.detach() + 0 * q.sum()  # no gradient of lse, as most flash attentions
+
+    monkeypatch.setattr(gpu, "attention_with_lse", broken)
+    assert gpu.check_engines(gpu_bench, 19) >= {"aten", "native"}
+    notes = {row.what: row.note for row in gpu_bench.rows}
+    assert notes["engine aten"] == "WRONG: TypeError: no such argument"
+    assert notes["engine native"].startswith("WRONG: AssertionError: engine native, tensor 2: relative RMS error")
+
+
+@pytest.mark.parametrize("off", [0, 0.5])
+def test_gpu_compares_column_sums(gpu_bench, monkeypatch, off):
+    from benchmarks import gpu
+    from benchmarks.roofline import Shape
+
+    def flash_colreduce(query, key, reduction, is_causal):
+        hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+        scores = query.float() @ key.float().mT * query.shape[3] ** -0.5
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1).sum(2) * (1 + off)
+
+    module = types.ModuleType("flash_colreduce")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_colreduce", None)
+    module.flash_colreduce = flash_colreduce
+    monkeypatch.setitem(sys.modules, "flash_colreduce", module)
+    gpu.measure_columns(gpu_bench, Shape(33, 4, 2, 16))
+    ours, theirs = gpu_bench.rows
+    assert ours.median > 0
+    assert theirs.ratio == pytest.approx(theirs.median / ours.median)
+    measured = float(re.fullmatch(r"of our time; (.+) from ours", theirs.note)[1])
+    assert measured == pytest.approx(off, abs=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mold.data.readers import read_examples
 from mold.models import load_model
 from tests.tiny_models import make_model
 from tests.tiny_tokenizers import make_tokenizer
@@ -65,6 +66,30 @@ def test_a_csv_file_and_conversations(script, tiny, tmp_path):
     assert "36 training examples (0 without key words), 8 held out" in out
     assert "starting: 2 steps" in out
     assert "4 of 5 layers" in " ".join(out.split())
+
+
+def test_reasoning_traces(script, tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    sheets = ["--count", 2, "--problems", 7, 8, "--seed", 3]
+    out = script("reasoning_traces.py", "--teacher", tiny / "teacher", "--steps", 1, *sheets, "--output_dir", tmp_path)
+    assert "2 teacher signals" in out
+    assert "1 training examples (0 without key words), 1 held out" in out
+    assert 0 < losses(tmp_path)[0]["loss_attention"] < 10
+    page = (tmp_path / "report.html").read_text()
+    (entry,) = json.loads((tmp_path / "attention_maps.json").read_text())
+    assert (steps := len(entry["steps"])) > 60
+    assert f"The {steps} steps are drawn as 40 groups of consecutive ones: their mean." in page
+    examples, report = read_examples(tmp_path / "traces.jsonl")
+    assert report.kept == 2
+    for example in examples:
+        assert example.rationale.endswith(
+            f"The last number of the running sum was {example.answer} too, so I am sure of it."
+        )
+        for terms, result in re.findall(r"(\d+(?: [-+*/] \d+)+) = \$?(\d+)[ .,]", example.rationale):
+            assert eval(terms) == int(result), terms
+    again = tmp_path / "again"
+    script("reasoning_traces.py", "--write_only", *sheets, "--output_dir", again)
+    assert (again / "traces.jsonl").read_bytes() == (tmp_path / "traces.jsonl").read_bytes()
 
 
 @pytest.mark.slow

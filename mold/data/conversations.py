@@ -19,17 +19,31 @@ _ANSWER_MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _THOUGHT_MARKS = re.compile(r"</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+_OTHER_MARKS = {
+    "<|begin_of_thought|>": "<think>",
+    "<|end_of_thought|>": "</think>",
+    "<|begin_of_solution|>": "",
+    "<|end_of_solution|>": "",
+    "[THINK]": "<think>",
+    "[/THINK]": "</think>",
+}
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 _CONVERSATIONS = ("messages", "conversations", "conversation")
 # What public sets call the question, and the text that holds rationale and answer.
 _QUESTIONS = ("question", "instruction", "problem", "query", "prompt")
-_COMPLETIONS = ("completion", "output", "solution", "response", "generated_solution")
+_COMPLETIONS = ("completion", "output", "solution", "response", "generated_solution", "deepseek_solution")
+# A thought in a column of its own, beside the completion that follows from it.
+_THOUGHTS = ("reasoning", "reasoning_content", "thinking", "complex_cot", "deepseek_reasoning")
 ANSWERS = ("answer", "final_answer", "expected_answer")
 COLUMNS = (
     "question, answer and rationale; messages; prompt and completion; or one of "
     f"{', '.join(_QUESTIONS)} with one of {', '.join(_COMPLETIONS)}"
 )
 """What the columns of a row may be, for messages."""
+
+
+class NoAnswerError(ValueError):
+    """A row is a conversation in which no answer is found."""
 
 
 def example_from_row(row: Example | Mapping[str, Any], place: str) -> Example:
@@ -90,15 +104,17 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     from and value), and {"prompt", "completion"}, each a text or a list of messages. The last user message is the
     question, what stands before it is the history. The assistant's message is the rationale up to its answer: "Answer:
     ...", "the answer is ..." or "#### ..." at its end, or the last \\boxed{...}, which stays in its sentence; or its
-    reasoning_content, thinking or <think> ... </think>, and of the rest the answer, or all of it where it is one line.
-    A row's own "answer" wins. Rows of messages, and those with any before the question, are chats.
+    reasoning_content, thinking or <think> ... </think> (or as others mark it), and of the rest the answer, or all of
+    it where it is one line. A row's own "answer" wins. Rows of messages, and those with any before the question, are
+    chats.
 
     What other sets call prompt and completion is read as such: instruction (with input) and output, problem and
-    solution, query and response, in lower or upper case; a system prompt and a history of pairs stand before them.
+    solution, query and response, in lower or upper case; a system prompt and a history of pairs stand before them. A
+    thought may stand in a column beside them: reasoning, Complex_CoT, deepseek_reasoning.
 
     Raises:
-        ValueError: the messages are malformed, use tools, or no answer is found; two columns say the same; names the
-            place.
+        NoAnswerError: no answer is found; names the place.
+        ValueError: the messages are malformed or use tools; two columns say the same; names the place.
     """
     row = _common_columns(row, place)
     named = next((name for name in _CONVERSATIONS if name in row), None)
@@ -119,16 +135,16 @@ def question_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: has messages of {', '.join(roles)}; must end with user, assistant")
     *history, (_, question, _), (_, content, thought) = turns
     marked, content = _split_thought(content)
-    thought = thought.strip() if thought and thought.strip() else marked
+    thought = (thought or "").strip() or marked or _thought_column(row)
     rationale, answer = _split_answer(content)
     if thought:
         # A rest of several lines could never be found again in a completion.
         lines = [line for line in content.split("\n") if line.strip()]
-        rationale, answer = thought, answer or (content if len(lines) == 1 else None)
+        rationale, answer = thought, answer or boxed(content) or (content if len(lines) == 1 else None)
     if row.get("answer") is not None:
         answer = row["answer"]
     if answer is None:
-        raise ValueError(
+        raise NoAnswerError(
             f'{place}: no answer found in {content[-80:]!r}; it must end with "Answer: ...", "#### ..." or a '
             "\\boxed{...}, or the row must have an answer"
         )
@@ -185,8 +201,16 @@ def _only(row: Mapping[str, Any], names: Sequence[str], place: str) -> str | Non
     return found[0] if found else None
 
 
+def _thought_column(row: Mapping[str, Any]) -> str:
+    thoughts = (row.get(name) for name in _THOUGHTS)
+    # "reasoning" may also say whether there is any: "on".
+    return next((text.strip() for text in thoughts if isinstance(text, str) and len(text.split()) > 1), "")
+
+
 def _split_thought(content: str) -> tuple[str, str]:
     """The thought and what stands behind it; the opening mark may stand in the prompt, and blocks may be empty."""
+    for mark, ours in _OTHER_MARKS.items():
+        content = content.replace(mark, ours)
     parts = _THOUGHT_MARKS.split(content)
     if len(parts) == 1:
         return "", content
@@ -206,7 +230,7 @@ def _split_answer(content: str) -> tuple[str, str | None]:
     for found in reversed(list(_ANSWER_MARKER.finditer(content, _line_before(content, last)))):
         answer = content[found.end() :].strip().removesuffix("</answer>").strip(" *_`\n")
         if answer and "\n" not in answer:
-            return without_announcement(content[: found.start()]), answer.rstrip(" .*_`")
+            return without_announcement(content[: found.start()]), boxed(answer) or answer.rstrip(" .*_`")
     last_box = next(reversed(boxes(content)), None)
     if last_box and content.rfind("\n\n", 0, len(content)) < last_box.end:
         line = content.rfind("\n", 0, last_box.start) + 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from mold.data.conversations import ANSWERS, COLUMNS, checked_example, question_row
+from mold.data.conversations import ANSWERS, COLUMNS, NoAnswerError, checked_example, question_row
 from mold.data.equations import EquationError, equation_rationale, find_equations
 from mold.data.examples import Example, question_key
 from mold.extras import missing_extra
@@ -64,7 +64,7 @@ def read_examples(
             Parquet does). Text is UTF-8, or what a byte-order mark says.
         format: "plain" (rows with question, answer, rationale and optionally id, keywords, correct, and what
             `mold.data.conversations.question_row` reads), "gsm8k", "svamp", "asdiv", "singleeq", "multiarith", "aqua",
-            "commonsense_qa", "strategyqa", or "auto": found from the first row.
+            "commonsense_qa", "strategyqa", "s1k", "openr1", or "auto": found from the first row.
         split: "train", "test", ...: which file of a folder (its name starts with it), which split of the hub.
         rationales: JSONL rows with question, rationale and optionally correct and keywords. They take the place of the
             rationales that the data set has; a question with several becomes several examples. In a folder, its
@@ -77,8 +77,8 @@ def read_examples(
 
     Returns:
         The examples, and how many rows were read and left out: without a rationale, with one that leads to a wrong
-        answer (`"correct": false`), without equations or with ones that are wrong or end in another answer, and
-        repetitions of an earlier row.
+        answer (`"correct": false`), conversations in which no answer is found, without equations or with ones that are
+        wrong or end in another answer, and repetitions of an earlier row.
 
     Raises:
         ValueError: the data set is missing, empty, malformed, or of no known format; names the file and line.
@@ -103,11 +103,16 @@ def read_examples(
     places: dict[str, str] = {}
     seen: set[tuple[str, str, str | None]] = set()
     asked: set[str] = set()
+    first_without = ""
     for place, row in rows:
         report.rows += 1
         format = _detect(row) if format == "auto" else format
         try:
             base = FORMATS[format].read(row)
+        except NoAnswerError as error:
+            report.left_out["without an answer"] += 1
+            first_without = first_without or f"; {place}: {error}"
+            continue
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
             raise ValueError(f"{place}: {reason} (read as {format})") from error
@@ -154,7 +159,7 @@ def read_examples(
         report.left_out["rationales of no question"] += strangers
     report.kept = len(examples)
     if not examples:
-        raise ValueError(f"dataset: {path} holds no usable example ({report})")
+        raise ValueError(f"dataset: {path} holds no usable example ({report}){first_without}")
     return examples, report
 
 
@@ -456,6 +461,35 @@ def _strategyqa(row: dict) -> dict:
     return {"id": row["qid"], **values, "keywords": [row["term"]] if row.get("term") else []}
 
 
+def _s1k(row: dict) -> dict:
+    """The first thought whose attempt was not graded as wrong."""
+    if "attempt" in row:
+        tries = [("\n\n".join(row["thinking_trajectories"]), row["attempt"], None)]
+    else:
+        names = [name for name in ("deepseek", "gemini") if row.get(f"{name}_attempt")]
+        tries = [
+            (row[f"{name}_thinking_trajectory"], row[f"{name}_attempt"], row.get(f"{name}_grade")) for name in names
+        ]
+    thought, attempt, grade = next((found for found in tries if found[2] != "No"), tries[0])
+    return _thought_through(row["question"], attempt, thought, grade != "No")
+
+
+def _openr1(row: dict) -> dict:
+    """The first generation that is complete and, where any was judged, judged right; where messages stand, those."""
+    if row.get("messages"):
+        return _plain(row)
+    verdicts = [row[name] for name in ("correctness_math_verify", "correctness_llama") if row.get(name)]
+    complete = row.get("is_reasoning_complete") or [True] * len(row["generations"])
+    judged = itertools.zip_longest(row["generations"], complete, *verdicts)
+    right = [text for text, done, *rights in judged if text and done and (not verdicts or any(rights))]
+    return _thought_through(row["problem"], [*right, *row["generations"], ""][0], None, bool(right), row["answer"])
+
+
+def _thought_through(question: str, content: str, thought: str | None, correct: bool, answer=None) -> dict:
+    turn = {"role": "assistant", "content": content, "reasoning_content": thought}
+    return _plain({"question": question, "completion": [turn], "correct": correct, "answer": answer})
+
+
 def _joined(body: str, question: str) -> str:
     """SVAMP's bodies often lack their last full stop."""
     body = body.rstrip()
@@ -477,6 +511,14 @@ FORMATS: dict[str, Format] = {
     "aqua": Format(({"question", "options", "correct"},), _aqua),
     "commonsense_qa": Format(({"answerKey", "question"},), _commonsense_qa),
     "strategyqa": Format(({"qid", "question", "answer", "facts"},), _strategyqa),
+    "s1k": Format(
+        (
+            {"question", "thinking_trajectories", "attempt"},
+            {"question", "deepseek_thinking_trajectory", "deepseek_attempt"},
+        ),
+        _s1k,
+    ),
+    "openr1": Format(({"problem", "generations", "answer"},), _openr1),
     "gsm8k": Format(({"question", "answer"},), _gsm8k),
     "plain": Format((), _plain),
 }

@@ -143,6 +143,22 @@ def test_other_answers_are_refused(answer):
         ("Half of 8.\n\n## Final answer\n\n4", "Half of 8.", "4"),
         ("Half of 8 is $\\boxed{4}$.", "Half of 8 is $\\boxed{4}$.", "4"),
         ("Half of 8.\n\\[\\boxed{\\frac{1}{2}}\\]", "Half of 8.", "\\frac{1}{2}"),
+        ("Half of 8.\n\nThe final answer is: $\\boxed{4}$.", "Half of 8.", "4"),
+        ("Half of 8.\nAnswer: \\boxed{x = \\sqrt{2}} or \\boxed{4}", "Half of 8.", "x = \\sqrt{2} or 4"),
+        ("<think>Half of 8.</think>\nIt is \\boxed{4}.\n\nThis took\nno time.", "Half of 8.", "4"),
+        (
+            "<|begin_of_thought|>\n\nHalf of 8.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nIt is half.\n\n"
+            "The answer is \\(\\boxed{4}\\).\n\n<|end_of_solution|>",
+            "Half of 8.",
+            "4",
+        ),
+        (
+            "<|begin_of_thought|>Half of 8.<|end_of_thought|><|begin_of_solution|>4<|end_of_solution|>",
+            "Half of 8.",
+            "4",
+        ),
+        ("<|begin_of_solution|>\nHalf of 8.\n#### 4\n<|end_of_solution|>", "Half of 8.", "4"),
+        ("[THINK]Half of 8.[/THINK]4", "Half of 8.", "4"),
     ],
 )
 def test_where_the_answer_of_a_message_is(content, rationale, answer):
@@ -151,7 +167,38 @@ def test_where_the_answer_of_a_message_is(content, rationale, answer):
 
 
 @pytest.mark.parametrize(
-    "unit", ["<think>", "</think>", "Answer: 7\n", "answer ", "\\boxed{", "####", "\n", " ", "*", "<answer>", "$"]
+    ("columns", "rationale"),
+    [
+        ({"reasoning": "Half of 8."}, "Half of 8."),
+        ({"Complex_CoT": "Half of 8."}, "Half of 8."),
+        ({"reasoning": "on"}, "It is half."),  # says whether it was asked to think
+        ({"reasoning": None}, "It is half."),
+    ],
+)
+def test_a_thought_in_a_column_of_its_own(columns, rationale):
+    fields = question_row({"instruction": "Q", **columns, "output": "It is half.\nAnswer: 4"}, "here")
+    assert (fields["rationale"], fields["answer"]) == (rationale, "4")
+    marked = question_row({"instruction": "Q", **columns, "output": "<think>4 + 4.</think>Answer: 4"}, "here")
+    assert (marked["rationale"], marked["answer"]) == ("4 + 4.", "4")
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "<think>",
+        "</think>",
+        "[THINK]",
+        "<|end_of_thought|>",
+        "Answer: 7\n",
+        "answer ",
+        "\\boxed{",
+        "####",
+        "\n",
+        " ",
+        "*",
+        "<answer>",
+        "$",
+    ],
 )
 def test_hostile_messages_end(unit):
     text = (unit * 100_000)[:100_000]

@@ -408,6 +408,111 @@ def test_the_columns_of_common_sets(tmp_path, row, history):
     assert tuple(role for role, _ in example.history) == history
 
 
+THOUGHT = "Three boxes of four.\n\nPerhaps 3 + 4 = 7? No, four in each.\n\n3 * 4 = 12."
+SOLUTION = "Each box holds 4 mugs.\n\nSo the answer is $\\boxed{12}$."
+ASKED = "There are 3 boxes with 4 mugs each. How many mugs are there?"
+TAGGED = f"<think>\n{THOUGHT}\n</think>\n\n{SOLUTION}"
+PIPED = (
+    f"<|begin_of_thought|>\n\n{THOUGHT}\n\n<|end_of_thought|>\n\n"
+    f"<|begin_of_solution|>\n\n{SOLUTION}\n\n<|end_of_solution|>"
+)
+S1K = {"solution": "12", "question": ASKED, "cot_type": "math", "source_type": "a", "metadata": "{}", "cot": None}
+S1K_GRADED = S1K | {
+    "gemini_thinking_trajectory": THOUGHT,
+    "gemini_attempt": SOLUTION,
+    "deepseek_thinking_trajectory": "I guess 13.",
+    "deepseek_attempt": "\\boxed{13}",
+}
+OPENR1 = {"problem": ASKED, "solution": "3 * 4 = 12", "answer": "12", "problem_type": "Algebra", "uuid": "u"}
+GENERATIONS = {
+    "generations": ["<think>\nI guess 13.\n</think>\n\\boxed{13}", TAGGED],
+    "correctness_math_verify": [False, True],
+    "correctness_llama": None,
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "system": "Write a <|begin_of_thought|> first.",
+            "conversations": [{"from": "user", "value": ASKED}, {"from": "assistant", "value": PIPED}],
+        },
+        {
+            "problem": ASKED,
+            "deepseek_reasoning": THOUGHT,
+            "deepseek_solution": SOLUTION,
+            "ground_truth_solution": "12",
+            "domain": "math",
+            "test_cases": None,
+        },
+        {"domain": "math", "conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": TAGGED}]},
+        S1K | {"thinking_trajectories": [THOUGHT], "attempt": SOLUTION},
+        S1K_GRADED | {"deepseek_grade": "No", "gemini_grade": "Yes"},
+        OPENR1
+        | GENERATIONS
+        | {"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": TAGGED}]},
+        OPENR1 | GENERATIONS,
+        OPENR1 | GENERATIONS | {"correctness_math_verify": None, "correctness_llama": [False, True]},
+        OPENR1 | {**GENERATIONS, "generations": [TAGGED, TAGGED], "correctness_math_verify": [True, True]},
+        OPENR1 | {"generations": ["<think>\n12 or", TAGGED], "is_reasoning_complete": [False, True]},
+        OPENR1 | GENERATIONS | {"answer": None},
+    ],
+    ids=[
+        "openthoughts",
+        "its-metadata",
+        "openthoughts3",
+        "s1k",
+        "s1k-1.1",
+        "openr1",
+        "raw",
+        "judged-by-llama",
+        "both",
+        "not-judged",
+        "no-answer",
+    ],
+)
+def test_reasoning_traces_as_they_are_published(tmp_path, row):
+    ((example,), _) = read_examples(write(tmp_path / "a.jsonl", [row]))
+    assert (example.question, example.rationale, example.answer) == (ASKED, THOUGHT, "12")
+
+
+def test_the_first_graded_thought_is_taken(tmp_path):
+    ((example,), _) = read_examples(write(tmp_path / "a.jsonl", [S1K_GRADED]))
+    assert (example.rationale, example.answer) == ("I guess 13.", "13")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        S1K_GRADED | {"deepseek_grade": "No", "gemini_grade": "No"},
+        OPENR1 | {**GENERATIONS, "correctness_math_verify": [False, False]},
+        OPENR1 | GENERATIONS | {"is_reasoning_complete": [True, False]},
+        OPENR1 | {**GENERATIONS, "generations": []},
+    ],
+    ids=["s1k", "openr1", "openr1-cut", "openr1-empty"],
+)
+def test_traces_to_wrong_answers_are_left_out_and_counted(tmp_path, row):
+    good = row | {"question": "And now?"} if "question" in row else row | {"problem": "And now?"}
+    if "problem" in row:
+        good |= GENERATIONS
+    good |= {"deepseek_grade": "Yes", "correctness_math_verify": [True, False], "is_reasoning_complete": [True, False]}
+    examples, report = read_examples(write(tmp_path / "a.jsonl", [row, good]))
+    assert [(example.question, example.rationale) for example in examples] == [("And now?", "I guess 13.")]
+    assert str(report) == "2 rows, 1 kept, 1 with a wrong rationale"
+
+
+def test_conversations_without_an_answer_are_left_out_and_counted(tmp_path):
+    """A set of traces has programs and proofs among its answers."""
+    program = f"<think>\n{THOUGHT}\n</think>\n\n```python\nn = 12\nprint(n)\n```"
+    rows = [{"prompt": ASKED, "completion": text} for text in (program, TAGGED)]
+    examples, report = read_examples(write(tmp_path / "a.jsonl", rows))
+    assert [example.answer for example in examples] == ["12"]
+    assert str(report) == "2 rows, 1 kept, 1 without an answer"
+    with pytest.raises(ValueError, match=r"\(1 rows, 0 kept, 1 without an answer\); .*a\.jsonl.*: no answer found in"):
+        read_examples(write(tmp_path / "a.jsonl", rows[:1]))
+
+
 def test_problems_without_solutions_are_for_evaluation(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"ID": "p-1", "Problem": "What is 2 + 2?", "Answer": 4}])
     assert read(path) == [Example("p-1", "What is 2 + 2?", "", "4")]
