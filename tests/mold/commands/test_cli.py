@@ -59,6 +59,7 @@ def test_info(mold):
     assert status == 0
     for text in ("torch", "transformers", "GPUs", "backend reference", torch.__version__):
         assert text in out
+    assert "…" not in out  # what is too long for its column goes on in the next line
     assert "--all: is no option of mold info" in refusal(mold("info", "--all"))
 
 
