@@ -134,8 +134,8 @@ def _maps(
         y = foot + below + ((down - 1 - i) * (above + height + below) if stacked else 0)
         name, _, kl = title.partition(", ")  # below each other: a panel may be narrower than both
         axes = add_axes(figure, x, y, width, height, name, "key word", pad=25)
-        place = {"xy": (0, 1), "xytext": (0, 14), "xycoords": "axes fraction", "textcoords": "offset points"}
-        axes.annotate(kl, **place, fontsize=FONT, color=MUTED)
+        corner, points = "axes fraction", "offset points"
+        axes.annotate(kl, (0, 1), (0, 14), xycoords=corner, textcoords=points, fontsize=FONT, color=MUTED)
         axes.patch.set(edgecolor=FAINT, hatch="//////")
         cells = colours(maps[i], scale)
         cells[maps[i] == 0] = 0
