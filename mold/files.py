@@ -76,6 +76,23 @@ def sole_use(folder: Path, name: str) -> Iterator[None]:
         os.close(lock)
 
 
+def check_writable(folder: Path, name: str) -> None:
+    """Whether a folder, which need not be there, can be written into: before the work whose results it is for.
+
+    Args:
+        folder: to be made, or there.
+        name: of the argument that names the folder, for messages.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}: is {str(folder)!r}, must be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}: is {str(folder)!r}, must be one that can be written: {there} cannot")
+
+
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
     """Write one JSON object a line, whole or not at all."""
     write_atomically(Path(path), b"".join(map(_line, rows)))
@@ -131,7 +148,7 @@ def json_lines(
         if line.strip():
             place = f"{path}:{number}"
             with json_errors(path, number):
-                row = json.loads(line)
+                row = json.loads(line.rstrip())  # without its end, behind which column 1 would be
             yield place, json_object(place, row)
 
 

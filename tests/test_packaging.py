@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -30,6 +31,17 @@ def test_native_is_built_where_the_tests_run():
     assert native.why_missing() is None
     overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["overrides"]
     assert overrides == [{"if": {"failed": True, "state": "wheel"}, "wheel": {"cmake": False}}]
+
+
+def test_the_page_of_the_package_leads_to_no_file():
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    page = readme = (ROOT / "README.md").read_text()
+    for change in hooks["fancy-pypi-readme"]["substitutions"]:
+        page = re.sub(change["pattern"], change["replacement"], page)
+    assert {link.partition(":")[0] for link in re.findall(r"\]\(([^)]*)\)", page)} == {"https"}
+    assert not re.search(r"training_step\.svg|training_step\.json|\[the benchmarks\]", page)
+    for kept in (r"^#.*", r"^- \*\*.*", r"```python\n(?s:.*?)```"):
+        assert re.findall(kept, page, re.MULTILINE) == re.findall(kept, readme, re.MULTILINE) != []
 
 
 WITHOUT_COMPILED_MODULES = """

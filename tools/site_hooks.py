@@ -12,7 +12,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>([.,:;)]*)', re.DOTALL)
 _RESULT = re.compile(r"\]\(((?:\.\./)*)\.\./benchmarks/results/(\w+)\.(?:md|txt)\b")
 
 
@@ -34,10 +34,11 @@ def on_page_markdown(markdown, **_):
 
 
 def on_page_content(content, **_):
-    """Write formulas as MathML."""
+    """Write formulas as MathML; no line begins with what punctuates them."""
 
     def written(found: re.Match) -> str:
         formula = convert(html.unescape(found[3]).strip(), display="block" if found[2] == "[" else "inline")
-        return f"<{found[1]}>{formula}</{found[1]}>"
+        formula = formula.replace("<mo>&#x0002B;</mo><mo>&#x0003D;</mo>", "<mo>+=</mo>")  # one operator
+        return f'<{found[1]} class="formula">{formula}{found[4]}</{found[1]}>'
 
     return _FORMULA.sub(written, content)

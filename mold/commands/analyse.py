@@ -15,11 +15,13 @@ from mold.data.chat import choose_template
 from mold.evaluation.analysis import key_word_mass
 from mold.files import write_atomically
 from mold.models import load_model, load_tokenizer
+from mold.processes import require_one_process
 from mold.report import drawing, plots
 
 
 def main(arguments: Sequence[str]) -> None:
     """Analyse, and show a table and where the plot is."""
+    require_one_process("mold analyse")
     options = parse("analyse", arguments)
     table = Table("attention to key words, %", "beginning", "end", "evenly spread: beginning", "end", "examples")
     for name, entry in analyse(options).items():

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rich import get_console
 from rich.table import Table
 from safetensors.torch import load_file
 from transformers.utils import logging
@@ -14,6 +13,7 @@ from transformers.utils import logging
 from mold.commands.inputs import load_models, load_teacher, make_student, read_data, student_config, teaching
 from mold.commands.options import Options
 from mold.commands.parsing import parse
+from mold.commands.progress import show
 from mold.commands.train import LOSSES, likelihoods, measure, predict, write_once
 from mold.data.chat import choose_template, recorded_template
 from mold.data.examples import Example, question_key
@@ -24,6 +24,7 @@ from mold.evaluation.predictions import score, wilson_interval
 from mold.files import digest, write_atomically, write_jsonl
 from mold.generation.batches import Journal
 from mold.models import weights_fingerprint
+from mold.processes import require_one_process
 from mold.training.router_training import ROUTER_FILE
 from mold.training.trainer import MoldTrainer
 
@@ -33,21 +34,23 @@ logger = logging.get_logger(__name__)
 def main(arguments: Sequence[str]) -> None:
     """Evaluate or compare, and show tables."""
     options = parse("eval", arguments)
-    wanted, say = options.evaluation, get_console().print
+    wanted = options.evaluation
     if not (options.data.dataset or wanted.eval_sets or wanted.lm_eval_tasks):
         raise ValueError("dataset: is not given, must name what to evaluate on (or give eval_sets or lm_eval_tasks)")
+    if wanted.eval_sets or wanted.lm_eval_tasks:
+        require_one_process("eval_sets" if wanted.eval_sets else "lm_eval_tasks")
     if wanted.lm_eval_tasks:
-        say(tasks_table(ask_tasks(options)))
+        show(tasks_table(ask_tasks(options)))
     if wanted.eval_sets:
         trained_on = read_data(options.data, require_rationale=False) if options.data.dataset else ()
         results = compare(options, trained_on)
-        say(comparison_table(results))
+        show(comparison_table(results))
         for remark in remarks(results):
-            say(remark)
-        say(f"predictions: {options.folder / 'predictions'}", soft_wrap=True)
+            show(remark)
+        show(f"predictions: {options.folder / 'predictions'}", soft_wrap=True)
     elif options.data.dataset:
-        say(evaluation_table(evaluate(options)))
-        say(f"predictions: {options.folder / 'predictions_eval.jsonl'}", soft_wrap=True)
+        show(evaluation_table(evaluate(options)))
+        show(f"predictions: {options.folder / 'predictions_eval.jsonl'}", soft_wrap=True)
 
 
 def evaluate(options: Options) -> dict:

@@ -6,11 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rich import get_console
-
 from mold.commands.inputs import load_split, load_teacher, read_data
 from mold.commands.options import DataOptions, Options
 from mold.commands.parsing import parse
+from mold.commands.progress import show
 from mold.data.chat import choose_template
 from mold.data.examples import Example
 from mold.method.extraction import extract_signals
@@ -29,9 +28,7 @@ def extract_and_say(options: Options, examples: Sequence[Example], teacher=None)
     start = time.perf_counter()
     cache = extract(options, examples, teacher)
     seconds = time.perf_counter() - start
-    get_console().print(
-        f"{len(cache)} teacher signals in {options.signals_folder} ({seconds:.0f} s)", soft_wrap=True, highlight=False
-    )
+    show(f"{len(cache)} teacher signals in {options.signals_folder} ({seconds:.0f} s)", soft_wrap=True, highlight=False)
     return seconds
 
 

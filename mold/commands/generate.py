@@ -23,6 +23,7 @@ from mold.generation.batches import Journal
 from mold.generation.prompting import load_prompt, prompt_for, use_chat
 from mold.generation.rationales import Sampling, read_given, write_rationales
 from mold.models import weights_fingerprint
+from mold.processes import require_one_process
 
 RATIONALES = "rationales.jsonl"
 JOURNAL = "journal.jsonl"
@@ -30,6 +31,7 @@ JOURNAL = "journal.jsonl"
 
 def main(arguments: Sequence[str]) -> None:
     """Generate, and show what came of it."""
+    require_one_process("mold generate")
     options = parse("generate", arguments)
     show_counts(generate(options), options.folder / RATIONALES)
 

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from rich import get_console
-from rich.table import Table
+from rich import box, get_console
+from rich.table import Column, Table
 
 from mold.commands.train import versions
 from mold_kernels import cuda, native
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     """Show what is here, and why something is missing."""
     if arguments:
         raise ValueError(f"{arguments[0]}: is no option of mold info, which has none")
-    table = Table("what", "here")
+    table = Table("what", Column("here", overflow="fold"))
     for name, version in versions().items():
         table.add_row(name, version)
     table.add_row("threads", str(torch.get_num_threads()))
@@ -38,8 +38,9 @@ def main(arguments: Sequence[str]) -> None:
     console = get_console()
     console.print(table)
     for op, rows in itertools.groupby(backend_rows(), key=lambda row: row[0]):
-        table = Table(*HEADER[1:], "here", title=op)
-        table.columns[HEADER.index("options") - 1].min_width = len("key_padding_mask")
+        columns = [Column(name, overflow="fold") for name in (HEADER[1], "here", *HEADER[2:])]
+        table = Table(*columns, title=op, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.columns[HEADER.index("options")].min_width = len("key_padding_mask,")
         for _, name, *cells in rows:
-            table.add_row(name, *cells, "missing" if reasons[name] else "yes")
+            table.add_row(name, "missing" if reasons[name] else "yes", *cells)
         console.print(table)

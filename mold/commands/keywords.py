@@ -17,10 +17,12 @@ from mold.files import digest, write_atomically, write_jsonl
 from mold.generation.batches import Journal
 from mold.generation.keywords import name_keywords
 from mold.generation.prompting import load_prompt, use_chat
+from mold.processes import require_one_process
 
 
 def main(arguments: Sequence[str]) -> None:
     """Name the key words, and show what came of it."""
+    require_one_process("mold keywords")
     options = parse("keywords", arguments)
     show_counts(keywords(options), options.folder / RATIONALES)
 

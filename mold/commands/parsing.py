@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from mold.commands.options import GROUPS, NEEDS, OURS, PLACE, TAKES, Options, names
 from mold.commands.verbosity import is_quiet
+from mold.files import check_writable
 from mold.training.config import MoldConfig
 
 logger = logging.get_logger(__name__)
@@ -90,7 +91,7 @@ def parse(command: str, arguments: Sequence[str], defaults: Mapping[str, Any] | 
     What the file has for other commands is left out, and said.
 
     Raises:
-        ValueError: as of `make_options`; the file has an option that no command has.
+        ValueError: as of `make_options`; the file has an option that no command has; output_dir cannot be written.
     """
     config, arguments = Parser([_File]).parse_known_args(arguments)
     chosen = dict(defaults or {})
@@ -100,7 +101,10 @@ def parse(command: str, arguments: Sequence[str], defaults: Mapping[str, Any] | 
         chosen |= pick(command, values)
         if others := sorted(values.keys() - chosen.keys()):
             logger.warning(f"{source}: left out what mold {command} does not take: {', '.join(others)}")
-    return make_options(command, chosen, arguments)
+    options = make_options(command, chosen, arguments)
+    if "output_dir" in NEEDS[command]:
+        check_writable(options.folder, "output_dir")
+    return options
 
 
 @dataclass

@@ -20,6 +20,12 @@ def say(line: str) -> None:
         get_console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+def show(result, **style) -> None:
+    """A result, once whatever the number of processes, where it shall be quiet too; `style` is that of rich's print."""
+    if PartialState().is_main_process:
+        get_console().print(result, **style)
+
+
 class StepBar(ProgressCallback):
     """A bar of the steps, on a terminal or not, without the dictionaries."""
 

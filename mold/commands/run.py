@@ -28,7 +28,8 @@ from mold.commands.recipe import Recipe, load_recipe
 from mold.commands.recipe_data import collect, row_of, teacher_examples
 from mold.data.segmentation import SegmentOptions
 from mold.evaluation.comparison import Run, read_run, summarise
-from mold.files import LOCK, digest, file_digest, read_json, write_atomically, write_jsonl
+from mold.files import LOCK, check_writable, digest, file_digest, read_json, write_atomically, write_jsonl
+from mold.processes import require_one_process
 from mold.report import drawing, plots
 from mold.report.page import write_comparison, write_report
 from mold.report.results import findings, markdown, table
@@ -43,7 +44,7 @@ def _parser(recipe: str | None) -> Parser:
     parser = Parser(usage=f"mold {recipe or 'run RECIPE'} [options]")
     add = parser.add_argument
     if recipe is None:
-        add("recipe", metavar="RECIPE", help="A recipe of the package (small, ...) or a YAML file.")
+        add("recipe", metavar="RECIPE", nargs="?", default="", help="A recipe of the package or a YAML file.")
     add("--data_dir", default="data", help="Folder of the data sets, {data_dir} in the recipe.")
     add("--output_dir", help="In place of the recipe's.")
     add("--set", action="append", default=[], help="KEY=VALUE, such as train.learning_rate=1e-4; may be repeated.")
@@ -68,6 +69,7 @@ def run(arguments: Sequence[str], recipe: str | None = None) -> None:
         arguments: of the command line.
         recipe: of a command of its own.
     """
+    require_one_process(f"mold {recipe or 'run'}")
     chosen = _parser(recipe).parse_args(arguments)
     changes = [*chosen.set, *([f"output_dir={chosen.output_dir}"] if chosen.output_dir else [])]
     loaded = load_recipe(recipe or chosen.recipe, chosen.data_dir, changes)
@@ -104,6 +106,7 @@ def run_recipe(recipe: Recipe, say: Callable[[str], None] = print) -> dict:
     """
     recipe.check_baseline()
     root = Path(recipe.output_dir)
+    check_writable(root, "output_dir")
     root.mkdir(parents=True, exist_ok=True)
     examples, tests, remarks = collect(recipe)
     for remark in remarks:

@@ -127,12 +127,15 @@ def _maps(
     room, longest = WIDTH - left - 0.75, CHARACTER * max(display_width(word) for word in words)
     width = max(room, 0.13 * m) if stacked else min(max(0.45 * m, 1.75), room / 3 - 0.2)
     turned = longest > 0.92 * width / m
-    height, above, below, foot = cell_height * s, 0.45, (longest if turned else 0.15) + 0.3, 0.22
+    height, above, below, foot = cell_height * s, 0.6, (longest if turned else 0.15) + 0.3, 0.22
     figure = make_figure(left + across * (width + 0.2) + 0.7, foot + down * (above + height + below))
     for i, title in enumerate(titles):
         x = left if stacked else left + i * (width + 0.2)
         y = foot + below + ((down - 1 - i) * (above + height + below) if stacked else 0)
-        axes = add_axes(figure, x, y, width, height, title, "key word", pad=14)
+        name, _, kl = title.partition(", ")  # below each other: a panel may be narrower than both
+        axes = add_axes(figure, x, y, width, height, name, "key word", pad=25)
+        corner, points = "axes fraction", "offset points"
+        axes.annotate(kl, (0, 1), (0, 14), xycoords=corner, textcoords=points, fontsize=FONT, color=MUTED)
         axes.patch.set(edgecolor=FAINT, hatch="//////")
         cells = colours(maps[i], scale)
         cells[maps[i] == 0] = 0

@@ -1,11 +1,12 @@
 import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from mold.files import append_jsonl, cut_torn_line, json_lines, sole_use, write_atomically, write_jsonl
+from mold.files import append_jsonl, check_writable, cut_torn_line, json_lines, sole_use, write_atomically, write_jsonl
 
 ROWS = [{"id": "a", "text": "½ 五 \n\u2028"}, {"id": "b", "text": None}]
 
@@ -113,3 +114,23 @@ def test_a_folder_is_held_against_other_processes_until_they_die(tmp_path):
     for _ in range(2):
         with sole_use(tmp_path, "output_dir"), sole_use(tmp_path / ".", "output_dir"):
             pass
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_it_is_made(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a" / "b", "output_dir")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=f"output_dir: is '{folder}', must be a folder: {tmp_path / 'file'} is a"):
+            check_writable(folder, "output_dir")
+    asked = []
+    monkeypatch.setattr(os, "access", lambda place, mode: asked.append((place, mode)))  # root may write anywhere
+    with pytest.raises(ValueError, match=f"output_dir: is '.*b', must be one that can be written: {tmp_path} cannot"):
+        check_writable(tmp_path / "a" / "b", "output_dir")
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_where_a_line_of_json_breaks_off(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"b": 2\n{"c": 3}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: is no JSON \(Expecting ',' delimiter, column 8\)"):
+        rows_of(tmp_path / "rows.jsonl")

@@ -54,11 +54,35 @@ def test_commands_that_are_none(mold):
     assert mold("evl")[2] == "mold: error: No such command 'evl'; did you mean eval?\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        *((command, []) for command in ("generate", "keywords", "analyse", "run", "demo")),
+        ("eval", ["--output_dir", "x", "--eval_sets", "a.jsonl"]),
+        ("eval", ["--output_dir", "x", "--lm_eval_tasks", "arc_easy"]),
+    ],
+)
+def test_what_several_processes_would_each_do(mold, monkeypatch, command, options):
+    """torchrun sets it; both would write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = options[2].strip("-") if options else f"mold {command}"
+    assert refusal(mold(command, *options)) == f"mold: error: {asked}: is asked for in 2 processes, must be in one"
+
+
+def test_the_folder_of_results_is_checked_before_the_work(mold, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    for command in ("generate", "keywords", "extract", "train", "analyse", "eval"):
+        options = ["--output_dir", "taken", "--dataset", "nowhere.jsonl"]
+        assert "output_dir: is 'taken', must be a folder" in refusal(mold(command, *options))
+
+
 def test_info(mold):
     status, out, _ = mold("info")
     assert status == 0
     for text in ("torch", "transformers", "GPUs", "backend reference", torch.__version__):
         assert text in out
+    assert "…" not in out  # what is too long for its column goes on in the next line
     assert "--all: is no option of mold info" in refusal(mold("info", "--all"))
 
 

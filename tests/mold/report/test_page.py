@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import sys
@@ -283,7 +284,22 @@ def test_nan_in_a_metric_is_shown():
         "kl_after": float("nan"),
     }
     assert ">NaN at layer 1<" in drawing.figure_to_svg(maps.teacher_student_layer_weights(entry).figure)
-    assert ", KL NaN nats<" in drawing.figure_to_svg(maps.attention_comparison(entry).figure)
+    assert ">KL NaN nats<" in drawing.figure_to_svg(maps.attention_comparison(entry).figure)
+
+
+@pytest.mark.parametrize("words", [3, 16])
+def test_what_is_written_over_maps_is_not_written_over(words):
+    """Sixteen key words are the most that stand side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    entry = attention_map(["What is asked?", "A step."], [str(100 + j) for j in range(words)])
+    figure = maps.attention_comparison(entry | {"kl_before": 0.000123, "kl_after": 0.000234}).figure
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    said = [text for text in figure.findobj(Text) if re.match(r"teacher|student|KL \d", text.get_text())]
+    assert len(said) == 5
+    for one, other in itertools.combinations([text.get_window_extent(renderer) for text in said], 2):
+        assert not one.overlaps(other)
 
 
 def test_what_does_not_vary_is_a_sentence():

@@ -32,6 +32,7 @@ def start(processes, module, *arguments):
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_the_command_line_in_two_processes(tmp_path):
         "logging_steps": 1,
         "max_new_tokens": 3,
     }
-    start(2, "mold.commands.cli", "extract", *flags(both))
+    assert start(2, "mold.commands.cli", "extract", *flags(both)).count("17 teacher signals in") == 1
     start(2, "mold.commands.cli", "train", *flags(both | training))
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
