@@ -6,6 +6,7 @@ Importing it never fails; `why_missing` says why the kernels cannot run. Argumen
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 _cuda: Any
 try:
-    from mold_kernels import _cuda  # type: ignore[attr-defined, no-redef]
+    _cuda = importlib.import_module("mold_kernels._cuda")
 except ImportError as error:
     _cuda = None
     _why_missing = (

@@ -3,6 +3,7 @@
 Importing it never fails; `why_missing` says why the module is not there. Arguments were checked by the public function.
 """
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 _native: Any
 try:
-    from mold_kernels import _native  # type: ignore[attr-defined, no-redef]
+    _native = importlib.import_module("mold_kernels._native")
 except ImportError as error:  # not built, built for another Python, or a library that it needs is not there
     _native = None
     _why_missing = (
