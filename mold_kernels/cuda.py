@@ -15,7 +15,7 @@ import torch
 
 _cuda: Any
 try:
-    _cuda = importlib.import_module("mold_kernels._cuda")
+    _cuda = importlib.import_module(f"{__package__}._cuda")
 except ImportError as error:
     _cuda = None
     _why_missing = (

@@ -12,7 +12,7 @@ import torch
 
 _native: Any
 try:
-    _native = importlib.import_module("mold_kernels._native")
+    _native = importlib.import_module(f"{__package__}._native")
 except ImportError as error:  # not built, built for another Python, or a library that it needs is not there
     _native = None
     _why_missing = (
