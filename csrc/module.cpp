@@ -76,24 +76,31 @@ void attention_with_lse_backward(
         grad_out, grad_lse, q, k, v, visibility_of(seen), out, lse, dq, dk, dv, threads);
 }
 
-// (row_spans, key_spans, row_piece, row_start, before, columns, whether rows are averaged)
-using Plan = std::tuple<View, const View*, View, View, View, View, bool>;
+// (row_spans, key_spans, whether every key in them is a key word, most rows of a piece, row_reduction)
+using Spans = std::tuple<const View*, const View*, bool, std::int64_t, std::string>;
+
+std::vector<mold::SpanPlan> plans_of(const Spans& spans, const View& q, const View& k, bool list_columns) {
+    const auto& [row_spans, key_spans, every_key, piece_rows, reduction] = spans;
+    const mold::SpanSizes sizes{q.sizes[2], k.sizes[2], piece_rows};
+    return plan_spans(
+        *row_spans, *key_spans, every_key, sizes, mold::row_reduction_named(reduction), list_columns || !every_key);
+}
 
 void span_attention_forward(
-    const View& q, const View& k, const View& lse, const Plan& plan, const Seen& seen, const View& pooled,
-    int threads) {
-    const auto plans = std::apply(mold::plan_spans, plan);
-    const auto forward = std::get<1>(plan) ? mold::level().kernels->span_attention_forward
-                                           : mold::level().kernels->key_attention_forward;
-    forward(q, k, lse, plans.data(), visibility_of(seen), pooled, threads);
+    const View& q, const View& k, const View& lse, const Spans& spans, const Seen& seen, const View& pooled,
+    const View* first, int threads) {
+    const auto plans = plans_of(spans, q, k, false);
+    const mold::Kernels& kernels = *mold::level().kernels;
+    const auto forward = std::get<2>(spans) ? kernels.key_attention_forward : kernels.span_attention_forward;
+    forward(q, k, lse, plans.data(), visibility_of(seen), pooled, first, threads);
 }
 
 void span_attention_backward(
-    const View& grad, const View& q, const View& k, const View& lse, const Plan& plan, const Seen& seen, const View& dq,
-    const View& dk, const View& dlse, int threads) {
-    const auto plans = std::apply(mold::plan_spans, plan);
+    const View& grad, const View& q, const View& k, const View& lse, const View* first, const Spans& spans,
+    const Seen& seen, const View& dq, const View& dk, const View& dlse, int threads) {
+    const auto plans = plans_of(spans, q, k, true);
     mold::level().kernels->span_attention_backward(
-        grad, q, k, lse, plans.data(), visibility_of(seen), dq, dk, dlse, threads);
+        grad, q, k, lse, first, plans.data(), visibility_of(seen), dq, dk, dlse, threads);
 }
 
 void layer_mixture_kl_forward(

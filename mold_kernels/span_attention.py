@@ -52,9 +52,6 @@ from mold_kernels.visibility import (
 _BLOCK_ELEMENTS = 1 << 22
 """Most probabilities that the torch backend holds at once (16 MiB in float32)."""
 
-_NATIVE_ROWS = 192
-"""Most rows of a piece, over all the query heads of a key head: its scores and queries stay in the cache."""
-
 
 def span_attention(
     q: torch.Tensor,
@@ -168,7 +165,7 @@ def _check_batch(row_spans, batch, cu_seqlens, lengths):
 
 
 _PREPARE = {
-    "native": lambda plan, q, k: list(plan.pieces(max(1, _NATIVE_ROWS * k.shape[1] // q.shape[1]))),
+    "native": lambda plan, q, k: [plan.key_spans],
     "triton": lambda plan, q, k: list(
         plan.pieces(choose_tile("span_attention_backward_dk", q).m, joined=len(plan.row_spans) > len(q))
     ),
@@ -341,7 +338,6 @@ SPAN_ATTENTION = Op(
             native.span_attention_forward,
             native.span_attention_backward,
             dtypes=native.DTYPES,
-            options=tuple(option for option in _OPTIONS if option != 'row_reduction="max"'),
         ),
         Backend.of_triton(
             "span_attention",
