@@ -200,4 +200,9 @@ def _views(*tensors: torch.Tensor | None) -> list:
 
 def _view(tensor: torch.Tensor):
     # The view does not own the memory: the caller holds the tensor until the kernel returns.
-    return _native.View(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), tensor.shape, tensor.stride())
+    return _native.View(tensor.data_ptr(), _CODES[tensor.dtype], tensor.shape, tensor.stride())
+
+
+_CODES = (
+    {getattr(torch, name): code for name, code in _native.Dtype.__members__.items()} if is_available() else {}
+)

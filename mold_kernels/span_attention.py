@@ -144,7 +144,7 @@ def span_attention(
     ranges = visible_ranges(k.shape[2], sliding_window, cu_seqlens, q.device)
     tensors = q, k, lse, *spans, first, ranges, _PREPARE[chosen.name](plan, q, k)
     groups = reference.head_groups(heads, q, k)
-    pooled = SPAN_ATTENTION.operator(*tensors, scale, softcap, causal, groups, row_reduction, chosen.name)
+    pooled = SPAN_ATTENTION(*tensors, scale, softcap, causal, groups, row_reduction, chosen.name)
     return pooled.squeeze(1) if heads == "mean" else pooled
 
 
