@@ -167,7 +167,11 @@ def _check_batch(row_spans, batch, cu_seqlens, lengths):
 _PREPARE = {
     "native": lambda plan, q, k: [plan.key_spans],
     "triton": lambda plan, q, k: list(
-        plan.pieces(choose_tile("span_attention_backward_dk", q).m, joined=len(plan.row_spans) > len(q))
+        plan.pieces(
+            choose_tile("span_attention_backward_dk", q).m,
+            joined=len(plan.row_spans) > len(q),
+            each_key=plan.every_key,
+        )
     ),
     "cuda": lambda plan, q, k: list(plan.columns(cuda.TILE)),
     "torch": lambda plan, q, k: list(plan.columns(1)),
@@ -343,7 +347,7 @@ SPAN_ATTENTION = Op(
             "span_attention",
             "span_attention",
             head_dim=_triton.HEAD_DIM,
-            options=tuple(option for option in _OPTIONS if option not in ('row_reduction="max"', "key_spans=None")),
+            options=tuple(option for option in _OPTIONS if option != 'row_reduction="max"'),
         ),
         Backend(
             "cuda",

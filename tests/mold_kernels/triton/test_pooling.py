@@ -48,23 +48,27 @@ def test_every_tile_over_a_cache(tile):
     test_attention(37, 37, {"causal": False}, False)
 
 
+@pytest.mark.parametrize("every_key", [False, True])
 @pytest.mark.parametrize(("rows", "keys", "options"), [*CASES, PACKED])
-def test_span_attention(rows, keys, options):
+def test_span_attention(rows, keys, options, every_key):
     batch = 1 if "cu_seqlens" in options else 2
     q, k, _ = make_qkv(rows, keys, (4, 2), dtype=torch.float32, batch=batch)
     generator = torch.Generator().manual_seed(2)
-    spans = random_spans(generator, batch, 6, rows), random_spans(generator, batch, 9, keys)
-    assert_matches_reference(q, k, *spans, "mean", "triton", heads="all", **options)
+    row_spans, key_spans = random_spans(generator, batch, 6, rows), random_spans(generator, batch, 9, keys)
+    key_spans = None if every_key else key_spans
+    assert_matches_reference(q, k, row_spans, key_spans, "mean", "triton", heads="all", **options)
 
 
+@pytest.mark.parametrize("every_key", [False, True])
 @pytest.mark.parametrize("heads", ["mean", "group", "all"])
-def test_seven_heads_of_a_key_head(heads):
+def test_seven_heads_of_a_key_head(heads, every_key):
     q, k, _ = make_qkv(21, 53, (7, 1), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
-    spans = random_spans(generator, 2, 6, 21), random_spans(generator, 2, 9, 53)
-    assert_matches_reference(q, k, *spans, "sum", "triton", heads=heads)
+    row_spans, key_spans = random_spans(generator, 2, 6, 21), random_spans(generator, 2, 9, 53)
+    assert_matches_reference(q, k, row_spans, None if every_key else key_spans, "sum", "triton", heads=heads)
 
 
+@pytest.mark.parametrize("every_key", [False, True])
 @pytest.mark.parametrize("heads", ["mean", "all"])
-def test_packed_sequences(heads):
-    check_packed_sequences([0, 5, 5, 20, 37], heads, False, torch.float32, "triton")
+def test_packed_sequences(heads, every_key):
+    check_packed_sequences([0, 5, 5, 20, 37], heads, every_key, torch.float32, "triton")
