@@ -124,8 +124,8 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
     if case.options:
         valid, ranges, softcap = mask, tensor(2, length, dtype=torch.int32), 30.0
         first = tensor(batch, dtype=torch.int32)
-    for causal in (True, False) if case.options else (True,):
-        tail = valid, first if causal else None, ranges, 0.1, softcap, causal
+    for causal, padded in ((True, valid), (False, valid)) if case.options else ((True, None), (True, mask)):
+        tail = padded, first if causal else None, ranges, 0.1, softcap, causal
         out, _ = attention.attention_with_lse_forward(q, k, v, *tail)
         attention.attention_with_lse_backward(out, lse, q, k, v, out, lse, *tail)
         attention.attention_lse_forward(q, k, *tail)
@@ -145,8 +145,9 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
             groups,
             "mean" if case.options else "sum",
         )
-        pooled = span_attention.span_attention_forward(q, k, lse, *spans, *tail)
-        span_attention.span_attention_backward(pooled, q, k, lse, *spans, *tail)
+        for of_keys in (spans[1], None):
+            pooled = span_attention.span_attention_forward(q, k, lse, spans[0], of_keys, *tail)
+            span_attention.span_attention_backward(pooled, q, k, lse, spans[0], of_keys, *tail)
     value_pool.value_pool_forward(v, mask, 1e-6)
     value_pool.value_pool_backward(tensor(batch, kv_heads * case.head_dim, dtype=torch.float32), v, mask, 1e-6)
     maps = tensor(layers, batch, steps, keys, dtype=torch.float32)

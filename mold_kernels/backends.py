@@ -193,7 +193,9 @@ class Op:
 
         Two dispatches into Python take as long as the kernel of a decoded token does.
         """
-        return self._run(arguments, self.fake, lambda line: line.forward) if _unseen(arguments) else self.operator(*arguments)
+        if _unseen(arguments):
+            return self._run(arguments, self.fake, lambda line: line.forward)
+        return self.operator(*arguments)
 
     def _run(self, arguments, fake, function):
         """An operator's implementation. What is made of nothing is zeros: no kernel sees an empty tensor."""
@@ -257,10 +259,10 @@ def _unseen(arguments) -> bool:
         or torch.autograd._profiler_enabled()
     ):
         return False
-    differentiates = torch.is_grad_enabled()
-    return not any(
-        isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or (differentiates and x.requires_grad)) for x in arguments
-    )
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return all(type(x) in _PLAIN for x in tensors)
 
 
 _PLAIN = torch.Tensor, torch.nn.Parameter

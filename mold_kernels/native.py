@@ -143,9 +143,7 @@ def _pool(pooled, maxima, q, k, lse, row_spans, key_spans, first, ranges, every,
     spans = _spans(q, k, row_spans, key_spans, every, row_reduction)
     q, k, lse, first = _shared(len(row_spans), q, k, lse, first)
     seen = _seen(None, first, ranges, scale, softcap, causal)
-    _native.span_attention_forward(
-        *_views(q, k, lse), spans, seen, *_views(pooled, maxima), torch.get_num_threads()
-    )
+    _native.span_attention_forward(*_views(q, k, lse), spans, seen, *_views(pooled, maxima), torch.get_num_threads())
 
 
 def _shared(batch, q, *others):
@@ -203,6 +201,4 @@ def _view(tensor: torch.Tensor):
     return _native.View(tensor.data_ptr(), _CODES[tensor.dtype], tensor.shape, tensor.stride())
 
 
-_CODES = (
-    {getattr(torch, name): code for name, code in _native.Dtype.__members__.items()} if is_available() else {}
-)
+_CODES = {getattr(torch, name): code for name, code in _native.Dtype.__members__.items()} if is_available() else {}

@@ -262,8 +262,8 @@ def _maxima(q, k, lse, row_spans, key_spans, columns, seen, groups):
             of_step = values.masked_fill(~inside[:, None, :, None], -1)
             most = of_step.amax(2)
             # Of equal rows argmax takes any.
-            at = torch.where(of_step == most[:, :, None], row[:, None], q.shape[2]).amin(2)
-            more = most > largest[:, :, step]
+            at = torch.where(of_step.isnan() | (of_step == most[:, :, None]), row[:, None], q.shape[2]).amin(2)
+            more = most.isnan() | (most > largest[:, :, step])
             largest[:, :, step] = most.where(more, largest[:, :, step])
             first[:, :, step] = at.where(more, first[:, :, step])
     return largest, first

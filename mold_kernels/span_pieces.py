@@ -127,9 +127,8 @@ class SpanPlan:
         Ascending; padded with Tk, which no row sees. Waits for the device once, to read N.
         """
         if multiple not in self._columns:
-            pieces = next((pieces for (_, *other), pieces in self._pieces.items() if not any(other)), None) or self.pieces(
-                max(self.length, 1)
-            )
+            found = [pieces for (_, *other), pieces in self._pieces.items() if not any(other)]
+            pieces = found[0] if found else self.pieces(max(self.length, 1))
             with _outside_inference_mode():
                 # Inside torch.compile nothing is read: there are as many columns as there can be.
                 most = (

@@ -3,8 +3,8 @@
 The derivation is in `mold_kernels.attention`. Forward: a program holds BLOCK_M rows of one head and walks the keys they
 see. Backward, deterministic without atomics: one kernel for dq (a program holds rows and walks keys; it also stores
 delta = rowsum(dout o out) - dlse), then one for dk and dv (a program holds keys and walks the rows that see them, of
-all the query heads of its key head). Padding before and behind an example's real keys is neither walked nor masked; where
-some lies between them, every tile is.
+all the query heads of its key head). Padding before and behind an example's real keys is neither walked nor masked;
+where some lies between them, every tile is masked.
 
 Cost with P = B Hq T^2 / 2 visible pairs: forward 4 P D FLOPs; backward 6 P D for dq and 8 P D for dk and dv, where
 5 products of 2 P D would do with atomics. Without v: 2 P D, and 4 P D in either part of the backward.

@@ -43,6 +43,41 @@ def test_attention(rows, keys, options, masked):
     check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, "triton", options)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("real", [(32, 96), (0, 64), (32, 64), (40, 59), (96, 96)])
+def test_padding_is_not_walked(real, causal):
+    """Whole tiles of padding hold what would spoil every sum that it were in, were it hidden or not."""
+    q, k, v = make_qkv(96, 96, (2, 1), dtype=torch.float32)
+    mask = torch.zeros(2, 96, dtype=torch.bool)
+    mask[:, slice(*real)] = True
+    poisoned = [tensor.clone() for tensor in (k, v)]
+    for tensor in poisoned:
+        tensor[:, :, : real[0] // 32 * 32] = torch.nan
+        tensor[:, :, -(-real[1] // 32) * 32 :] = torch.nan
+    if real[0] % 32 == 0:  # a tile begins with the first real key
+        options = {"key_padding_mask": mask, "causal": causal}
+        out, lse = attention_with_lse(q, *poisoned, backend="triton", **options)
+        expected = reference.attention_with_lse(q, k, v, **options)
+        torch.testing.assert_close((out, lse), expected, rtol=1e-5, atol=1e-5)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (q.shape, q.shape[:3])]
+    options = {"causal": causal, "key_padding_mask": mask}
+    outputs = ["out", "lse", "dq", "dk", "dv"]
+    check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, "triton", options)
+
+
+def test_padding_between_real_keys():
+    q, k, v = make_qkv(80, 80, (2, 1), dtype=torch.float32)
+    mask = torch.rand(2, 80, generator=torch.Generator().manual_seed(0)) < 0.8
+    mask[1] = torch.arange(80) >= 16
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (q.shape, q.shape[:3])]
+    outputs = ["out", "lse", "dq", "dk", "dv"]
+    for causal in (True, False):
+        options = {"causal": causal, "key_padding_mask": mask}
+        check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, "triton", options)
+
+
 def test_every_tile_over_a_cache(tile):
     test_attention(21, 53, {}, False)
     test_attention(37, 37, {"causal": False}, False)
