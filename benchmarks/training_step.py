@@ -7,11 +7,14 @@ none: torch's SDPA, no attention loss; plain: the "mold" attention, no attention
     python -m benchmarks.training_step --bf16 --contenders none ours          # bfloat16 autocast
     python -m benchmarks.training_step --bf16 --contenders none ours --shape gemma3-270m --lengths 2048 4096
     python -m benchmarks.training_step --checkpointing --lengths 16384 --peak-of ours    # a long rationale
+    python -m benchmarks.training_step --checkpointing --lengths 16384 --contenders none ours --paragraphs \
+        --shape smollm2-8-layers --bf16 --rounds 2
 
 A step is forward and backward of cross-entropy (with the attention loss where there is one), batch 1, float32 weights
 drawn at random; no optimizer, which would only make the ratios smaller. The contenders take turns in one process and
 their medians are compared; peak memory is that of a fresh process that runs two steps of one contender.
 --checkpointing makes activations again in the backward pass and takes cross-entropy a chunk of tokens at a time.
+--paragraphs has steps and key words as of step_unit "paragraph" and key_scope "question".
 """
 
 from __future__ import annotations
@@ -49,6 +52,16 @@ SHAPES = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "smollm2-8-layers": {
+        "config": LlamaConfig,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "gemma3-270m": {  # a window of 512 tokens in five layers of six
         "config": Gemma3TextConfig,
         "vocab_size": 262144,
@@ -71,13 +84,14 @@ SHAPES = {
     },
 }
 TEACHER_LAYERS = 30
-TOKENS_A_STEP, TOKENS_A_KEY_WORD = 45, 13  # of GSM8K's human rationales: 4.6 steps, 16 numbers in about 210 tokens
+# Sentences and numbers of GSM8K's human rationales: 4.6 steps, 16 numbers in about 210 tokens. Paragraphs are assumed.
+TOKENS_A_STEP, TOKENS_A_KEY_WORD, TOKENS_OF_A_QUESTION = {"sentence": 45, "paragraph": 160}, 13, 256
 
 
 class TrainingStep:
     """Forward and backward of one example of T tokens."""
 
-    def __init__(self, shape: str, length: int, checkpointing: bool = False, bf16: bool = False):
+    def __init__(self, shape: str, length: int, checkpointing: bool, bf16: bool, paragraphs: bool):
         torch.manual_seed(0)
         options = {"max_position_embeddings": length, **SHAPES[shape]}
         self.model = AutoModelForCausalLM.from_config(options.pop("config")(**options)).train()
@@ -88,10 +102,11 @@ class TrainingStep:
         self.loss = MoldLoss.for_config(self.model.config)
         self.ids = torch.randint(self.model.config.vocab_size, (1, length))
         self.regions = torch.full((1, length), RATIONALE)
-        steps, keys = max(2, length // TOKENS_A_STEP), max(2, length // TOKENS_A_KEY_WORD)
+        unit, scope = ("paragraph", min(length, TOKENS_OF_A_QUESTION)) if paragraphs else ("sentence", length)
+        steps, keys = max(2, length // TOKENS_A_STEP[unit]), max(2, scope // TOKENS_A_KEY_WORD)
         borders = torch.linspace(0, length, steps + 1).int()
         self.rows = torch.stack([borders[:-1], borders[1:]], -1)[None]
-        starts = torch.linspace(1, length - 3, keys).int()
+        starts = torch.linspace(1, scope - 3, keys).int()
         self.keys = torch.stack([starts, starts + 1 + torch.arange(keys) % 2], -1)[None].int()
         self.counts = torch.tensor([steps]), torch.tensor([keys])
         self.teacher = torch.rand(1, TEACHER_LAYERS, steps, keys)
@@ -137,10 +152,10 @@ class TrainingStep:
         return loss
 
 
-def peak_memory(shape: str, length: int, contender: str, bf16: bool) -> float | None:
+def peak_memory(shape: str, length: int, contender: str, flags: dict[str, bool]) -> float | None:
     """Peak resident GiB of a fresh process that runs two steps; None if it ran out of memory."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--shape", shape, "--lengths", str(length)]
-    command += ["--bf16"] * bf16
+    command += [f"--{name}" for name, given in flags.items() if given]
     done = subprocess.run([*command, "--peak-of", contender], capture_output=True, text=True, check=False)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
@@ -165,12 +180,16 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="none is needed")
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
     parser.add_argument("--steps", type=int, default=2, help="of --peak-of")
-    parser.add_argument("--checkpointing", action="store_true", help="with --peak-of, but not eager")
+    parser.add_argument("--checkpointing", action="store_true", help="not eager")
+    parser.add_argument("--paragraphs", action="store_true", help="as steps, and key words of the question alone")
     parser.add_argument("--peak-of", choices=CONTENDERS, help="run steps, print seconds of each and peak memory in GiB")
     parser.add_argument("--output", type=Path, help="also write the rows and the versions as JSON")
     arguments = parser.parse_args()
+    if arguments.checkpointing and "eager" in ([arguments.peak_of] if arguments.peak_of else arguments.contenders):
+        parser.error("--checkpointing: is given, must not be with eager, whose forward is another")
+    flags = {name: getattr(arguments, name) for name in ("checkpointing", "bf16", "paragraphs")}
     if arguments.peak_of:
-        step = TrainingStep(arguments.shape, arguments.lengths[0], arguments.checkpointing, arguments.bf16)
+        step = TrainingStep(arguments.shape, arguments.lengths[0], **flags)
         for _ in range(arguments.steps):
             start = time.perf_counter()
             step.run(arguments.peak_of)
@@ -184,10 +203,10 @@ def main() -> None:
     print(f"{arguments.shape}, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'T':>6} {'':6} {'median s':>9} {'min..max s':>14} {'time ratio':>11} {'peak GiB':>9} {'memory ratio':>13}")
     for length in arguments.lengths:
-        step = TrainingStep(arguments.shape, length, bf16=arguments.bf16)
+        step = TrainingStep(arguments.shape, length, **flags)
         times = measured_times(step, arguments.contenders, arguments.rounds)
         del step
-        peaks = {name: peak_memory(arguments.shape, length, name, arguments.bf16) for name in times}
+        peaks = {name: peak_memory(arguments.shape, length, name, flags) for name in times}
         for contender in times:
             median, peak = statistics.median(times[contender]), peaks[contender]
             row = {

@@ -148,8 +148,9 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
         for of_keys in (spans[1], None):
             pooled = span_attention.span_attention_forward(q, k, lse, spans[0], of_keys, *tail)
             span_attention.span_attention_backward(pooled, q, k, lse, spans[0], of_keys, *tail)
-    value_pool.value_pool_forward(v, mask, 1e-6)
-    value_pool.value_pool_backward(tensor(batch, kv_heads * case.head_dim, dtype=torch.float32), v, mask, 1e-6)
+    for borders in (None, tensor(4, dtype=torch.int32)) if case.options else (None,):
+        upstream = value_pool.value_pool_forward(v, mask, borders, 1e-6)
+        value_pool.value_pool_backward(upstream, v, mask, borders, 1e-6)
     maps = tensor(layers, batch, steps, keys, dtype=torch.float32)
     weights, counts = tensor(batch, layers, dtype=torch.float32), tensor(batch, dtype=torch.int64)
     loss, mixture_grad = layer_mixture_kl.layer_mixture_kl_forward(

@@ -77,6 +77,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from mold.method.chunked_mlp import chunk_length, chunk_mlps, decoder_layers
 from mold.method.layer_mixture import loss_of_mixture
 from mold.method.signal_settings import SIGNAL_LAYERS
 from mold.models import config_of_layers
@@ -181,6 +182,7 @@ class Setup:
     bf16: autocast of float32 weights.
     offload: whether what checkpointing keeps of each layer lies in the host's memory.
     cross_entropy: "full", or "chunked"; "liger" is planned as that.
+    mlp_chunk_size: tokens that an MLP takes at a time; None: all.
     optim: the optimizer's name as transformers has it.
     attention: "mold", or "eager": T x T maps of every layer, as output_attentions=True makes them elsewhere.
     tasks: texts that an example is trained as, see `MoldConfig.tasks`.
@@ -193,6 +195,7 @@ class Setup:
     peft_config: of an adapter (peft's LoraConfig or its like); None: every weight is trained.
     load_in_4bit: linear layers but the output in 4 bits.
     teacher, teacher_dtype: the configuration and dtype of a teacher that runs beside the student; None: none does.
+    teacher_chunk_size: tokens that it, or an MLP of it, takes at a time; None: all.
     learned: share of the tokens that have a cross-entropy.
     """
 
@@ -204,6 +207,7 @@ class Setup:
     activation_checkpointing: bool = False
     offload: bool = False
     cross_entropy: str = dataclasses.field(default="full", metadata=_TRAINING["cross_entropy"].metadata)
+    mlp_chunk_size: int | None = None
     optim: str = "adamw_torch_fused"
     attention: str = dataclasses.field(default="mold", metadata={"choices": ["mold", "eager"]})
     tasks: int = 1
@@ -213,6 +217,7 @@ class Setup:
     load_in_4bit: bool = False
     teacher: PretrainedConfig | None = None
     teacher_dtype: str = dataclasses.field(default="float32", metadata={"choices": ["float32", "bfloat16"]})
+    teacher_chunk_size: int | None = None
     learned: float = 1.0
     step_unit: str = dataclasses.field(default="sentence", metadata=_TRAINING["step_unit"].metadata)
     max_reasoning_steps: int | None = None
@@ -326,7 +331,7 @@ def _repeated(few: list[_Operator], more: list[_Operator], times: float) -> list
 @functools.cache
 def _like_layers(text: str) -> bool:
     model = _model(AutoConfig.for_model(**json.loads(text)), "float32", _PLANNED)
-    shapes = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in _layers(model)]
+    shapes = [[(name, p.shape) for name, p in layer.named_parameters()] for layer in decoder_layers(model)]
     return len(shapes) > _RUN[1] and all(one == shapes[0] for one in shapes)
 
 
@@ -337,12 +342,6 @@ def _has_like_layers(config: PretrainedConfig) -> bool:
     return _like_layers(config.to_json_string(use_diff=False))
 
 
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Of a decoder."""
-    count = model.config.num_hidden_layers
-    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), nn.ModuleList())
-
-
 def _plan(config: PretrainedConfig, setup: Setup) -> Plan:
     """`plan_step` of all layers, operator by operator."""
     tracker = _Tracker()
@@ -350,6 +349,8 @@ def _plan(config: PretrainedConfig, setup: Setup) -> Plan:
     parameters = sum(p.numel() for p in model.parameters())
     model = _as_trained(model, setup)
     teacher = None if setup.teacher is None else _model(setup.teacher, setup.teacher_dtype, _PLANNED)
+    if teacher is not None and setup.teacher_chunk_size is not None:
+        chunk_mlps(teacher, "teacher_chunk_size", setup.teacher_chunk_size, planned=_planned_chunks)
     with FakeTensorMode(), tracker:
         _on_fake_cpu(model)
         if teacher is not None:
@@ -436,6 +437,8 @@ def _as_trained(model, setup):
             _quantize(model, torch.bfloat16 if setup.bf16 else getattr(torch, setup.dtype))
         if setup.peft_config is not None:
             model = add_adapter(model, copy.deepcopy(setup.peft_config))  # peft writes into it
+    if setup.mlp_chunk_size is not None:
+        chunk_mlps(without_adapter(model), "mlp_chunk_size", setup.mlp_chunk_size, planned=_planned_chunks)
     if setup.activation_checkpointing:
         # Saving the random state reads values, which there are none of.
         new = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.19
@@ -523,7 +526,10 @@ def _signals(teacher, config, setup):
     if not setup.trains_attention or setup.attention == "eager":
         return None
     if teacher is not None:
-        return _observe(teacher, setup.texts, setup.length, setup.spans)
+        texts = setup.texts
+        some = texts if setup.teacher_chunk_size is None else max(1, setup.teacher_chunk_size // setup.length)
+        parts = [min(some, texts - start) for start in range(0, texts, some)]
+        return torch.cat([_observe(teacher, part, setup.length, setup.spans) for part in parts], 1)
     layers = setup.teacher_layers or config.num_hidden_layers
     return torch.empty(1 if setup.signal_layers == "mixture" else layers, setup.texts, *setup.spans)
 
@@ -631,7 +637,7 @@ def _tracker() -> _Tracker:
 
 def _mark_layers(model: PreTrainedModel, tracker: _Tracker) -> None:
     """The backward's phases end where the last layer but one and the second one have their gradients."""
-    layers = _layers(without_adapter(model))
+    layers = decoder_layers(without_adapter(model))
     for place in (-2, 1) if len(layers) > 2 else ():
         trained = next((p for p in layers[place].parameters() if p.requires_grad), None)
         if trained is not None:
@@ -670,6 +676,50 @@ class _Saved:
     def __init__(self, ctx, tensors):
         self.saved_tensors, self.needs_input_grad = tensors, ctx.needs_input_grad
         self.softcap, self.chunk_size = ctx.softcap, ctx.chunk_size
+
+
+def _planned_chunks(forward, tokens, hidden):
+    """See `mold.method.chunked_mlp`."""
+    size = chunk_length(tokens, hidden)
+    if hidden.shape[1] <= size:
+        return forward(hidden)
+    mlp = forward.args[0]
+    return _PlannedChunks.apply(forward, size, hidden, *(p for p in mlp.parameters() if p.requires_grad))
+
+
+class _PlannedChunks(torch.autograd.Function):
+    """Two chunks of an MLP stand for all, in the forward and where the backward computes each again."""
+
+    @staticmethod
+    def forward(ctx, forward, size, hidden, *trained):
+        ctx.forward, ctx.size = forward, size
+        ctx.save_for_backward(hidden, *trained)
+
+        def run(tokens):
+            for chunk in hidden[:, :tokens].split(size, 1):
+                forward(chunk)
+
+        _run_chunks(run, hidden.shape[1], size)
+        outputs = torch.empty_like(hidden)  # of the chunks, until they are one
+        return torch.empty_like(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, *trained = ctx.saved_tensors
+        gradients = torch.empty_like(hidden) if ctx.needs_input_grad[2] else None
+
+        def run(tokens):
+            for chunk, upstream in zip(hidden[:, :tokens].split(ctx.size, 1), grad.split(ctx.size, 1), strict=False):
+                found = gradients_of(chunk.detach().requires_grad_(), upstream)
+            return found
+
+        @torch.enable_grad()
+        def gradients_of(chunk, upstream):
+            return torch.autograd.grad(ctx.forward(chunk), [chunk, *trained], upstream)[1:]
+
+        found = _run_chunks(run, hidden.shape[1], ctx.size)
+        return None, None, None if gradients is None else torch.empty_like(gradients), *found
 
 
 def _run_chunks(run: Callable[[int], Any], tokens: int, chunk_size: int):
@@ -752,6 +802,7 @@ SAVERS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"activation_checkpointing": True},
     "its states in the host's memory": {"activation_checkpointing": True, "offload": True},
     "chunked cross-entropy": {"cross_entropy": "chunked"},
+    "MLPs in chunks": {"mlp_chunk_size": 4096},
     "bfloat16 autocast": {"bf16": True},
     "bfloat16 weights": {"dtype": "bfloat16", "bf16": False},
     "8-bit optimizer": {"optim": "adamw_bnb_8bit"},

@@ -3,6 +3,8 @@
 Importing it never fails; `why_missing` says why the module is not there. Arguments were checked by the public function.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -179,17 +181,31 @@ def layer_mixture_kl_backward(grad, mixture_grad, student, weights):
     return dstudent, dweights
 
 
-def value_pool_forward(v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
-    batch, heads, _, width = v.shape
-    pooled = v.new_empty(batch, heads * width, dtype=torch.promote_types(v.dtype, torch.float32))
-    _native.value_pool_forward(_view(v), _view(mask), eps, _view(pooled), torch.get_num_threads())
+def value_pool_forward(v, mask, cu_seqlens, eps) -> torch.Tensor:
+    sequences = len(v) if cu_seqlens is None else len(cu_seqlens) - 1
+    pooled = v.new_zeros(sequences, v.shape[1] * v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32))
+    for rows, tokens in _sequences(cu_seqlens):
+        views = [_view(part) for part in (v[:, :, tokens], mask[:, tokens], pooled[rows])]
+        _native.value_pool_forward(*views[:2], eps, views[2], torch.get_num_threads())
     return pooled
 
 
-def value_pool_backward(u: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, eps: float) -> torch.Tensor:
+def value_pool_backward(u, v, mask, cu_seqlens, eps) -> torch.Tensor:
     dv, u = torch.empty_like(v), u.contiguous()
-    _native.value_pool_backward(_view(u), _view(v), _view(mask), eps, _view(dv), torch.get_num_threads())
+    for rows, tokens in _sequences(cu_seqlens):
+        views = [_view(part) for part in (u[rows], v[:, :, tokens], mask[:, tokens], dv[:, :, tokens])]
+        _native.value_pool_backward(*views[:3], eps, views[3], torch.get_num_threads())
     return dv
+
+
+def _sequences(cu_seqlens: torch.Tensor | None) -> Iterator[tuple[slice, slice]]:
+    """(rows of the result, tokens) of each packed sequence that has tokens; without borders all of both."""
+    if cu_seqlens is None:
+        yield slice(None), slice(None)
+        return
+    for row, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        if start < end:
+            yield slice(row, row + 1), slice(start, end)
 
 
 def _views(*tensors: torch.Tensor | None) -> list:

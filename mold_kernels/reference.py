@@ -95,12 +95,21 @@ def _first_maximum(maps, inside):
     return rows.gather(3, first).squeeze(3)
 
 
-def value_pool(v, mask, eps):
+def value_pool(v, mask, eps, cu_seqlens=None):
     """Sum over valid tokens of the normalised values of all heads; see `mold_kernels.value_pool`."""
     batch, heads, length, head_dim = v.shape
     values = v.transpose(1, 2).reshape(batch, length, heads * head_dim).to(accumulation_dtype(v.dtype))
     values = values.masked_fill(~mask.unsqueeze(-1), 0)
-    return (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)).sum(1)
+    normalised = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    if cu_seqlens is None:
+        return normalised.sum(1)
+    return sequence_membership(cu_seqlens, length).to(normalised.dtype) @ normalised[0]
+
+
+def sequence_membership(cu_seqlens, length):
+    """Which tokens each packed sequence has: bool [sequences, T]."""
+    token = torch.arange(length, device=cu_seqlens.device)
+    return (cu_seqlens[:-1, None] <= token) & (token < cu_seqlens[1:, None])
 
 
 def teacher_layer_weights(attention, num_steps, num_keys, tau=0.1):

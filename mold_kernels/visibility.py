@@ -33,7 +33,7 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, causal: bool = True) -> None:
 
 def check_scale(scale: float | None) -> None:
     """Raise a ValueError unless `scale` is None or a number."""
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale: is {scale}, must be finite or None")
 
 
@@ -73,7 +73,7 @@ def check_visibility(
     _check_query_start(query_start, batch, length - rows, device)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window: is {sliding_window}, must be at least 1 (a row sees itself) or None")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: is {softcap}, must be finite and greater than 0, or None")
     mask = key_padding_mask
     if mask is not None and (mask.dtype, mask.shape, mask.device) != (torch.bool, (batch, length), device):
@@ -81,6 +81,13 @@ def check_visibility(
             f"key_padding_mask: is {mask.dtype} {list(mask.shape)} on {mask.device}, "
             f"must be torch.bool {[batch, length]} on {device}"
         )
+    if not causal and cu_seqlens is not None and rows != length:
+        raise ValueError(f"cu_seqlens: given with {rows} rows over {length} keys and causal=False, must be as many")
+    check_cu_seqlens(cu_seqlens, batch, length, device)
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int, device: torch.device) -> None:
+    """Raise a ValueError unless these are None or the borders of sequences in the one row of a batch."""
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != device:
@@ -90,8 +97,6 @@ def check_visibility(
         )
     if batch != 1:
         raise ValueError(f"cu_seqlens: given with a batch of {batch}, must be 1: packed sequences are one long row")
-    if not causal and rows != length:
-        raise ValueError(f"cu_seqlens: given with {rows} rows over {length} keys and causal=False, must be as many")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (cu_seqlens.diff() < 0).any() or cu_seqlens[:1].tolist() != [0] or cu_seqlens[-1] != length
         if wrong:

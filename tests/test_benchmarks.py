@@ -65,7 +65,7 @@ def test_training_step(tmp_path):
         assert row["peak_gib"] > 0
         assert row["time_ratio"] > 0
     assert "memory ratio" in printed
-    few = ("--bf16", "--contenders", "none", "ours")
+    few = ("--bf16", "--checkpointing", "--paragraphs", "--contenders", "none", "ours")
     printed = output_of("training_step", "--shape", "tiny", "--lengths", 64, "--rounds", 1, *few)
     assert "bfloat16 autocast" in printed
     assert "eager" not in printed

@@ -254,7 +254,10 @@ GROUPS = {
 """The attributes of `Options`, in the order of a command's help: its own options first."""
 
 OURS = tuple(name for name in MoldConfig.__annotations__ if name not in names(TrainingArguments))
-_OF_TRAINING = (*("attention_share", "beta_warmup", "beta_decay", "keep_freed_memory", "mol_router_learning_rate"),)
+_OF_TRAINING = (
+    *("attention_share", "beta_warmup", "beta_decay", "mol_router_learning_rate"),
+    *("keep_freed_memory", "mlp_chunk_size", "teacher_chunk_size"),
+)
 _SPLIT = ("num_train", "num_eval", "split_seed")
 _ROWS = names(DataOptions, *_SPLIT)
 _MODEL = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_dtype")
@@ -298,7 +301,14 @@ TAKES = {
         *(*names(PlanOptions), *_MODEL, "teacher_online", *names(StudentOptions, "num_maps", "predict_before")),
         *("max_length", *_SEGMENTS, "signal_layers"),
         *("method", "beta", "mol_two_tasks", "padding_free", "cross_entropy", "per_device_train_batch_size"),
-        *("gradient_accumulation_steps", "bf16", "optim", *sorted(_CHECKPOINTING)),
+        *(
+            "mlp_chunk_size",
+            "teacher_chunk_size",
+            "gradient_accumulation_steps",
+            "bf16",
+            "optim",
+            *sorted(_CHECKPOINTING),
+        ),
     ),
     "inspect": (
         *(*names(InspectOptions), *_ROWS, "teacher_model_name_or_path", "teacher_model_revision", "signals_dir"),

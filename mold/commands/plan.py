@@ -128,6 +128,7 @@ def setup_of(options: Options, load: Callable[..., PretrainedConfig] = load_conf
         bf16=training.bf16,
         activation_checkpointing=bool(getattr(training, training.checkpointing_option)),
         cross_entropy=training.cross_entropy,
+        mlp_chunk_size=training.mlp_chunk_size,
         optim=str(getattr(training.optim, "value", training.optim)),
         tasks=len(training.tasks),
         trains_attention=training.trains_attention,
@@ -140,6 +141,7 @@ def setup_of(options: Options, load: Callable[..., PretrainedConfig] = load_conf
         signal_layers=teacher.signal_layers,
         teacher_layers=None if named is None else named.get_text_config().num_hidden_layers,
         teacher=teacher_config,
+        teacher_chunk_size=training.teacher_chunk_size,
         teacher_dtype=teacher.teacher_dtype if teacher_config is not None else "float32",
     )
 

@@ -138,10 +138,13 @@ class Collator:
     [B, L1, S, M], absent if no example has a signal. With a `teacher`, its input_ids, attention_mask, row_spans and
     key_spans of the same examples under "teacher_" + name instead of teacher_attention.
 
+    What would else be read back from a GPU, int64: learned_tokens [2, N], rows and positions of the tokens whose next
+    one is of a rationale or answer; learned_positions [K], those positions, ascending; padded_rows [R].
+
     With padding_side="left" also position_ids [B, T], which count from a text's first token as generation does.
 
     With `padding_free`, input_ids, attention_mask and regions are [1, tokens of all examples], position_ids [1, tokens]
-    start again and cu_seqlens int64 [B + 1] says where each example begins; spans count from there.
+    start again and cu_seqlens int32 [B + 1] says where each example begins; spans count from there.
 
     Args:
         pad_token_id: what to pad input_ids with.
@@ -186,6 +189,8 @@ class Collator:
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
         if self.padding_free:
             _remove_padding(batch)
+        batch |= learned_places(batch["regions"])
+        batch["padded_rows"] = (batch["attention_mask"] == 0).any(1).nonzero()[:, 0]
         layers = {signal.shape[0] for signal in signals if signal is not None}
         if layers:
             (num_layers,) = layers
@@ -198,7 +203,7 @@ class Collator:
             # An example without signal keeps its place, as a text of one token.
             placeholder = EncodedExample("", [self.teacher.pad_token_id], [PROMPT], [], [], [], [])
             encoded = self.teacher([{"example": item.get("teacher") or placeholder} for item in items])
-            names = ("input_ids", "attention_mask", "position_ids", "row_spans", "key_spans")
+            names = ("input_ids", "attention_mask", "position_ids", "row_spans", "key_spans", "padded_rows")
             batch |= {f"teacher_{name}": encoded[name] for name in names if name in encoded}
         return batch
 
@@ -212,7 +217,13 @@ def _remove_padding(batch: dict[str, torch.Tensor]) -> None:
         ("position_ids", positions),
     ]:
         batch[name] = values[real][None]
-    batch["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    batch["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+
+
+def learned_places(regions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """learned_tokens and learned_positions, as of `Collator`, of regions [B, T]."""
+    learned = regions[:, 1:] > PROMPT
+    return {"learned_tokens": learned.nonzero().T, "learned_positions": learned.any(0).nonzero()[:, 0]}
 
 
 def shortened(examples: Iterable[EncodedExample]) -> str | None:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mold.data.encoding import Collator, EncodedExample, encode_example
 from mold.data.examples import ANSWER, DEFAULT_TEMPLATE, RATIONALE, Example
 from mold.generation.batches import batches_by_length
-from mold.method.loss import predicting_positions
 from mold.training.adapters import without_adapter
 from mold.training.heads import keeps_logits
 
@@ -82,7 +81,7 @@ def _sums(model, collate: Collator, encoded: Sequence[EncodedExample]) -> list[l
     """Log-likelihoods of each text's terms."""
     batch = {name: tensor.to(model.device) for name, tensor in collate([{"example": e} for e in encoded]).items()}
     targets, regions = batch["input_ids"][:, 1:], batch["regions"][:, 1:]
-    positions = predicting_positions(batch["regions"])
+    positions = batch["learned_positions"]
     arguments = {"logits_to_keep": positions} if keeps_logits(without_adapter(model)) else {}
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **arguments).logits
     logits = logits if arguments else logits[:, positions]

@@ -11,7 +11,6 @@ Without spans it is an ordinary causal attention: training, and generation with 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from mold_kernels import SpanPlan, attention_with_lse, span_attention, value_pool
+from mold_kernels.backends import RUNTIMES
 
 ATTENTION_NAME = "mold"
 VALUE_NORM_EPSILON = 1e-6
@@ -52,7 +52,8 @@ def mold_attention_forward(
     row_reduction: str = "sum",
     value_features: bool = False,
     span_layers: Sequence[int] | None = None,
-    cu_seqlens: Sequence[int] | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    padded: bool = True,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -68,8 +69,9 @@ def mold_attention_forward(
         row_reduction: "sum" or "mean".
         value_features: whether to pool the values for the router.
         span_layers: the layers that return a LayerAttention, so that the model's `attentions` are theirs; None: all.
-        cu_seqlens: where each of B texts begins that stand one behind another in one row, and T at the end; spans
+        cu_seqlens: int32 [B + 1], where each of B texts begins that stand one behind another in one row, and T; spans
             count from there. The model's forward needs position_ids that start again, and a mask of ones.
+        padded: False says that a mask of padding is of ones alone, which on a GPU nobody looks at.
         sliding_window: how many keys a row sees, itself included.
         softcap: of the scores, as in Gemma 2.
         s_aux: [Hq] sinks, as in gpt-oss: one more score a head, whose probability goes nowhere.
@@ -87,6 +89,8 @@ def mold_attention_forward(
     options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
     options |= {"softcap": softcap, "sinks": s_aux, "row_reduction": row_reduction, "value_features": value_features}
     options |= kwargs
+    if not padded and attention_mask is not None and attention_mask.ndim == 2:
+        attention_mask = None
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # Rotary embeddings leave queries and keys in float32.
@@ -97,8 +101,9 @@ def mold_attention_forward(
             _check_supported(module, query, key, attention_mask, dropout, row_spans, key_spans, kwargs)
         if cu_seqlens is not None and (attention_mask is not None or len(query) > 1):
             raise ValueError("cu_seqlens: is given with padding or a mask, must come with one row and a mask of ones")
-        borders = [0, key.shape[2]] if cu_seqlens is None else list(cu_seqlens)
-        return _attend(module, query, key, value, attention_mask, borders, row_spans, key_spans, **options)
+        if cu_seqlens is not None and len(cu_seqlens) == 2:
+            cu_seqlens = None  # one text
+        return _attend(module, query, key, value, attention_mask, cu_seqlens, row_spans, key_spans, **options)
 
 
 def _attend(
@@ -107,7 +112,7 @@ def _attend(
     key,
     value,
     mask,
-    borders,
+    cu_seqlens,
     row_spans,
     key_spans,
     *,
@@ -120,21 +125,17 @@ def _attend(
     value_features,
     **kwargs,
 ):
-    """`mold_attention_forward` of texts that have a row each, or stand in one row between the borders."""
+    """`mold_attention_forward` of texts that have a row each, or stand in one row."""
     options: dict[str, Any] = {}
     if sliding_window is not None and sliding_window < key.shape[2]:
         options["sliding_window"] = sliding_window
     if softcap is not None:
         options["softcap"] = softcap
-    packed = len(borders) > 2
+    if cu_seqlens is not None:
+        options["cu_seqlens"] = cu_seqlens
     if row_spans is None:
-        if packed:
-            options["cu_seqlens"] = _borders_tensor(borders, query.device)
         out = _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs)
         return out.transpose(1, 2), None
-    plan, cu_seqlens = _plan(row_spans, key_spans, borders)
-    if packed:
-        options["cu_seqlens"] = cu_seqlens
     out, lse = _attention(query, key, value, mask, scaling, options, sinks)
     pooled = span_attention(
         query,
@@ -142,45 +143,31 @@ def _attend(
         lse,
         row_spans,
         key_spans,
-        plan=plan,
+        plan=_plan(row_spans, key_spans, key.shape[2], cu_seqlens),
         scale=scaling,
         row_reduction=row_reduction,
         **options,
     )
     features = None
     if value_features:
-        texts = value.split([end - start for start, end in itertools.pairwise(borders)], 2)
+        valid = value.new_ones(len(value), value.shape[2], dtype=torch.bool) if mask is None else mask
         # The router's norm weight factors out of the sum over tokens; the router applies it.
-        features = torch.cat([value_pool(v, _valid(v, mask), VALUE_NORM_EPSILON) for v in texts])
+        features = value_pool(value, valid, VALUE_NORM_EPSILON, cu_seqlens=cu_seqlens)
     return out.transpose(1, 2), LayerAttention(pooled, features)
 
 
-def _valid(value, mask):
-    return value.new_ones(len(value), value.shape[2], dtype=torch.bool) if mask is None else mask
-
-
-def _borders_tensor(borders, device):
-    return torch.tensor(borders, dtype=torch.int32, device=device)
-
-
-_last_plan: tuple | None = None
+_last_plan: SpanPlan | None = None
 """What `_plan` found last, for the other layers of a forward, and for a checkpoint that runs one again."""
 
 
-def _plan(
-    row_spans: torch.Tensor, key_spans: torch.Tensor, borders: Sequence[int]
-) -> tuple[SpanPlan, torch.Tensor | None]:
-    """The spans' plan and, where texts are packed between borders, these as a tensor."""
+def _plan(row_spans: torch.Tensor, key_spans: torch.Tensor, length: int, cu_seqlens: torch.Tensor | None) -> SpanPlan:
     global _last_plan
-    if _last_plan is not None and not torch.compiler.is_compiling():
-        last_borders, plan, cu_seqlens = _last_plan
-        if last_borders == borders and plan.is_of(row_spans, key_spans, borders[-1], None, cu_seqlens):
-            return plan, cu_seqlens
-    cu_seqlens = _borders_tensor(borders, row_spans.device) if len(borders) > 2 else None
-    plan = SpanPlan(row_spans, key_spans, borders[-1], None, cu_seqlens)
-    if not (torch.compiler.is_compiling() or row_spans.is_inference() or key_spans.is_inference()):
-        _last_plan = borders, plan, cu_seqlens
-    return plan, cu_seqlens
+    given = row_spans, key_spans, length, None, cu_seqlens
+    if torch.compiler.is_compiling() or row_spans.is_inference() or key_spans.is_inference():
+        return SpanPlan(*given)
+    if _last_plan is None or not _last_plan.is_of(*given):
+        _last_plan = SpanPlan(*given)
+    return _last_plan
 
 
 def mold_mask(
@@ -207,8 +194,10 @@ def mold_mask(
         and allow_is_causal_skip
         and (local_size is None or kv_length <= local_size or _is_window(mask_function, local_size))
     ):
-        # Looking into the mask would break a graph of torch.compile: there it stays, even if nothing is padded.
-        if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
+        # Looking into the mask would wait for a GPU, and break a graph of torch.compile: there it stays, even if
+        # nothing is padded.
+        looks = attention_mask is not None and attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if attention_mask is None or (looks and bool(attention_mask.all())):
             return None
         return attention_mask[:, kv_offset : kv_offset + kv_length]
     return sdpa_mask(
@@ -281,7 +270,8 @@ def observe_attention(
 
     Args:
         model: with the "mold" attention.
-        batch: input_ids, attention_mask, row_spans and key_spans as `mold.data.encoding.Collator` makes them.
+        batch: input_ids, attention_mask, row_spans and key_spans as `mold.data.encoding.Collator` makes them, and
+            padded_rows where it is told.
         row_reduction: "sum" or "mean".
         layers: which; None: all.
     """
@@ -291,6 +281,7 @@ def observe_attention(
         **{name: batch[name].to(model.device) for name in names},
         row_reduction=row_reduction,
         span_layers=layers,
+        padded="padded_rows" not in batch or len(batch["padded_rows"]) > 0,
         output_attentions=True,
         use_cache=False,
     )
@@ -328,8 +319,9 @@ def _attention(query, key, value, padding_mask, scaling, options, sinks):
 def _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs):
     """Output [B, Hq, T, D] without spans: training without the loss, and generation with any cache."""
     whole = query.shape[2] == key.shape[2] and (mask is None or mask.ndim == 2) and getattr(module, "is_causal", True)
-    special = bool(options) or sinks is not None
-    if whole and dropout == 0 and (special or (mask is not None and query.device.type == "cpu")):
+    # torch's fused attention has none of these without a T x T mask; ours needs a backend that is fast here.
+    special = bool(options) or sinks is not None or (mask is not None and _has_fast_attention(query.device))
+    if whole and dropout == 0 and special:
         return _attention(query, key, value, mask, scaling, options, sinks)[0]
     if "cu_seqlens" in options:
         rest = {name: option for name, option in options.items() if name != "cu_seqlens"}
@@ -345,6 +337,13 @@ def _ordinary_attention(module, query, key, value, mask, scaling, dropout, optio
         return _materialised_attention(query, key, value, mask, scaling, dropout, options.get("softcap"), sinks)
     out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     return out.transpose(1, 2)
+
+
+def _has_fast_attention(device: torch.device) -> bool:
+    return any(
+        device.type in (RUNTIMES[name].devices or ()) and RUNTIMES[name].why_missing() is None
+        for name in ("aten", "triton")
+    )
 
 
 def _dense_mask(query, padding_mask, sliding_window):

@@ -157,8 +157,8 @@ class MoldLoss(nn.Module):
         weights = self.router([layer.value_features for layer in attentions])
         kept = self._teacher_layers(teacher_attention.shape[1])
         if len(kept) < teacher_attention.shape[1]:
-            # A mixture of one layer is that layer.
-            teacher_attention = teacher_attention[:, kept]
+            # A mixture of one layer is that layer. Indices would be copied to the device, which waits for it.
+            teacher_attention = torch.stack([teacher_attention[:, layer] for layer in kept], 1)
         with torch.autocast(layers[0].device.type, enabled=False):
             teacher = teacher_attention.transpose(0, 1).to(layers[0].dtype)
             if (self.tau_row, self.row_keys) != (1, "all"):
@@ -215,13 +215,9 @@ def visible_keys(row_spans: torch.Tensor, key_spans: torch.Tensor) -> torch.Tens
 
 def _spread(weights: torch.Tensor, layers: Sequence[int], num_layers: int) -> torch.Tensor:
     """Weights [B, len(layers)] at their places in [B, num_layers], 0 elsewhere."""
-    places = torch.tensor(layers, device=weights.device)
-    return weights.new_zeros(len(weights), num_layers).index_copy(1, places, weights)
-
-
-def predicting_positions(regions: torch.Tensor) -> torch.Tensor:
-    """Positions [K], ascending, whose next token is in some example's rationale or answer; of regions [B, T]."""
-    return (regions[:, 1:] > PROMPT).any(0).nonzero()[:, 0]
+    columns = dict(zip(layers, weights.unbind(1), strict=True))
+    none = weights.new_zeros(len(weights))
+    return torch.stack([columns.get(layer, none) for layer in range(num_layers)], 1)
 
 
 def region_cross_entropy(
@@ -233,7 +229,7 @@ def region_cross_entropy(
         logits: [B, T, vocabulary], of the tokens; logits at t predict token t + 1. [B, K, vocabulary] with positions.
         input_ids: int [B, T].
         regions: int [B, T], PROMPT, RATIONALE or ANSWER.
-        positions: int [K], where the logits are (see `predicting_positions`); None: everywhere.
+        positions: int [K], where the logits are (learned_positions of a `Collator`); None: everywhere.
 
     Returns:
         [2]: sums over the batch for RATIONALE and ANSWER, float32.

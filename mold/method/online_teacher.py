@@ -11,6 +11,7 @@ from mold.data.encoding import Collator, EncodedExample, check_tokenizer, encode
 from mold.data.examples import Example
 from mold.data.segmentation import PAPER_SEGMENTS, SegmentOptions
 from mold.method.attention_interface import observe_attention, use_mold_attention
+from mold.method.chunked_mlp import chunk_mlps
 from mold.method.signals import check_agreement
 
 
@@ -23,9 +24,12 @@ class OnlineTeacher:
         template, row_reduction: as of the student's training.
         max_length: most tokens an example may have.
         segments: as of the student's training.
+        chunk_size: most tokens that the teacher takes at a time: as many texts of a batch, or one; and an MLP of it as
+            many of its tokens. None: all.
 
     Raises:
-        ValueError: the model's attention cannot be replaced, or the tokenizer cannot be used.
+        ValueError: the model's attention cannot be replaced, its MLPs cannot take tokens in chunks, or the tokenizer
+            cannot be used.
     """
 
     def __init__(
@@ -36,11 +40,15 @@ class OnlineTeacher:
         row_reduction: str,
         max_length: int | None = None,
         segments: SegmentOptions = PAPER_SEGMENTS,
+        chunk_size: int | None = None,
     ):
         check_tokenizer(tokenizer)
         self.model = use_mold_attention(model).eval().requires_grad_(False)
         self._tokenizer, self._template = tokenizer, template
         self._row_reduction, self._max_length, self._segments = row_reduction, max_length, segments
+        self._chunk_size = chunk_size
+        if chunk_size is not None:
+            chunk_mlps(model, "teacher_chunk_size", chunk_size)
 
     @property
     def collator(self) -> Collator:
@@ -64,5 +72,16 @@ class OnlineTeacher:
 
     def attention(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Stepwise attention float32 [B, L1, S, M] of a batch that `collator` made, on the batch's device."""
-        attention = observe_attention(self.model, batch, self._row_reduction).float()
+        rows, length = batch["input_ids"].shape
+        some = rows if self._chunk_size is None else max(1, self._chunk_size // length)
+        parts = [
+            observe_attention(self.model, _rows(batch, slice(start, start + some)), self._row_reduction)
+            for start in range(0, rows, some)
+        ]
+        attention = torch.cat(parts, 1).float()
         return attention.transpose(0, 1).to(batch["input_ids"].device)
+
+
+def _rows(batch: Mapping[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    # Which rows are padded is told of the whole batch.
+    return {name: tensor if name == "padded_rows" else tensor[rows] for name, tensor in batch.items()}

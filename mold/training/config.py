@@ -141,9 +141,15 @@ class MoldConfig(TrainingArguments):
             "choices": ["full", "chunked", "liger"],
         },
     )
+    mlp_chunk_size: int | None = field(
+        default=None, metadata={"help": "Tokens that an MLP takes at a time: less memory, some more time."}
+    )
     padding_free: bool = field(
         default=False,
         metadata={"help": "A batch is one row; no text sees another."},
+    )
+    teacher_chunk_size: int | None = field(
+        default=None, metadata={"help": "Online teacher: tokens that it, or an MLP of it, takes at a time."}
     )
     keep_freed_memory: bool = field(
         default=True,
@@ -301,6 +307,8 @@ _LEAST = {
     "gradient_accumulation_steps": 1,
     "pad_to_multiple_of": 1,
     "max_length": 2,
+    "mlp_chunk_size": 1,
+    "teacher_chunk_size": 1,
 }
 # transformers cannot say whether these two are there.
 _REPORTERS = INTEGRATION_TO_CALLBACK.keys() - {"flyte", "kubeflow"}

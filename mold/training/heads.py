@@ -3,7 +3,7 @@
 Every kind of head is used alike, in training and in its plan:
 
     head = make_head(model, "chunked")
-    learned = head.learned(regions)
+    learned = head.learned(batch)
     outputs = model(**batch, **head.arguments(learned))
     sums = head.cross_entropy(outputs, input_ids, regions, learned)
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,9 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from mold.data.examples import PROMPT
 from mold.extras import missing_extra
-from mold.method.loss import predicting_positions, region_cross_entropy, region_sums
+from mold.method.loss import region_cross_entropy, region_sums
 from mold.training.chunked_cross_entropy import chunked_cross_entropy, liger_cross_entropy, logits_of
 from mold_kernels.backends import RUNTIMES
 
@@ -51,9 +50,9 @@ class FullHead:
         self._model = model
         self.keeps_logits = keeps_logits(model)
 
-    def learned(self, regions: torch.Tensor) -> torch.Tensor | None:
-        """Positions [K] that some text of the batch learns from, of regions [B, T]; None: all logits are made."""
-        return predicting_positions(regions) if self.keeps_logits and self._model.training else None
+    def learned(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Positions [K] that some text of a `Collator`'s batch learns from; None: all logits are made."""
+        return batch["learned_positions"] if self.keeps_logits and self._model.training else None
 
     def arguments(self, learned: torch.Tensor | None) -> dict[str, Any]:
         """What the model's forward must be called with."""
@@ -102,12 +101,11 @@ class ChunkedHead:
         if check:
             self._check(model, name, kind)
 
-    def learned(self, regions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and positions [K] of the tokens that predict a rationale or answer, of regions [B, T]."""
-        rows, positions = (regions[:, 1:] > PROMPT).nonzero(as_tuple=True)
-        return rows, positions
+    def learned(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Rows and positions [2, N] of the tokens of a `Collator`'s batch that predict a rationale or answer."""
+        return batch["learned_tokens"]
 
-    def arguments(self, learned: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
+    def arguments(self, learned: torch.Tensor) -> dict[str, Any]:
         """What the model's forward must be called with: it makes the last logit at the least."""
         return {"logits_to_keep": 1}
 
@@ -116,7 +114,7 @@ class ChunkedHead:
         outputs: ModelOutput,
         input_ids: torch.Tensor,
         regions: torch.Tensor,
-        learned: tuple[torch.Tensor, torch.Tensor],
+        learned: torch.Tensor,
     ) -> torch.Tensor:
         """As `region_cross_entropy`, of the model's last forward."""
         rows, positions = learned

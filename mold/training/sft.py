@@ -87,6 +87,7 @@ class StepwiseAttentionMixin(RouterTraining):
         check_attention_dropout(student.config)
         self.mold_loss = MoldLoss.for_config(student.config, tau_1, tau_2, row_norm).to(self.args.device)
         self._captured: list[Sequence] = []
+        self._last_weights: torch.Tensor | None = None
         # SFTTrainer's own forward leaves the attentions inside: they are taken where the decoder returns them.
         student.base_model.register_forward_hook(lambda _, __, output: self._captured.append(output.attentions))
 
@@ -128,13 +129,14 @@ class StepwiseAttentionMixin(RouterTraining):
         if _INDEX not in self._signature_columns:
             self._signature_columns.append(_INDEX)
 
-    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def _collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tokenizer = self.processing_class
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         collator = Collator(pad_token_id, pad_to_multiple_of=self.args.pad_to_multiple_of or 1)
-        batch = collator([self._items[row[_INDEX]] for row in rows])
+        batch: dict[str, Any] = collator([self._items[row[_INDEX]] for row in rows])
         batch["labels"] = batch["input_ids"].masked_fill(batch.pop("regions") == PROMPT, IGNORED_LABEL)
-        return batch
+        batch["padded"] = len(batch.pop("padded_rows")) > 0
+        return {name: value for name, value in batch.items() if not name.startswith("learned_")}
 
     def train(self, *args, **kwargs):
         """SFTTrainer's.
@@ -144,6 +146,15 @@ class StepwiseAttentionMixin(RouterTraining):
         """
         with sole_use(Path(self.args.output_dir), "output_dir") if self.args.should_save else nullcontext():
             return super().train(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        """SFTTrainer's, of what has not been read back until now."""
+        for metrics in self._metrics.values():
+            if metrics.get("loss_attention"):
+                metrics["loss_attention"] = torch.stack(metrics["loss_attention"]).tolist()
+        if self._last_weights is not None:
+            self.layer_weights = self._last_weights.tolist()
+        super().log(logs, *args, **kwargs)
 
     # The loss
 
@@ -177,9 +188,10 @@ class StepwiseAttentionMixin(RouterTraining):
         attention = self.mold_loss(self._captured[0], teacher, num_steps, num_keys)
         self._captured.clear()
         total, count = attention.loss.sum(), (num_keys > 0).sum()
-        self.layer_weights = attention.layer_weights.detach()[num_keys > 0].mean(0).tolist()
-        self._metrics["train" if self.model.training else "eval"]["loss_attention"].append((total / count).item())
         attention_loss = total / count
+        # Read when they are logged: a step does not wait for a GPU.
+        self._metrics["train" if self.model.training else "eval"]["loss_attention"].append(attention_loss.detach())
+        self._last_weights = attention.layer_weights.detach().masked_fill((num_keys == 0)[:, None], 0).sum(0) / count
         if num_items_in_batch is not None:
             attention_loss = total / self._window_signals.to(total.device).clamp(min=1)
             if self.args.average_tokens_across_devices:

@@ -29,7 +29,13 @@ from mold.data.conversations import example_from_row
 from mold.data.encoding import Collator, encode_example, has_signal, shortened
 from mold.data.examples import Example
 from mold.files import append_jsonl, sole_use
-from mold.method.attention_interface import check_attention_dropout, use_mold_attention
+from mold.method.attention_interface import (
+    ATTENTION_NAME,
+    check_attention_dropout,
+    observe_attention,
+    use_mold_attention,
+)
+from mold.method.chunked_mlp import chunk_mlps
 from mold.method.loss import TERMS, MoldLoss, denominators, visible_keys
 from mold.method.online_teacher import OnlineTeacher
 from mold.method.signals import SignalCache
@@ -125,6 +131,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
                 args.row_reduction,
                 args.max_length,
                 args.segments,
+                args.teacher_chunk_size,
             )
         if signals is None and teacher_model is None and args.trains_attention:
             raise ValueError(
@@ -142,6 +149,8 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         check_adapter(model)
+        if args.mlp_chunk_size is not None:
+            chunk_mlps(without_adapter(model), "mlp_chunk_size", args.mlp_chunk_size)
         mixed, layers = signals is not None and signals.settings.signal_layers == "mixture", {}
         if args.method == "single_layer":
             layers = {"teacher_layer": args.mol_teacher_layer, "student_layer": args.mol_student_layer}
@@ -188,6 +197,17 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         self.mol_router_learning_rate = args.mol_router_learning_rate
         self._reset_window()
         self.add_callback(_BestCheckpoint(self))
+        if args.torch_compile and args.trains_attention:
+            self._install_capturing()
+
+    def _install_capturing(self):
+        """transformers hooks into layers in the first forward that wants their attention; a graph would break there."""
+        model, one = without_adapter(self.model), torch.ones(1, 1, dtype=torch.int64, device=self.args.device)
+        training, spans = model.training, torch.tensor([[[0, 1]]], dtype=torch.int32, device=self.args.device)
+        observe_attention(
+            model.eval(), {"input_ids": one, "attention_mask": one, "row_spans": spans, "key_spans": spans}
+        )
+        model.train(training)
 
     def _refuse_unsupported_parallelism(self):
         for name in ("fsdp", "deepspeed"):
@@ -268,20 +288,16 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         counts = denominators(inputs)
         counted = counts if num_items_in_batch is None else num_items_in_batch
         loss = self._weigh(sums, counted, self.scheduled_beta(self.state.global_step))
-        if not torch.isfinite(loss):
-            terms = ", ".join(f"{t} {v:.4g}" for t, v in zip(TERMS, (sums / counts.clamp(min=1)).tolist(), strict=True))
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step} ({terms}); lower the learning rate or "
-                "look for weights or signals that are not finite"
-            )
+        # Nothing here is read back: a GPU is not waited for until something is logged.
         self._window["sums"] += sums.detach()
-        # What was not measured (beta = 0) is not counted.
-        self._window["counts"] += counts if weights is not None else counts * counts.new_tensor([1, 1, 0])
+        self._window["counts"][:2] += counts[:2]
         self._window["examples"] += len(inputs["num_keys"]) // len(self.args.tasks)
         if weights is not None:
-            valid = weights.detach()[inputs["num_keys"] > 0]
-            self._window["weights"] += valid.sum(0)
-            self._window["entropy"] += torch.special.entr(valid).sum()
+            # What was not measured (beta = 0) is not counted.
+            self._window["counts"][2] += counts[2]
+            taught = weights.detach().masked_fill((inputs["num_keys"] == 0)[:, None], 0)
+            self._window["weights"] += taught.sum(0)
+            self._window["entropy"] += torch.special.entr(taught).sum()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The gradient is averaged over the processes, the denominators are summed.
             loss = loss * self.accelerator.num_processes
@@ -294,7 +310,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
     def _term_sums(self, model, inputs):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
         with_attention = "teacher_attention" in inputs and self._wants_attention()
-        learned = self._head.learned(inputs["regions"])
+        learned = self._head.learned(inputs)
         outputs = self._forward(model, inputs, with_attention, **self._head.arguments(learned))
         cross_entropy = self._head.cross_entropy(outputs, inputs["input_ids"], inputs["regions"], learned)
         if not with_attention:
@@ -319,10 +335,9 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
                 "row_spans": inputs["row_spans"],
                 "key_spans": inputs["key_spans"],
             }
-        if "position_ids" in inputs:
-            kwargs["position_ids"] = inputs["position_ids"]
-        if "cu_seqlens" in inputs:
-            kwargs["cu_seqlens"] = inputs["cu_seqlens"].tolist()
+        if self.model.config.get_text_config()._attn_implementation == ATTENTION_NAME:
+            kwargs["padded"] = len(inputs["padded_rows"]) > 0
+        kwargs |= {name: inputs[name] for name in ("position_ids", "cu_seqlens") if name in inputs}
         return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **kwargs)
 
     def _wants_attention(self):
@@ -404,6 +419,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
 
     def _save_checkpoint(self, model, trial):
+        self._check_finite(self.accelerator.reduce(self._window["sums"]))
         # Old checkpoints may go only when the new one is known to be whole.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -413,7 +429,11 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial))
-            note = {"step": self.state.global_step, "beta": self.beta, "layer_weights": self.layer_weights}
+            note: dict[str, Any] = {
+                "step": self.state.global_step,
+                "beta": self.beta,
+                "layer_weights": self.layer_weights,
+            }
             seal(folder / f"checkpoint-{self.state.global_step}", **note)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(
@@ -423,9 +443,14 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
     # Metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms of the steps since the last logging, averaged exactly, and writes metrics.jsonl."""
+        """Adds the terms of the steps since the last logging, averaged exactly, and writes metrics.jsonl.
+
+        Raises:
+            FloatingPointError: the loss of one of these steps is not finite.
+        """
         extra = {}
         window = self.accelerator.reduce(self._window) if "loss" in logs else None
+        self._check_finite((window or self._window)["sums"])
         if window and window["examples"]:
             logs.update(self._term_metrics(window["sums"], window["counts"], "loss"))
             signals = window["counts"][2].item()
@@ -439,6 +464,16 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         super().log(logs, start_time)
         if self.is_world_process_zero() and ("loss" in logs or any(key.startswith("eval_") for key in logs)):
             append_jsonl(Path(self.args.output_dir) / METRICS_FILE, {"step": self.state.global_step, **logs, **extra})
+
+    def _check_finite(self, sums: torch.Tensor) -> None:
+        """Of the terms, over the steps since the last logging; no step waits for it, and nothing is saved before it."""
+        wrong = [f"{t} is {v}" for t, v in zip(TERMS, sums.tolist(), strict=True) if not math.isfinite(v)]
+        if wrong:
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.state.global_step} or not long before it: {', '.join(wrong)}; "
+                "lower the learning rate or look for weights or signals that are not finite (logging_steps=1 names the "
+                "step)"
+            )
 
     def _term_metrics(self, sums, counts, prefix):
         values = (sums / counts.clamp(min=1)).tolist()

@@ -8,10 +8,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from mold import plan
 from mold.commands.cli import dispatch, main
 from mold.commands.inputs import lora_config, student_config
 from mold.commands.parsing import parse
 from mold.commands.plan import setup_of
+from mold.method import chunked_mlp
 from mold.plan import GIB, GPUS, SAVERS, Machine, Setup, inference_peak, largest_length, plan_step
 from mold.training.adapters import add_adapter
 from tests.tiny_models import make_model
@@ -93,7 +95,8 @@ def test_flops_are_six_a_parameter_and_token_and_the_attention():
 
 @pytest.mark.parametrize("saver", SAVERS)
 def test_every_saver_saves(saver):
-    plain, saved = (plan_step(config(), Setup(512, **options)) for options in ({}, SAVERS[saver]))
+    length = 8192 if "mlp_chunk_size" in SAVERS[saver] else 512  # two of its chunks
+    plain, saved = (plan_step(config(), Setup(length, **options)) for options in ({}, SAVERS[saver]))
     if saver == "bfloat16 autocast":
         assert saved.seconds(MACHINE) < plain.seconds(MACHINE)
     else:
@@ -275,6 +278,23 @@ def test_checkpoints_in_the_hosts_memory():
     assert there[1].flops == here[1].flops
     with pytest.raises(ValueError, match="offload: is True, must be False without activation_checkpointing"):
         Setup(8, offload=True)
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")])
+def test_two_chunks_of_an_mlp_stand_for_all(monkeypatch, adapter):
+    options = {"activation_checkpointing": True, "cross_entropy": "chunked", "peft_config": adapter}
+    setup = Setup(1000, per_device_train_batch_size=2, mlp_chunk_size=250, **options)
+    planned = plan_step(config(), setup)
+    monkeypatch.setattr(
+        plan, "_planned_chunks", lambda forward, *rest: chunked_mlp._in_chunks(*forward.args, forward, *rest)
+    )
+    real = plan_step(config(), setup)
+    assert planned.phases == pytest.approx(real.phases, rel=0.05)
+    # Recomputation stops at the last thing that is needed, before the last product.
+    assert 1 <= planned.flops / real.flops < 1.03
+    whole = plan_step(config(), dataclasses.replace(setup, mlp_chunk_size=None))
+    assert planned.flops > whole.flops
+    assert planned.phases[-1] < 0.8 * whole.phases[-1]
 
 
 def test_nothing_grows_with_the_square_of_the_length():

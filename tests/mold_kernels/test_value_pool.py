@@ -21,11 +21,13 @@ def value_and_gradient(function, v, mask, upstream, **options):
     return {"pooled": pooled, "dv": torch.autograd.grad(pooled, v, upstream.to(pooled.dtype))[0]}
 
 
-def check_against_reference(generator, backend, v, mask):
-    upstream = torch.randn(v.shape[0], v.shape[1] * v.shape[3], generator=generator)
-    actual = value_and_gradient(value_pool, v, mask, upstream, backend=backend)
-    low = value_and_gradient(reference_value_pool, v, mask, upstream)
-    truth = value_and_gradient(reference_value_pool, v.double(), mask, upstream)
+def check_against_reference(generator, backend, v, mask, cu_seqlens=None):
+    sequences = v.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    upstream = torch.randn(sequences, v.shape[1] * v.shape[3], generator=generator)
+    packed = {"cu_seqlens": cu_seqlens}
+    actual = value_and_gradient(value_pool, v, mask, upstream, backend=backend, **packed)
+    low = value_and_gradient(reference_value_pool, v, mask, upstream, **packed)
+    truth = value_and_gradient(reference_value_pool, v.double(), mask, upstream, **packed)
     for name in actual:
         assert_as_accurate_as(actual[name], low[name], truth[name], name)
 
@@ -83,6 +85,28 @@ def test_padding_is_ignored_even_if_it_is_nan(generator, backend):
     assert all(tensor.isfinite().all() for tensor in result.values())
 
 
+BORDERS = [[0, 37], [0, 1, 37], [0, 0, 20, 20, 36, 37], [0, 37, 37]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("borders", BORDERS, ids=str)
+def test_packed_sequences(generator, backend, dtype, borders):
+    case = make_case(generator, 1, 3, 37, 16, dtype)
+    check_against_reference(generator, backend, *case, torch.tensor(borders, dtype=torch.int32))
+
+
+def test_a_packed_sequence_is_an_example(generator):
+    v, mask = make_case(generator, 1, dtype=torch.float64, padding="no")
+    upstream = torch.randn(3, 48, generator=generator)
+    packed = value_and_gradient(
+        reference_value_pool, v, mask, upstream, cu_seqlens=torch.tensor([0, 5, 30, 37], dtype=torch.int32)
+    )
+    for index, (part, valid) in enumerate(zip(v.split([5, 25, 7], 2), mask.split([5, 25, 7], 1), strict=True)):
+        alone = value_and_gradient(reference_value_pool, part, valid, upstream[index : index + 1])
+        torch.testing.assert_close(packed["pooled"][index : index + 1], alone["pooled"])
+        torch.testing.assert_close(packed["dv"].split([5, 25, 7], 2)[index], alone["dv"])
+
+
 def test_nothing_but_v_is_kept(generator, backend):
     v, mask = make_case(generator)
     v.requires_grad_()
@@ -109,6 +133,8 @@ def test_gradcheck_of_the_reference(generator):
         ({"mask": torch.ones(2, 36, dtype=torch.bool)}, r"mask: is torch.bool \[2, 36\]"),
         ({"mask": torch.ones(2, 37, dtype=torch.bool, device="meta")}, "mask: is on meta, must be on cpu as v"),
         ({"eps": 0.0}, "eps: is 0.0, must be finite and greater than 0"),
+        ({"cu_seqlens": torch.tensor([0, 37]).int()}, "cu_seqlens: given with a batch of 2, must be 1"),
+        ({"cu_seqlens": torch.tensor([0, 37])}, r"cu_seqlens: is torch.int64 \[2\] on cpu, must be torch.int32"),
         ({"backend": "fast"}, "backend: is 'fast', must be 'auto', .*value_pool has no backend of that name"),
     ],
 )

@@ -156,11 +156,17 @@ def test_packed_texts_are_told_by_cu_seqlens():
     ones = torch.ones(1, 24, dtype=torch.int64)
     with torch.no_grad():
         apart = model(input_ids=ids, **SPANS, **options)
-        together = model(**packed, attention_mask=ones, cu_seqlens=[0, 12, 24], **SPANS, **options)
-        ordinary = model(**packed, attention_mask=ones, cu_seqlens=[0, 12, 24], use_cache=False)
+        together = model(
+            **packed, attention_mask=ones, cu_seqlens=torch.tensor([0, 12, 24], dtype=torch.int32), **SPANS, **options
+        )
+        ordinary = model(
+            **packed, attention_mask=ones, cu_seqlens=torch.tensor([0, 12, 24], dtype=torch.int32), use_cache=False
+        )
         for layer in model.train().model.layers:
             layer.self_attn.attention_dropout = 1e-9
-        with_dropout = model(**packed, attention_mask=ones, cu_seqlens=[0, 12, 24], use_cache=False)
+        with_dropout = model(
+            **packed, attention_mask=ones, cu_seqlens=torch.tensor([0, 12, 24], dtype=torch.int32), use_cache=False
+        )
     model.eval()
     for out in (together, ordinary, with_dropout):
         torch.testing.assert_close(out.logits.reshape(apart.logits.shape), apart.logits, rtol=1e-4, atol=1e-5)
@@ -169,7 +175,9 @@ def test_packed_texts_are_told_by_cu_seqlens():
         torch.testing.assert_close(mine.value_features, theirs.value_features)
     ones[0, -1] = 0
     with pytest.raises(ValueError, match="cu_seqlens: is given with padding or a mask"):
-        model(**packed, attention_mask=ones, cu_seqlens=[0, 12, 24], **SPANS, **options)
+        model(
+            **packed, attention_mask=ones, cu_seqlens=torch.tensor([0, 12, 24], dtype=torch.int32), **SPANS, **options
+        )
 
 
 def test_spans_over_a_cache_and_single_spans_are_refused():

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from mold.data.encoding import learned_places
 from mold.data.examples import ANSWER, RATIONALE
-from mold.method.loss import MoldLoss, predicting_positions, region_cross_entropy
+from mold.method.loss import MoldLoss, region_cross_entropy
 from mold_kernels import reference
 from tests.tiny_models import FAMILIES, make_model
 
@@ -154,13 +155,13 @@ def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def test_logits_of_the_predicting_positions_alone_give_the_same_loss():
+def test_logits_of_the_learned_positions_alone_give_the_same_loss():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(50, (3, 12), generator=generator)
     regions = torch.zeros(3, 12, dtype=torch.int64)
     regions[0, 5:9], regions[0, 9:], regions[1, 7:10], regions[1, 10] = RATIONALE, ANSWER, RATIONALE, ANSWER
     logits = torch.randn(3, 12, 50, generator=generator, dtype=torch.float64, requires_grad=True)
-    positions = predicting_positions(regions)
+    positions = learned_places(regions)["learned_positions"]
     assert positions.tolist() == list(range(4, 11))
     whole = region_cross_entropy(logits, ids, regions)
     kept = region_cross_entropy(logits[:, positions], ids, regions, positions)
@@ -174,7 +175,7 @@ def test_logits_of_the_predicting_positions_alone_give_the_same_loss():
     (grad_whole,), (grad_kept,) = (torch.autograd.grad(x.sum(), logits, retain_graph=True) for x in (whole, kept))
     torch.testing.assert_close(grad_kept, grad_whole)
     nothing = torch.zeros_like(regions)
-    none = predicting_positions(nothing)
+    none = learned_places(nothing)["learned_positions"]
     assert region_cross_entropy(logits[:, none], ids, nothing, none).tolist() == [0, 0]
 
 

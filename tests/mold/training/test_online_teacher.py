@@ -47,6 +47,19 @@ def test_training_equals_training_on_cached_signals(tmp_path, signals, method):
         torch.testing.assert_close(torch.tensor(mine["teacher"]), torch.tensor(theirs["teacher"]))
 
 
+@pytest.mark.parametrize("size", [1, 100, 10**6])
+def test_a_teacher_in_chunks(tmp_path, size):
+    """Texts one by one or two together, and an MLP so many of their tokens: the same attention."""
+    trainers = [
+        make_trainer(tmp_path, None, trainer_options=online_teacher(), **options)
+        for options in ({}, {"teacher_chunk_size": size})
+    ]
+    batch = trainers[0].data_collator(list(trainers[0].train_dataset)[:3])
+    whole, chunked = (trainer._prepare_inputs(dict(batch))["teacher_attention"] for trainer in trainers)
+    assert whole.shape[:2] == (3, 5)
+    torch.testing.assert_close(chunked, whole)
+
+
 def test_a_teacher_by_name(tmp_path):
     make_teacher().save_pretrained(tmp_path / "teacher")
     TEACHER_TOKENIZER.save_pretrained(tmp_path / "teacher")

@@ -441,10 +441,14 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, signals):
     student = make_student()
     with torch.no_grad():
         student.lm_head.weight[7] = torch.nan
-    with pytest.raises(
-        FloatingPointError, match=r"the loss is nan at step 0 \(rationale nan, answer nan, attention 0\.\d+\)"
-    ):
-        make_trainer(tmp_path, signals, student).train()
+    message = r"the loss is not finite at step 1 or not long before it: rationale is nan, answer is nan; lower"
+    with pytest.raises(FloatingPointError, match=message):
+        make_trainer(tmp_path, signals, student, logging_steps=1).train()
+    # Between two loggings nothing is saved, and at the end it is told too.
+    for saving in ({"save_steps": 1}, {"save_strategy": "no"}):
+        with pytest.raises(FloatingPointError, match="the loss is not finite"):
+            make_trainer(tmp_path / "other", signals, student, logging_steps=100, **saving).train()
+        assert not [*(tmp_path / "other").glob("checkpoint-*/model*")]
 
 
 def test_what_splits_the_model_is_refused(tmp_path, signals):

@@ -46,7 +46,7 @@ CASES = {
     ("span_attention", "torch"): (*POOLED, None, None, COLUMNS, 0.3, None, False, 2, "max"),
     ("span_attention", "native"): (*POOLED, None, RANGES, PIECES, 0.3, 5.0, True, 1, "mean"),
     ("span_attention", "triton"): (*POOLED, None, RANGES, PIECES, 0.3, 5.0, True, 1, "mean"),
-    **{("value_pool", backend): (V, MASK, 1e-6) for backend in ("native", "torch", "triton")},
+    **{("value_pool", backend): (V, MASK, None, 1e-6) for backend in ("native", "torch", "triton")},
     **{("layer_mixture_kl", backend): MIXTURE for backend in ("native", "torch", "triton")},
 }
 NOT_DIFFERENTIABLE = {("span_pieces", backend): (*SPANS, 9, 9, 4) for backend in ("native", "torch", "triton")}

@@ -6,7 +6,7 @@ import torch
 from mold_kernels._triton import tiles
 from mold_kernels._triton import value_pool as kernels
 from mold_kernels.value_pool import value_pool
-from tests.mold_kernels.test_value_pool import check_against_reference, make_case, value_and_gradient
+from tests.mold_kernels.test_value_pool import BORDERS, check_against_reference, make_case, value_and_gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -46,3 +46,20 @@ def test_padding_is_ignored_even_if_it_is_nan(generator):
     assert (result["pooled"][1] == 0).all()
     assert (result["dv"].transpose(1, 2)[~mask] == 0).all()
     assert all(tensor.isfinite().all() for tensor in result.values())
+
+
+@pytest.mark.parametrize("borders", BORDERS, ids=str)
+def test_packed_sequences(generator, monkeypatch, borders):
+    monkeypatch.setattr(tiles, "VALUE_POOL_ELEMENTS", 256)
+    check_against_reference(
+        generator, "triton", *make_case(generator, 1, 3, 37, 16), torch.tensor(borders, dtype=torch.int32)
+    )
+
+
+def test_borders_that_end_early_leave_zeros(generator):
+    """On a device they are not looked at."""
+    v, mask = make_case(generator, 1, padding="no")
+    u = torch.ones(1, 48)
+    dv = kernels.value_pool_backward(u, v, mask, torch.tensor([0, 20], dtype=torch.int32), 1e-6)
+    assert dv[:, :, :20].any()
+    assert not dv[:, :, 20:].any()
