@@ -124,8 +124,8 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
     if case.options:
         valid, ranges, softcap = mask, tensor(2, length, dtype=torch.int32), 30.0
         first = tensor(batch, dtype=torch.int32)
-    for causal in (True, False) if case.options else (True,):
-        tail = valid, first if causal else None, ranges, 0.1, softcap, causal
+    for causal, padded in ((True, valid), (False, valid)) if case.options else ((True, None), (True, mask)):
+        tail = padded, first if causal else None, ranges, 0.1, softcap, causal
         out, _ = attention.attention_with_lse_forward(q, k, v, *tail)
         attention.attention_with_lse_backward(out, lse, q, k, v, out, lse, *tail)
         attention.attention_lse_forward(q, k, *tail)
@@ -134,19 +134,13 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
     rows = tiles.choose_tile("span_attention_backward_dk", q).m
     pieces = Pieces(*SPAN_PIECES.fake(*spans, length, length, rows))
     span_pieces.span_pieces(*spans, rows, pieces)
+    each_key = Pieces(*SPAN_PIECES.fake(spans[0], tensor(batch, length, 2, dtype=torch.int32), length, length, rows))
     for causal, groups in ((True, heads), (False, kv_heads)) if case.options else ((True, 1),):
-        tail = (
-            first if causal else None,
-            ranges,
-            pieces,
-            0.1,
-            softcap,
-            causal,
-            groups,
-            "mean" if case.options else "sum",
-        )
-        pooled = span_attention.span_attention_forward(q, k, lse, *spans, *tail)
-        span_attention.span_attention_backward(pooled, q, k, lse, *spans, *tail)
+        seen = first if causal else None, ranges
+        tail = 0.1, softcap, causal, groups, "mean" if case.options else "sum"
+        for given in ((*spans, *seen, pieces), (spans[0], None, *seen, each_key)):
+            pooled = span_attention.span_attention_forward(q, k, lse, *given, *tail)
+            span_attention.span_attention_backward(pooled, q, k, lse, *given, *tail)
     for borders in (None, tensor(4, dtype=torch.int32)) if case.options else (None,):
         upstream = value_pool.value_pool_forward(v, mask, borders, 1e-6)
         value_pool.value_pool_backward(upstream, v, mask, borders, 1e-6)

@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <map>
@@ -42,17 +43,20 @@ std::vector<std::string> supported_levels() {
     return names;
 }
 
-View make_view(
-    std::uintptr_t address, const std::string& dtype, const std::vector<std::int64_t>& sizes,
-    const std::vector<std::int64_t>& strides) {
-    static const std::map<std::string, mold::Dtype> dtypes = {
-        {"float32", mold::Dtype::float32}, {"float64", mold::Dtype::float64}, {"bfloat16", mold::Dtype::bfloat16},
-        {"float16", mold::Dtype::float16}, {"bool", mold::Dtype::boolean},    {"int32", mold::Dtype::int32},
-        {"int64", mold::Dtype::int64},
-    };
-    View view{address, dtypes.at(dtype), {1, 1, 1, 1}, {0, 0, 0, 0}};
-    std::copy(sizes.begin(), sizes.end(), view.sizes);
-    std::copy(strides.begin(), strides.end(), view.strides);
+constexpr std::pair<const char*, mold::Dtype> dtypes[] = {
+    {"float32", mold::Dtype::float32}, {"float64", mold::Dtype::float64}, {"bfloat16", mold::Dtype::bfloat16},
+    {"float16", mold::Dtype::float16}, {"bool", mold::Dtype::boolean},    {"int32", mold::Dtype::int32},
+    {"int64", mold::Dtype::int64},
+};
+
+// A call makes a dozen views: sizes and strides are read from the tuples as they are.
+View make_view(std::uintptr_t address, mold::Dtype dtype, const py::tuple& sizes, const py::tuple& strides) {
+    if (sizes.size() > 4 || sizes.size() != strides.size()) throw std::invalid_argument("view: at most 4 dimensions");
+    View view{address, dtype, {1, 1, 1, 1}, {0, 0, 0, 0}};
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        view.sizes[i] = sizes[i].cast<std::int64_t>();
+        view.strides[i] = strides[i].cast<std::int64_t>();
+    }
     return view;
 }
 
@@ -76,24 +80,43 @@ void attention_with_lse_backward(
         grad_out, grad_lse, q, k, v, visibility_of(seen), out, lse, dq, dk, dv, threads);
 }
 
-// (row_spans, key_spans, row_piece, row_start, before, columns, whether rows are averaged)
-using Plan = std::tuple<View, const View*, View, View, View, View, bool>;
+// (row_spans, key_spans, whether every key in them is a key word, most rows of a piece, row_reduction)
+using Spans = std::tuple<const View*, const View*, bool, std::int64_t, std::string>;
+
+std::vector<mold::SpanPlan> plans_of(const Spans& spans, const View& q, const View& k, bool list_columns) {
+    const auto& [row_spans, key_spans, every_key, piece_rows, reduction] = spans;
+    const mold::SpanSizes sizes{q.sizes[2], k.sizes[2], piece_rows};
+    return plan_spans(
+        *row_spans, *key_spans, every_key, sizes, mold::row_reduction_named(reduction), list_columns || !every_key);
+}
+
+// Asks for large pages where a result is large: faults of small ones take longer than what is stored there.
+void prefer_large_pages([[maybe_unused]] const View& result) {
+#ifdef MADV_HUGEPAGE
+    constexpr std::uintptr_t page = std::uintptr_t{1} << 21;
+    std::uintptr_t bytes = result.dtype == mold::Dtype::float64 ? 8 : 4;
+    for (const std::int64_t size : result.sizes) bytes *= static_cast<std::uintptr_t>(size);
+    const std::uintptr_t begin = (result.address + page - 1) / page * page, end = (result.address + bytes) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may fail
+#endif
+}
 
 void span_attention_forward(
-    const View& q, const View& k, const View& lse, const Plan& plan, const Seen& seen, const View& pooled,
-    int threads) {
-    const auto plans = std::apply(mold::plan_spans, plan);
-    const auto forward = std::get<1>(plan) ? mold::level().kernels->span_attention_forward
-                                           : mold::level().kernels->key_attention_forward;
-    forward(q, k, lse, plans.data(), visibility_of(seen), pooled, threads);
+    const View& q, const View& k, const View& lse, const Spans& spans, const Seen& seen, const View& pooled,
+    const View* first, int threads) {
+    const auto plans = plans_of(spans, q, k, false);
+    const mold::Kernels& kernels = *mold::level().kernels;
+    prefer_large_pages(pooled);
+    const auto forward = std::get<2>(spans) ? kernels.key_attention_forward : kernels.span_attention_forward;
+    forward(q, k, lse, plans.data(), visibility_of(seen), pooled, first, threads);
 }
 
 void span_attention_backward(
-    const View& grad, const View& q, const View& k, const View& lse, const Plan& plan, const Seen& seen, const View& dq,
-    const View& dk, const View& dlse, int threads) {
-    const auto plans = std::apply(mold::plan_spans, plan);
+    const View& grad, const View& q, const View& k, const View& lse, const View* first, const Spans& spans,
+    const Seen& seen, const View& dq, const View& dk, const View& dlse, int threads) {
+    const auto plans = plans_of(spans, q, k, true);
     mold::level().kernels->span_attention_backward(
-        grad, q, k, lse, plans.data(), visibility_of(seen), dq, dk, dlse, threads);
+        grad, q, k, lse, first, plans.data(), visibility_of(seen), dq, dk, dlse, threads);
 }
 
 void layer_mixture_kl_forward(
@@ -116,6 +139,8 @@ auto kernel(void (*mold::Kernels::*member)(Arguments...)) {
 PYBIND11_MODULE(_native, module) {
     using py::call_guard, py::gil_scoped_release;
 
+    py::enum_<mold::Dtype> dtype(module, "Dtype");
+    for (const auto& [name, value] : dtypes) dtype.value(name, value);
     py::class_<View>(module, "View").def(py::init(&make_view));
 
     module.def("build_info", build_info);

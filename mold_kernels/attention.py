@@ -100,7 +100,7 @@ def attention_with_lse(
     q, scale = positive_scale(q, scale)
     first = first_positions(q, k, causal, query_start)
     ranges = visible_ranges(k.shape[2], sliding_window, cu_seqlens, q.device)
-    return ATTENTION_WITH_LSE.operator(q, k, v, key_padding_mask, first, ranges, scale, softcap, causal, chosen.name)
+    return ATTENTION_WITH_LSE(q, k, v, key_padding_mask, first, ranges, scale, softcap, causal, chosen.name)
 
 
 def attention_lse(
@@ -154,7 +154,7 @@ def attention_lse(
     q, scale = positive_scale(q, scale)
     first = first_positions(q, k, causal, query_start)
     ranges = visible_ranges(k.shape[2], sliding_window, cu_seqlens, q.device)
-    return ATTENTION_LSE.operator(q, k, key_padding_mask, first, ranges, scale, softcap, causal, chosen.name)
+    return ATTENTION_LSE(q, k, key_padding_mask, first, ranges, scale, softcap, causal, chosen.name)
 
 
 def _needs_gradient(*tensors):

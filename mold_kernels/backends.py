@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from mold_kernels import _triton, cuda, native
 from mold_kernels.operators import register_gradient, register_operator
@@ -163,11 +164,11 @@ class Op:
             ValueError: the backend cannot do that here; says why, and which can.
         """
         given = [name for name, value in (options or {}).items() if value is not None]
-        case = f"{' with '.join(filter(None, (dtype_name(tensor.dtype), ' and '.join(given))))} on {tensor.device.type}"
         for line in self.backends.values():
             asked = line.name == requested or (requested == "auto" and line.is_automatic(tensor.device))
             if asked and line.refusal(tensor, given, needs_gradient) is None:
                 if requested == "auto" and line.name == "reference":
+                    case = _case(tensor, given)
                     warnings.warn(
                         f"{self.name}: no fast backend here takes {case}; the reference stores T x T scores",
                         stacklevel=3,
@@ -183,9 +184,18 @@ class Op:
         else:
             reason = refusals.get(requested) or f"{self.name} has no backend of that name"
         raise ValueError(
-            f"backend: is {requested!r}, must be {listed(map(repr, usable)) or 'nothing'} for {self.name} of {case}: "
-            f"{reason}"
+            f"backend: is {requested!r}, must be {listed(map(repr, usable)) or 'nothing'} for {self.name} of "
+            f"{_case(tensor, given)}: {reason}"
         )
+
+    def __call__(self, *arguments):
+        """What the operator gives of these arguments, the last a backend's name; without it where nobody would see it.
+
+        Two dispatches into Python take as long as the kernel of a decoded token does.
+        """
+        if _unseen(arguments):
+            return self._run(arguments, self.fake, lambda line: line.forward)
+        return self.operator(*arguments)
 
     def _run(self, arguments, fake, function):
         """An operator's implementation. What is made of nothing is zeros: no kernel sees an empty tensor."""
@@ -232,6 +242,30 @@ class Op:
             return tuple(result)
 
         register_gradient(self.operator, keep, differentiate)
+
+
+def _case(tensor, given) -> str:
+    return f"{' with '.join(filter(None, (dtype_name(tensor.dtype), ' and '.join(given))))} on {tensor.device.type}"
+
+
+def _unseen(arguments) -> bool:
+    """Whether neither a gradient, a graph, a mode, a transform nor a profiler asks for the operator."""
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return all(type(x) in _PLAIN for x in tensors)
+
+
+_PLAIN = torch.Tensor, torch.nn.Parameter
 
 
 def lazily(module: str, name: str) -> Callable:

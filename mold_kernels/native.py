@@ -22,6 +22,9 @@ except ImportError as error:  # not built, built for another Python, or a librar
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+_SPAN_ROWS = 192
+"""Most rows of a piece, over all the query heads of a key head: its scores and queries stay in the cache."""
+
 
 def is_available() -> bool:
     """Whether the compiled module is here."""
@@ -103,31 +106,47 @@ def span_pieces(row_spans, key_spans, rows, pieces) -> None:
 
 
 def span_attention_forward(
-    q, k, lse, row_spans, key_spans, first, ranges, pieces, scale, softcap, causal, groups, row_reduction
+    q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, groups, row_reduction
 ) -> torch.Tensor:
     """[B, H', S, M]"""
-    (batch, steps, _), words = row_spans.shape, k.shape[2] if key_spans is None else key_spans.shape[1]
-    # The kernel writes the columns that a key word has.
-    make = lse.new_zeros if key_spans is None else lse.new_empty
-    pooled = make(batch, groups, steps, words)
-    plan = _plan(row_spans, key_spans, pieces, row_reduction)
-    q, k, lse, first = _shared(batch, q, k, lse, first)
-    seen = _seen(None, first, ranges, scale, softcap, causal)
-    _native.span_attention_forward(*_views(q, k, lse), plan, seen, _view(pooled), torch.get_num_threads())
+    pooled = _empty_pooled(q, k, lse, row_spans, key_spans, groups)
+    _pool(pooled, None, q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, row_reduction)
     return pooled
 
 
 def span_attention_backward(
-    grad, q, k, lse, row_spans, key_spans, first, ranges, pieces, scale, softcap, causal, groups, row_reduction
+    grad, q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, groups, row_reduction
 ):
     """(dq, dk, dlse)"""
     # The kernel writes the rows and columns of the spans. Sequences in one row share it: none holds another's.
     dq, dk, dlse = torch.zeros_like(q), lse.new_zeros(k.shape), lse.new_zeros(lse.shape)
-    plan, dtype = _plan(row_spans, key_spans, pieces, row_reduction), k.dtype
+    maxima, dtype = None, k.dtype
+    if row_reduction == "max":  # which rows they are of: the forward once more
+        pooled = _empty_pooled(q, k, lse, row_spans, key_spans, groups)
+        maxima = torch.full(pooled.shape, -1, dtype=torch.int32)
+        _pool(
+            pooled, maxima, q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, row_reduction
+        )
+    spans = _spans(q, k, row_spans, key_spans, every, row_reduction)
     q, k, lse, first, *results = _shared(len(row_spans), q, k, lse, first, dq, dk, dlse)
     seen = _seen(None, first, ranges, scale, softcap, causal)
-    _native.span_attention_backward(*_views(grad, q, k, lse), plan, seen, *_views(*results), torch.get_num_threads())
+    tensors, results = _views(grad, q, k, lse, maxima), _views(*results)
+    _native.span_attention_backward(*tensors, spans, seen, *results, torch.get_num_threads())
     return dq, dk.to(dtype), dlse
+
+
+def _empty_pooled(q, k, lse, row_spans, key_spans, groups):
+    (batch, steps, _), words = row_spans.shape, k.shape[2] if key_spans is None else key_spans.shape[1]
+    # Where every key is a key word the kernel writes those of a sequence only.
+    make = lse.new_zeros if len(row_spans) > len(q) else lse.new_empty
+    return make(batch, groups, steps, words)
+
+
+def _pool(pooled, maxima, q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, row_reduction):
+    spans = _spans(q, k, row_spans, key_spans, every, row_reduction)
+    q, k, lse, first = _shared(len(row_spans), q, k, lse, first)
+    seen = _seen(None, first, ranges, scale, softcap, causal)
+    _native.span_attention_forward(*_views(q, k, lse), spans, seen, *_views(pooled, maxima), torch.get_num_threads())
 
 
 def _shared(batch, q, *others):
@@ -137,9 +156,11 @@ def _shared(batch, q, *others):
     return [tensor if tensor is None else tensor.expand(batch, *tensor.shape[1:]) for tensor in (q, *others)]
 
 
-def _plan(row_spans, key_spans, pieces, row_reduction):
-    row_piece, row_start, _, _, before, columns, _ = pieces
-    return *_views(row_spans, key_spans, row_piece, row_start, before, columns), row_reduction == "mean"
+def _spans(q, k, row_spans, key_spans, every, row_reduction):
+    """`every` has the keys of each example, which are key words each where there are no key spans."""
+    keys = every[0] if key_spans is None else key_spans
+    rows = max(1, _SPAN_ROWS * k.shape[1] // q.shape[1])
+    return *_views(row_spans, keys), key_spans is None, rows, row_reduction
 
 
 def layer_mixture_kl_forward(teacher, student, weights, num_steps, num_keys, tau, row_norm, l1_epsilon):
@@ -194,4 +215,7 @@ def _views(*tensors: torch.Tensor | None) -> list:
 
 def _view(tensor: torch.Tensor):
     # The view does not own the memory: the caller holds the tensor until the kernel returns.
-    return _native.View(tensor.data_ptr(), str(tensor.dtype).removeprefix("torch."), tensor.shape, tensor.stride())
+    return _native.View(tensor.data_ptr(), _CODES[tensor.dtype], tensor.shape, tensor.stride())
+
+
+_CODES = {getattr(torch, name): code for name, code in _native.Dtype.__members__.items()} if is_available() else {}

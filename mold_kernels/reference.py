@@ -90,7 +90,8 @@ def _first_maximum(maps, inside):
     rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
     # max would share its gradient among equal rows, argmax take any.
     row = torch.arange(rows.shape[3], device=maps.device)[:, None]
-    first = torch.where(rows == rows.amax(3, keepdim=True), row, len(row)).amin(3, keepdim=True)
+    most = rows.isnan() | (rows == rows.amax(3, keepdim=True))  # NaN, which equals nothing, is more than any
+    first = torch.where(most, row, len(row)).amin(3, keepdim=True)
     return rows.gather(3, first).squeeze(3)
 
 

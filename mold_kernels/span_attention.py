@@ -52,9 +52,6 @@ from mold_kernels.visibility import (
 _BLOCK_ELEMENTS = 1 << 22
 """Most probabilities that the torch backend holds at once (16 MiB in float32)."""
 
-_NATIVE_ROWS = 192
-"""Most rows of a piece, over all the query heads of a key head: its scores and queries stay in the cache."""
-
 
 def span_attention(
     q: torch.Tensor,
@@ -147,7 +144,7 @@ def span_attention(
     ranges = visible_ranges(k.shape[2], sliding_window, cu_seqlens, q.device)
     tensors = q, k, lse, *spans, first, ranges, _PREPARE[chosen.name](plan, q, k)
     groups = reference.head_groups(heads, q, k)
-    pooled = SPAN_ATTENTION.operator(*tensors, scale, softcap, causal, groups, row_reduction, chosen.name)
+    pooled = SPAN_ATTENTION(*tensors, scale, softcap, causal, groups, row_reduction, chosen.name)
     return pooled.squeeze(1) if heads == "mean" else pooled
 
 
@@ -168,9 +165,13 @@ def _check_batch(row_spans, batch, cu_seqlens, lengths):
 
 
 _PREPARE = {
-    "native": lambda plan, q, k: list(plan.pieces(max(1, _NATIVE_ROWS * k.shape[1] // q.shape[1]))),
+    "native": lambda plan, q, k: [plan.key_spans],
     "triton": lambda plan, q, k: list(
-        plan.pieces(choose_tile("span_attention_backward_dk", q).m, joined=len(plan.row_spans) > len(q))
+        plan.pieces(
+            choose_tile("span_attention_backward_dk", q).m,
+            joined=len(plan.row_spans) > len(q),
+            each_key=plan.every_key,
+        )
     ),
     "cuda": lambda plan, q, k: list(plan.columns(cuda.TILE)),
     "torch": lambda plan, q, k: list(plan.columns(1)),
@@ -261,8 +262,8 @@ def _maxima(q, k, lse, row_spans, key_spans, columns, seen, groups):
             of_step = values.masked_fill(~inside[:, None, :, None], -1)
             most = of_step.amax(2)
             # Of equal rows argmax takes any.
-            at = torch.where(of_step == most[:, :, None], row[:, None], q.shape[2]).amin(2)
-            more = most > largest[:, :, step]
+            at = torch.where(of_step.isnan() | (of_step == most[:, :, None]), row[:, None], q.shape[2]).amin(2)
+            more = most.isnan() | (most > largest[:, :, step])
             largest[:, :, step] = most.where(more, largest[:, :, step])
             first[:, :, step] = at.where(more, first[:, :, step])
     return largest, first
@@ -341,13 +342,12 @@ SPAN_ATTENTION = Op(
             native.span_attention_forward,
             native.span_attention_backward,
             dtypes=native.DTYPES,
-            options=tuple(option for option in _OPTIONS if option != 'row_reduction="max"'),
         ),
         Backend.of_triton(
             "span_attention",
             "span_attention",
             head_dim=_triton.HEAD_DIM,
-            options=tuple(option for option in _OPTIONS if option not in ('row_reduction="max"', "key_spans=None")),
+            options=tuple(option for option in _OPTIONS if option != 'row_reduction="max"'),
         ),
         Backend(
             "cuda",

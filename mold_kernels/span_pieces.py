@@ -72,6 +72,7 @@ class SpanPlan:
             raise ValueError(f"row_spans: are of {batch} sequences, must be of the {len(cu_seqlens) - 1} of cu_seqlens")
         self._given = [(tensor, _version(tensor)) for tensor in (row_spans, key_spans, cu_seqlens)]
         self.length, self.key_length = length, length if key_length is None else key_length
+        self.every_key = key_spans is None
         with _outside_inference_mode():
             self.row_spans = _placed("row_spans", row_spans, batch, length, cu_seqlens)
             if key_spans is None:
@@ -83,7 +84,7 @@ class SpanPlan:
                 raise ValueError(f"key_spans: is on {key_spans.device}, must be on {row_spans.device} as row_spans")
             else:
                 self.key_spans = _placed("key_spans", key_spans, batch, self.key_length, cu_seqlens)
-        self._pieces: dict[tuple[int, bool], Pieces] = {}
+        self._pieces: dict[tuple[int, bool, bool], Pieces] = {}
         self._columns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def is_of(
@@ -103,15 +104,22 @@ class SpanPlan:
             for (mine, version), tensor in zip(self._given, (row_spans, key_spans, cu_seqlens), strict=True)
         )
 
-    def pieces(self, rows: int, *, joined: bool = False) -> Pieces:
-        """The pieces, none of more than `rows` rows; `joined`: of all sequences as one example's."""
-        if (rows, joined) not in self._pieces:
-            spans = [spans.view(1, -1, 2) if joined else spans for spans in (self.row_spans, self.key_spans)]
+    def pieces(self, rows: int, *, joined: bool = False, each_key: bool = False) -> Pieces:
+        """The pieces, none of more than `rows` rows.
+
+        `joined`: of all sequences as one example's; `each_key`: every key is a piece, whatever the key spans.
+        """
+        if (rows, joined, each_key) not in self._pieces:
+            keys = self.key_spans
+            if each_key:
+                key = torch.arange(self.key_length + 1, dtype=torch.int32, device=keys.device)
+                keys = torch.stack([key[:-1], key[1:]], 1).repeat(1 if joined else len(keys), 1, 1)
+            spans = [spans.view(1, -1, 2) if joined else spans for spans in (self.row_spans, keys)]
             backend = SPAN_PIECES.choose("auto", self.row_spans).name
             with _outside_inference_mode():
                 pieces = SPAN_PIECES.operator(*(*spans, self.length, self.key_length, rows, backend))
-            self._pieces[rows, joined] = Pieces(*pieces)
-        return self._pieces[rows, joined]
+            self._pieces[rows, joined, each_key] = Pieces(*pieces)
+        return self._pieces[rows, joined, each_key]
 
     def columns(self, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, before): the columns as int32 [B, N], N rounded up to a multiple, and `Pieces.before`.
@@ -119,9 +127,8 @@ class SpanPlan:
         Ascending; padded with Tk, which no row sees. Waits for the device once, to read N.
         """
         if multiple not in self._columns:
-            pieces = next((pieces for (_, joined), pieces in self._pieces.items() if not joined), None) or self.pieces(
-                max(self.length, 1)
-            )
+            found = [pieces for (_, *other), pieces in self._pieces.items() if not any(other)]
+            pieces = found[0] if found else self.pieces(max(self.length, 1))
             with _outside_inference_mode():
                 # Inside torch.compile nothing is read: there are as many columns as there can be.
                 most = (

@@ -110,6 +110,27 @@ struct Sight {
         if (ranges.ends) hide(products, larger(first, block.rows_before(ranges.ends[token])), last);
     }
 
+    // Products of row r with the columns from n on become scores: -infinity where the row must not see one, and from
+    // `columns` to `padded`.
+    void look_at_row(
+        const RowBlock& block, int64_t r, int64_t n, int64_t columns, int64_t padded, T* products) const {
+        for (int64_t c = 0; c < padded; c += lanes<T>) {
+            const Vector<T> product = load(products + c);
+            store<T>(
+                softcap > 0 ? hyperbolic_tangent<T>(product * (scale / softcap)) * softcap : product * scale,
+                products + c);
+        }
+        const int64_t position = block.position + r / block.group;
+        const int64_t begin = larger(ranges.start(position), block.real.begin) - n;
+        const int64_t end = (causal ? position + 1 : ranges.end(position, length)) - n;
+        hide(products, 0, smaller(begin, padded));
+        hide(products, larger(0, smaller(end, columns)), padded);
+        if (!block.real.mask) return;
+        for (int64_t c = 0; c < columns; ++c) {
+            if (!block.real.is_real(n + c)) products[c] = static_cast<T>(-HUGE_VAL);
+        }
+    }
+
     // d score / d (scale product), of what `look` has left of a product; 0 where hidden.
     Vector<T> slope(Vector<T> product) const {
         const Vector<T> tangent = product * (scale / softcap);
@@ -229,6 +250,100 @@ void forward(
                 total == 0 ? static_cast<T>(HUGE_VAL) : buffers.most[r] + std::log(total);
         }
     });
+}
+
+// Keys that a task of few rows walks.
+constexpr int64_t few_keys = 1024;
+
+// The log-sum-exp of few rows: keys as they lie, and vectors over keys. A task is a share of a head's keys.
+template <typename Element, typename T>
+void forward_few(const View& q, const View& k, const Sight<T>& sight, const View& lse, int threads) {
+    using N = Number<Element, T>;
+    const Sizes sizes = sizes_of<N>(q, k);
+    const int64_t tokens = q.sizes[2], rows = tokens * sizes.group, heads = stride_of(sizes);
+    const int64_t shares = (sight.length + few_keys - 1) / few_keys;
+    const bool plain = std::is_same_v<Element, N> && k.strides[3] == 1 && sizes.head_dim == sizes.width;
+    const Memory memory(2 * heads * shares * rows * static_cast<int64_t>(sizeof(T)));
+    T *most_of = reinterpret_cast<T*>(memory.data), *total_of = most_of + heads * shares * rows;
+    const auto block_of_head = [&](int64_t head) {
+        const int64_t example = head / sizes.kv_heads, position = sight.visibility->first_position(example);
+        return RowBlock{
+            example, head % sizes.kv_heads, sizes.group, 0, position, tokens, sight.real_tokens(example), sight.causal};
+    };
+
+    struct Buffers {
+        N *q, *keys;
+        T *scores, *most, *total;  // [rows, block_columns], [rows, lanes] twice
+    };
+    const auto make = [&](Scratch& scratch) {
+        return Buffers{
+            scratch.take<N>(round_up(rows, lanes<T>) * sizes.width), scratch.take<N>(block_columns * sizes.width),
+            scratch.take<T>(rows * block_columns), scratch.take<T>(rows * lanes<T>), scratch.take<T>(rows * lanes<T>)};
+    };
+    parallel(threads, heads * shares, make, [&](int64_t task, Buffers& buffers) {
+        const RowBlock block = block_of_head(task / shares);
+        const int64_t share = task % shares * few_keys, end = smaller(share + few_keys, sight.last_column(block));
+        load_rows<Element, T>(q, block, buffers.q, sizes.width);
+        for (int64_t i = 0; i < rows * lanes<T>; ++i) {
+            buffers.most[i] = static_cast<T>(-HUGE_VAL);
+            buffers.total[i] = 0;
+        }
+        const int64_t begin = larger(sight.ranges.start(block.position), block.real.begin);
+        for (int64_t n = larger(share, begin); n < end; n += block_columns) {
+            const int64_t columns = smaller(block_columns, end - n), padded = round_up(columns, lanes<T>);
+            if (plain && columns == padded) {
+                const N* keys = k.at<const N>(block.example, block.kv_head, n);
+                multiply_few<N>(
+                    rows, padded, sizes.width, buffers.q, sizes.width, keys, k.strides[2], buffers.scores,
+                    block_columns);
+            } else {
+                load_columns<Element>(k, block, n, columns, sizes, buffers.keys);
+                for (int64_t i = columns * sizes.width; i < padded * sizes.width; ++i) buffers.keys[i] = N{};
+                multiply_few<N>(
+                    rows, padded, sizes.width, buffers.q, sizes.width, buffers.keys, sizes.width, buffers.scores,
+                    block_columns);
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                T *scores = buffers.scores + r * block_columns, *most = buffers.most + r * lanes<T>;
+                const Vector<T> before = load(most);
+                Vector<T> larger_one = before, total{};
+                sight.look_at_row(block, r, n, columns, padded, scores);
+                for (int64_t c = 0; c < padded; c += lanes<T>) {
+                    const Vector<T> score = load(scores + c);
+                    larger_one = score > larger_one ? score : larger_one;
+                }
+                // -infinity - -infinity would be NaN where a lane has seen nothing yet.
+                const Vector<T> shift = larger_one == static_cast<T>(-HUGE_VAL) ? Vector<T>{} : larger_one;
+                for (int64_t c = 0; c < padded; c += lanes<T>) total += exponential<T>(load(scores + c) - shift);
+                total += load(buffers.total + r * lanes<T>) * exponential<T>(before - shift);
+                store<T>(larger_one, most);
+                store<T>(total, buffers.total + r * lanes<T>);
+            }
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+            const Vector<T> of_lanes = load(buffers.most + r * lanes<T>);
+            T most = static_cast<T>(-HUGE_VAL);
+            for (int64_t lane = 0; lane < lanes<T>; ++lane) most = of_lanes[lane] > most ? of_lanes[lane] : most;
+            const T shift = most == static_cast<T>(-HUGE_VAL) ? 0 : most;
+            most_of[task * rows + r] = most;
+            total_of[task * rows + r] =
+                sum<T>(load(buffers.total + r * lanes<T>) * exponential<T>(of_lanes - shift));
+        }
+    });
+
+    for (int64_t head = 0; head < heads; ++head) {
+        const RowBlock block = block_of_head(head);
+        for (int64_t r = 0; r < rows; ++r) {
+            const T *mosts = most_of + head * shares * rows + r, *totals = total_of + head * shares * rows + r;
+            T most = static_cast<T>(-HUGE_VAL), total = 0;
+            for (int64_t i = 0; i < shares; ++i) most = mosts[i * rows] > most ? mosts[i * rows] : most;
+            const T shift = most == static_cast<T>(-HUGE_VAL) ? 0 : most;
+            for (int64_t i = 0; i < shares; ++i) total += totals[i * rows] * std::exp(mosts[i * rows] - shift);
+            const bool sees = block.is_real(r) && total != 0;
+            *lse.at<T>(block.example, block.head(r), block.token(r)) =
+                sees ? most + std::log(total) : static_cast<T>(HUGE_VAL);
+        }
+    }
 }
 
 // <a, b> of rows of a tensor.
@@ -399,7 +514,12 @@ void attention_with_lse_forward(
     int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
         using T = decltype(accumulator);
-        forward<decltype(element), T>(q, k, v, sight_of<T>(q, k, visibility), out, lse, threads);
+        const Sight<T> sight = sight_of<T>(q, k, visibility);
+        if (!v && q.sizes[2] * (q.sizes[1] / k.sizes[1]) <= few_rows) {
+            forward_few<decltype(element), T>(q, k, sight, lse, threads);
+        } else {
+            forward<decltype(element), T>(q, k, v, sight, out, lse, threads);
+        }
     });
 }
 

@@ -112,17 +112,17 @@ inline const N* stack(const N* source, int64_t rows, int64_t row, int64_t width,
     }
 }
 
-// Transposes [rows, width] into panels of `panel` rows, each stacked: [depth / pack, panel, pack]. rows is a multiple of
-// the lanes, width of the lanes' words, depth of the pack.
+// Transposes rows at the distance `row` into panels of `panel` rows, each stacked: [depth / pack, panel, pack]. rows is a
+// multiple of the lanes, what can be read of each of the lanes' words, depth of the pack.
 template <typename N, int64_t panel = tile_width<Sum<N>>>
-inline void transpose(const N* source, int64_t rows, int64_t depth, int64_t width, N* panels) {
+inline void transpose(const N* source, int64_t rows, int64_t depth, int64_t row, N* panels) {
     constexpr int64_t side = lanes<Sum<N>>, words = side * pack<N>;
     for (int64_t r = 0; r < rows; r += side) {
         N* target = panels + r / panel * panel * depth + r % panel * pack<N>;
         for (int64_t d = 0; d < depth; d += words) {
             Vector<Sum<N>> square[side];
 #pragma GCC unroll 16
-            for (int64_t i = 0; i < side; ++i) square[i] = load_words(source + (r + i) * width + d);
+            for (int64_t i = 0; i < side; ++i) square[i] = load_words(source + (r + i) * row + d);
             transpose_square<Sum<N>>(square);
 #pragma GCC unroll 16
             for (int64_t i = 0; i < side; ++i) {

@@ -36,20 +36,22 @@ struct Kernels {
         const Visibility& visibility, const View* out, const View& lse, const View& dq, const View& dk, const View* dv,
         int threads);
 
-    // q [B, Hq, Tq, D], k [B, Hkv, Tk, D], lse [B, Hq, Tq], pooled [B, H', S, M] contiguous; no mask: lse has it.
+    // q [B, Hq, Tq, D], k [B, Hkv, Tk, D], lse [B, Hq, Tq], pooled [B, H', S, M] contiguous; no mask: lse has it. `first`,
+    // int32 like pooled or null, becomes the row of each maximum, the first of equal ones, -1 where all rows have 0.
     void (*span_attention_forward)(
         const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
-        const View& pooled, int threads);
+        const View& pooled, const View* first, int threads);
 
-    // Where every key is a key word; pooled holds zeros, which stay at keys that are no column.
+    // Where every key is a key word; writes the columns of the keys alone.
     void (*key_attention_forward)(
         const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
-        const View& pooled, int threads);
+        const View& pooled, const View* first, int threads);
 
     // Either's. Adds nothing: writes the rows of dq and dlse that a step holds and the rows of dk (in lse's dtype) that a
     // key word holds. The caller has set the others to zero. Examples may share tensors if they share no step and word.
+    // `first` is the forward's, null where rows are added up.
     void (*span_attention_backward)(
-        const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
+        const View& grad, const View& q, const View& k, const View& lse, const View* first, const SpanPlan* plans,
         const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads);
 
     // teacher [L1, B, S, M], student [L2, B, S, M], weights [B, L2] and the loss [B] of one dtype, float32 or float64;

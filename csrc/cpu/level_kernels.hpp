@@ -14,12 +14,12 @@ void attention_with_lse_backward(
     int threads);
 void span_attention_forward(
     const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
-    const View& pooled, int threads);
+    const View& pooled, const View* first, int threads);
 void key_attention_forward(
     const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
-    const View& pooled, int threads);
+    const View& pooled, const View* first, int threads);
 void span_attention_backward(
-    const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
+    const View& grad, const View& q, const View& k, const View& lse, const View* first, const SpanPlan* plans,
     const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads);
 void layer_mixture_kl_forward(
     const View& teacher, const View& student, const View& weights, const View& num_steps, const View& num_keys,

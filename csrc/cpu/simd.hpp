@@ -258,6 +258,18 @@ inline void multiply_add(Vector<Sum<N>>& sums, Vector<Sum<N>> row, const N* fact
     }
 }
 
+// sums += the products of two rows, word by word.
+template <typename N>
+inline void multiply_add_rows(Vector<Sum<N>>& sums, Vector<Sum<N>> a, Vector<Sum<N>> b) {
+    if constexpr (pack<N> == 1) {
+        sums += a * b;
+    } else {
+#ifdef __AVX512BF16__
+        sums = (Vector<float>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#endif
+    }
+}
+
 // Stores the sums of a row and of those after it in the pack as numbers: as rows at that distance, stacked, or both (null:
 // not). With a pack of one both are the same.
 template <typename N>
@@ -348,6 +360,43 @@ inline void multiply(
     }
     if constexpr (Vectors > 1) {
         if (width) multiply<N, Vectors - 1>(rows, width, depth, a, b, b_row, c, c_row, add);
+    }
+}
+
+// Lane i of the result is the sum of rows[i], of as many vectors as they have lanes.
+template <typename T, std::size_t Half = lanes<T> / 2>
+inline Vector<T> add_lanes(Vector<T>* rows) {
+#pragma GCC unroll 16
+    for (std::size_t i = 0; i < Half; ++i) {
+        exchange<T, Half>(rows[i], rows[i + Half], std::make_index_sequence<lanes<T>>{});
+        rows[i] += rows[i + Half];
+    }
+    if constexpr (Half > 1) return add_lanes<T, Half / 2>(rows);
+    return rows[0];
+}
+
+// Of so few rows products with keys as they lie cost less than keys turned into panels.
+constexpr int64_t few_rows = 12;
+
+// c[i, j] = <a_i, b_j>, of rows as they lie: i < rows, j < columns (a multiple of the lanes), width a multiple of the
+// lanes' words.
+template <typename N>
+inline void multiply_few(
+    int64_t rows, int64_t columns, int64_t width, const N* a, int64_t a_row, const N* b, int64_t b_row, Sum<N>* c,
+    int64_t c_row) {
+    constexpr int64_t side = lanes<Sum<N>>, words = side * pack<N>;
+    for (int64_t j = 0; j < columns; j += side) {
+        for (int64_t i = 0; i < rows; ++i) {
+            Vector<Sum<N>> sums[side]{};
+            for (int64_t d = 0; d < width; d += words) {
+                const Vector<Sum<N>> row = load_words(a + i * a_row + d);
+#pragma GCC unroll 16
+                for (int64_t n = 0; n < side; ++n) {
+                    multiply_add_rows<N>(sums[n], row, load_words(b + (j + n) * b_row + d));
+                }
+            }
+            store<Sum<N>>(add_lanes<Sum<N>>(sums), c + i * c_row + j);
+        }
     }
 }
 

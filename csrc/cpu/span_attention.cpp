@@ -6,7 +6,7 @@
 // heads that share a key head. The key words' columns are gathered and transposed once, so products are [rows, columns]
 // with vectors over columns: rows are read entry by entry as they lie. The columns that a row sees are neighbours.
 // Where every key is a key word, sums over a piece would be as many as scores: forward a task is a block of columns then,
-// with all rows, and adds up its columns of the result.
+// with all rows, and adds up its columns of the result. Few rows take the keys as they lie.
 namespace mold::MOLD_LEVEL {
 namespace {
 
@@ -14,6 +14,7 @@ namespace {
 // packs, most_columns whole blocks.
 struct Sizes {
     int64_t batch, kv_heads, group, length, head_dim, depth, width, sum_width, most_tokens, most_columns, key_words;
+    bool few;  // rows, of the heads that share a key head
 };
 
 template <typename N>
@@ -22,8 +23,9 @@ Sizes sizes_of(const View& q, const View& k, const SpanPlan* plans, int64_t key_
     const int64_t head_dim = q.sizes[3];
     Sizes sizes{
         q.sizes[0], k.sizes[1], q.sizes[1] / k.sizes[1], k.sizes[2], head_dim, round_up(head_dim, pack<N>),
-        round_up(head_dim, vector * pack<N>), round_up(head_dim, vector), 0, 0, key_words};
+        round_up(head_dim, vector * pack<N>), round_up(head_dim, vector), 0, 0, key_words, true};
     for (int64_t b = 0; b < sizes.batch; ++b) {
+        sizes.few = sizes.few && plans[b].rows() * sizes.group <= few_rows;
         sizes.most_columns = larger(sizes.most_columns, round_up(plans[b].column_count, block_columns));
         for (const Range& piece : plans[b].pieces) {
             sizes.most_tokens = larger(sizes.most_tokens, round_up(piece.end - piece.begin, pack<N>));
@@ -32,17 +34,26 @@ Sizes sizes_of(const View& q, const View& k, const SpanPlan* plans, int64_t key_
     return sizes;
 }
 
+// The key vectors of a block of columns: as a panel, or where that is null as rows at this distance.
+template <typename N>
+struct KeyBlock {
+    const N *panel, *rows;
+    int64_t row;
+};
+
 // The key vectors of the columns: rows [B, Hkv, columns, width], stacked rows [B, Hkv, columns / pack, sum_width, pack]
 // and panels [B, Hkv, columns / block_columns], each stacked [depth / pack, block_columns, pack]. What a block has beyond
-// an example's columns is zero up to whole vectors and unset from there on.
+// an example's columns is zero up to whole vectors and unset from there on. Without panels if `few` rows are all there is.
 template <typename Element, typename N>
 struct Keys {
     Sizes sizes;
+    bool few;
     Memory memory;
     N* data;
 
-    Keys(const View& k, const SpanPlan* plans, const Sizes& sizes, int threads)
+    Keys(const View& k, const SpanPlan* plans, const Sizes& sizes, bool few, int threads)
         : sizes(sizes),
+          few(few),
           memory(sizes.batch * sizes.kv_heads * size() * static_cast<int64_t>(sizeof(N))),
           data(reinterpret_cast<N*>(memory.data)) {
         const auto gather = [&](int64_t i, int) {
@@ -54,6 +65,7 @@ struct Keys {
                 load_row(key, k.strides[3], sizes.head_dim, target + n * sizes.width, sizes.width);
             }
             for (int64_t j = count * sizes.width; j < padded * sizes.width; ++j) target[j] = N{};
+            if (few) return;
             transpose<N, block_columns>(target, padded, sizes.depth, sizes.width, panels(b, head));
             stack(target, padded, sizes.width, sizes.sum_width, stacked(b, head));
         };
@@ -68,6 +80,10 @@ struct Keys {
     }
     N* stacked(int64_t example, int64_t kv_head) const {
         return pack<N> == 1 ? rows(example, kv_head) : panels(example, kv_head) + sizes.most_columns * sizes.depth;
+    }
+    KeyBlock<N> block(int64_t example, int64_t kv_head, int64_t n) const {
+        const N* panel = few ? nullptr : panels(example, kv_head) + n * sizes.depth;
+        return {panel, rows(example, kv_head) + n * sizes.width, sizes.width};
     }
 };
 
@@ -105,7 +121,9 @@ struct Sight {
     // The last key that a position sees.
     int64_t last(int64_t position) const { return visibility->causal ? position : ranges.end(position, length) - 1; }
 
-    void look(const std::int32_t* of_columns, int64_t count, int64_t example, const Range& piece) {
+    // The keys of columns are of_columns[0] and on.
+    template <typename Columns>
+    void look(const Columns& of_columns, int64_t count, int64_t example, const Range& piece) {
         const int64_t position = visibility->first_position(example) + piece.begin;
         rows = piece.end - piece.begin;
         for (int64_t r = 0; r < rows; ++r) {
@@ -120,7 +138,8 @@ struct Sight {
     }
 
     // Of the columns that `row` may see, the first of the first column block.
-    int64_t first_block(const std::int32_t* of_columns, int64_t count, int64_t example, int64_t row) const {
+    template <typename Columns>
+    int64_t first_block(const Columns& of_columns, int64_t count, int64_t example, int64_t row) const {
         const int64_t start = ranges.start(visibility->first_position(example) + row);
         int64_t n = 0;
         while (n < count && of_columns[n] < start) ++n;
@@ -145,12 +164,33 @@ struct Sight {
     // Products of the rows of q that see any of the block's columns with these; then visit(c, seen) for each of its
     // vectors, where seen(r) is what row r has of the columns from n + c on: a probability of 0 where hidden.
     template <typename N, typename Visit>
-    void visit_vectors(int64_t n, Matrix<N> q, int64_t depth, const N* panel, const T* lse, Visit visit) {
+    void visit_vectors(
+        int64_t n, Matrix<N> q, const Sizes& sizes, const KeyBlock<N>& keys, const T* lse, const Visit& visit) {
+        const int64_t first = first_row<N>(n), last = last_row<N>(n);
+        const int64_t width = smaller(block_columns, round_up(columns - n, lanes<T>));
+        if (first == last) return;
+        const N* rows = q.data + first * q.row;
+        T* products = scores + first * block_columns;
+        if (keys.panel) {
+            multiply<N>(
+                last - first, width, sizes.depth, {rows, q.row, q.column}, keys.panel, block_columns, products,
+                block_columns, false);
+        } else {
+            multiply_few<N>(
+                last - first, width, sizes.width, rows, q.row, keys.rows, keys.row, products, block_columns);
+        }
+        const bool open =
+            n + width <= columns && lasts[first] >= tokens[n + width - 1] && firsts[last - 1] <= tokens[n];
+        if (open) {
+            visit_scores<false>(n, width, lse, visit);
+        } else {
+            visit_scores<true>(n, width, lse, visit);
+        }
+    }
+
+    template <bool hides, typename Visit>
+    void visit_scores(int64_t n, int64_t width, const T* lse, const Visit& visit) {
         using Integers = typename VectorOf<T>::integers;
-        const int64_t first = first_row<N>(n), width = smaller(block_columns, round_up(columns - n, lanes<T>));
-        multiply<N>(
-            last_row<N>(n) - first, width, depth, {q.data + first * q.row, q.row, q.column}, panel, block_columns,
-            scores + first * block_columns, block_columns, false);
         for (int64_t c = 0; c < width; c += lanes<T>) {
             Integers token;
             std::memcpy(&token, tokens + n + c, sizeof token);
@@ -162,9 +202,12 @@ struct Sight {
                     score = tangent * softcap - lse[r];
                     slope -= tangent * tangent;
                 }
-                const Vector<T> probability = exponential<T>(score);
-                const Integers hidden = (token > lasts[r]) | (token < firsts[r]);
-                return Seen<T>{hidden ? Vector<T>{} : probability, slope};
+                Vector<T> probability = exponential<T>(score);
+                if constexpr (hides) {
+                    const Integers hidden = (token > lasts[r]) | (token < firsts[r]);
+                    probability = hidden ? Vector<T>{} : probability;
+                }
+                return Seen<T>{probability, slope};
             });
         }
     }
@@ -189,6 +232,14 @@ void load_entries(const View& source, int64_t example, int64_t head, const Range
     for (int64_t t = piece.begin; t < piece.end; ++t) target[t - piece.begin] = *source.at<const T>(example, head, t);
 }
 
+// Keeps `value` where it is more than `best`, and where it is NaN, and from which row it is.
+template <typename T, typename Row>
+inline void keep_more(T value, Row row, T& best, std::int32_t& first) {
+    const bool more = value > best || value != value;
+    first = more ? static_cast<std::int32_t>(row) : first;
+    best = more ? value : best;
+}
+
 struct Piece {
     int64_t example, index;
 };
@@ -209,24 +260,29 @@ Piece piece_of_task(const SpanPlan* plans, int64_t task) {
 template <typename Element, typename T>
 void forward(
     const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
-    const View& pooled, int threads) {
+    const View& pooled, const View* first_rows, int threads) {
     using N = Number<Element, T>;
     const Sizes sizes = sizes_of<N>(q, k, plans, pooled.sizes[3]);
-    const Keys<Element, N> keys(k, plans, sizes, threads);
+    const Keys<Element, N> keys(k, plans, sizes, sizes.few, threads);
     const int64_t pieces = count_pieces(plans, sizes.batch), groups = pooled.sizes[1], heads = q.sizes[1] / groups;
-    const Memory memory(pieces * groups * sizes.key_words * static_cast<int64_t>(sizeof(double)));
-    double* of_pieces = reinterpret_cast<double*>(memory.data);  // in the order of the tasks
+    const int64_t cells = pieces * groups * sizes.key_words;
+    const bool maxima = plans[0].reduction == RowReduction::max;
+    const Memory values(cells * static_cast<int64_t>(sizeof(double)));
+    const Memory places(maxima ? cells * static_cast<int64_t>(sizeof(std::int32_t)) : 0);
+    double* of_pieces = reinterpret_cast<double*>(values.data);  // in the order of the tasks
+    std::int32_t* first_of_pieces = reinterpret_cast<std::int32_t*>(places.data);
 
     struct Buffers {
         Sight<T> sight;
         N* q;
-        T* lse;
+        T *lse, *of_rows;  // [rows, columns], over heads, for maxima
         double* columns;
     };
     const auto make = [&](Scratch& scratch) {
         return Buffers{
             Sight<T>(scratch, sizes, visibility), scratch.take<N>(sizes.most_tokens * sizes.width),
-            scratch.take<T>(sizes.most_tokens), scratch.take<double>(sizes.most_columns)};
+            scratch.take<T>(sizes.most_tokens), scratch.take<T>(maxima ? sizes.most_tokens * sizes.most_columns : 0),
+            scratch.take<double>(sizes.most_columns)};
     };
     parallel(threads, pieces, make, [&](int64_t task, Buffers& buffers) {
         const Piece at = piece_of_task(plans, task);
@@ -235,9 +291,10 @@ void forward(
         Sight<T>& sight = buffers.sight;
         sight.look(plan.columns, plan.column_count, at.example, piece);
         for (int64_t x = 0; x < groups; ++x) {
+            const int64_t of_all_rows = maxima ? sight.rows * sizes.most_columns : 0;
+            for (int64_t i = 0; i < of_all_rows; ++i) buffers.of_rows[i] = 0;
             for (int64_t n = 0; n < sizes.most_columns; ++n) buffers.columns[n] = 0;
             for (int64_t head = x * heads; head < (x + 1) * heads; ++head) {
-                const N* panels = keys.panels(at.example, head / sizes.group);
                 const Matrix<N> rows = rows_of<Element>(q, at.example, head, piece, sizes, buffers.q);
                 load_entries(lse, at.example, head, piece, buffers.lse);
                 for (int64_t n = sight.begin; n < sight.columns; n += block_columns) {
@@ -247,13 +304,37 @@ void forward(
                         for (int64_t r = first; r < last; ++r) total += seen(r).probability;
                         for (int64_t lane = 0; lane < lanes<T>; ++lane) buffers.columns[n + c + lane] += total[lane];
                     };
-                    sight.visit_vectors(n, rows, sizes.depth, panels + n * sizes.depth, buffers.lse, add);
+                    const auto add_to_rows = [&](int64_t c, auto seen) {
+                        for (int64_t r = first; r < last; ++r) {
+                            T* total = buffers.of_rows + r * sizes.most_columns + n + c;
+                            store<T>(load(total) + seen(r).probability, total);
+                        }
+                    };
+                    const KeyBlock<N> block = keys.block(at.example, head / sizes.group, n);
+                    if (maxima) {
+                        sight.visit_vectors(n, rows, sizes, block, buffers.lse, add_to_rows);
+                    } else {
+                        sight.visit_vectors(n, rows, sizes, block, buffers.lse, add);
+                    }
                 }
             }
             for (int64_t m = 0; m < sizes.key_words; ++m) {
+                const Range word = plan.key_words[m];
+                const int64_t cell = (task * groups + x) * sizes.key_words + m;
                 double total = 0;
-                for (int64_t n = plan.key_words[m].begin; n < plan.key_words[m].end; ++n) total += buffers.columns[n];
-                of_pieces[(task * groups + x) * sizes.key_words + m] = total;
+                if (maxima) {
+                    first_of_pieces[cell] = -1;
+                    for (int64_t r = 0; r < sight.rows; ++r) {
+                        double of_row = 0;
+                        for (int64_t n = word.begin; n < word.end; ++n) {
+                            of_row += buffers.of_rows[r * sizes.most_columns + n];
+                        }
+                        keep_more(of_row, piece.begin + r, total, first_of_pieces[cell]);
+                    }
+                } else {
+                    for (int64_t n = word.begin; n < word.end; ++n) total += buffers.columns[n];
+                }
+                of_pieces[cell] = total;
             }
         }
     });
@@ -267,40 +348,103 @@ void forward(
                 T* target = pooled.at<T>(b, x, s);
                 for (int64_t m = 0; m < sizes.key_words; ++m) {
                     double total = 0;
+                    std::int32_t first = -1;
                     for (int64_t p = plan.steps[s].begin; p < plan.steps[s].end; ++p) {
-                        total += of_pieces[((end - 1 - p) * groups + x) * sizes.key_words + m];
+                        const int64_t cell = ((end - 1 - p) * groups + x) * sizes.key_words + m;
+                        if (maxima) {
+                            keep_more(of_pieces[cell], first_of_pieces[cell], total, first);
+                        } else {
+                            total += of_pieces[cell];
+                        }
                     }
                     target[m] = static_cast<T>(total * plan.weights[s] / heads);
+                    if (first_rows) first_rows->at<std::int32_t>(b, x, s)[m] = first;
                 }
             }
         }
     }
 }
 
+// The keys from `first` on.
+struct NeighbouringKeys {
+    int64_t first;
+    int64_t operator[](int64_t n) const { return first + n; }
+};
+
+// A block's columns of the rows of one run, or of one step: sums, or maxima and the rows that have them first.
+template <typename T>
+struct Columns {
+    T* values;
+    std::int32_t* first;  // null of sums
+
+    Columns at(int64_t index) const {
+        return {values + index * block_columns, first ? first + index * block_columns : nullptr};
+    }
+    void clear() const {
+        for (int64_t c = 0; c < block_columns; ++c) values[c] = 0;
+        for (int64_t c = 0; first && c < block_columns; ++c) first[c] = -1;
+    }
+    template <typename Source>
+    void include(const Columns<Source>& other) const {
+        if (first) {
+#pragma omp simd
+            for (int64_t c = 0; c < block_columns; ++c) {
+                keep_more(static_cast<T>(other.values[c]), other.first[c], values[c], first[c]);
+            }
+        } else {
+#pragma omp simd
+            for (int64_t c = 0; c < block_columns; ++c) values[c] += other.values[c];
+        }
+    }
+    void include_row(const T* row, int64_t index) const {
+#pragma omp simd
+        for (int64_t c = 0; c < block_columns; ++c) keep_more(row[c], index, values[c], first[c]);
+    }
+    template <typename Target>
+    void write(int64_t count, double factor, Target* target, std::int32_t* target_first) const {
+        const T times = static_cast<T>(factor);
+#pragma omp simd
+        for (int64_t c = 0; c < count; ++c) target[c] = static_cast<Target>(times * values[c]);
+        for (int64_t c = 0; first && target_first && c < count; ++c) target_first[c] = first[c];
+    }
+};
+
 template <typename Element, typename T>
 void forward_every_key(
     const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
-    const View& pooled, int threads) {
+    const View& pooled, const View* first_rows, int threads) {
     using N = Number<Element, T>;
     Sizes sizes = sizes_of<N>(q, k, plans, pooled.sizes[3]);
     const int64_t groups = pooled.sizes[1], steps = pooled.sizes[2], heads = q.sizes[1] / groups;
     const int64_t blocks = sizes.most_columns / block_columns;
+    const bool maxima = plans[0].reduction == RowReduction::max;
     sizes.most_columns = block_columns;
     sizes.most_tokens = larger(sizes.most_tokens, run_rows);
+    int64_t most_joined = 0;
+    for (int64_t b = 0; b < sizes.batch; ++b) most_joined = larger(most_joined, plans[b].joined);
+    // Rows of keys are read as they lie where vectors can be.
+    const bool plain = std::is_same_v<Element, N> && k.strides[3] == 1 && sizes.head_dim == sizes.width;
 
-    // `sums` [steps, block_columns] are of steps that several pieces make up, `of_run` [pieces, block_columns] of a run.
     struct Buffers {
         Sight<T> sight;
         N *q, *keys, *panels;
-        T *lse, *of_run;
-        double* sums;
+        T *lse, *of_rows;  // [rows, block_columns], over heads, for maxima
+        Columns<T> of_run;        // of each piece
+        Columns<double> of_steps;  // of those that several pieces make up
+        KeyBlock<N>* blocks;      // of each key head
     };
     const auto make = [&](Scratch& scratch) {
+        const int64_t of_keys = sizes.kv_heads * block_columns;
+        const auto first = [&](int64_t count) {
+            return maxima ? scratch.take<std::int32_t>(count * block_columns) : nullptr;
+        };
         return Buffers{
             Sight<T>(scratch, sizes, visibility), scratch.take<N>(sizes.most_tokens * sizes.width),
-            scratch.take<N>(block_columns * sizes.width), scratch.take<N>(sizes.kv_heads * block_columns * sizes.depth),
-            scratch.take<T>(sizes.most_tokens), scratch.take<T>(run_rows * block_columns),
-            scratch.take<double>(steps * block_columns)};
+            scratch.take<N>(of_keys * sizes.width), scratch.take<N>(sizes.few ? 0 : of_keys * sizes.depth),
+            scratch.take<T>(sizes.most_tokens), scratch.take<T>(maxima ? sizes.most_tokens * block_columns : 0),
+            {scratch.take<T>(run_rows * block_columns), first(run_rows)},
+            {scratch.take<double>(most_joined * block_columns), first(most_joined)},
+            scratch.take<KeyBlock<N>>(sizes.kv_heads)};
     };
     // The first columns are seen by the most rows.
     parallel(threads, blocks * sizes.batch, make, [&](int64_t task, Buffers& buffers) {
@@ -308,68 +452,94 @@ void forward_every_key(
         const SpanPlan& plan = plans[example];
         const int64_t count = smaller(block_columns, plan.column_count - n), padded = round_up(count, lanes<T>);
         if (count <= 0) return;
-        const int64_t token = plan.columns[n];  // columns are neighbours
+        const int64_t token = plan.key_runs[0].begin + n;
         for (int64_t head = 0; head < sizes.kv_heads; ++head) {
-            for (int64_t c = 0; c < padded; ++c) {
-                const Element* key = k.at<const Element>(example, head, token + smaller(c, count - 1));
-                const int64_t entries = c < count ? sizes.head_dim : 0;
-                load_row(key, k.strides[3], entries, buffers.keys + c * sizes.width, sizes.width);
+            N *rows = buffers.keys + head * block_columns * sizes.width, *panel = nullptr;
+            KeyBlock<N>& block = buffers.blocks[head];
+            block = {nullptr, rows, sizes.width};
+            if (plain && count == padded) {
+                block = {nullptr, k.at<const N>(example, head, token), k.strides[2]};
+            } else {
+                for (int64_t c = 0; c < padded; ++c) {
+                    const Element* key = k.at<const Element>(example, head, token + smaller(c, count - 1));
+                    load_row(key, k.strides[3], c < count ? sizes.head_dim : 0, rows + c * sizes.width, sizes.width);
+                }
             }
-            N* panel = buffers.panels + head * block_columns * sizes.depth;
-            transpose<N, block_columns>(buffers.keys, padded, sizes.depth, sizes.width, panel);
+            if (sizes.few) continue;
+            panel = buffers.panels + head * block_columns * sizes.depth;
+            transpose<N, block_columns>(block.rows, padded, sizes.depth, block.row, panel);
+            block.panel = panel;
         }
         Sight<T>& sight = buffers.sight;
+        const Columns<T>& of_run = buffers.of_run;
         const Run* looked = nullptr;
         for (int64_t x = 0; x < groups; ++x) {
-            for (int64_t i = 0; i < steps * block_columns; ++i) buffers.sums[i] = 0;
+            const auto write = [&](int64_t step, const auto& columns) {
+                std::int32_t* first = first_rows ? first_rows->at<std::int32_t>(example, x, step) + token : nullptr;
+                columns.write(count, plan.weights[step] / heads, pooled.at<T>(example, x, step) + token, first);
+            };
+            for (int64_t i = 0; i < plan.joined; ++i) buffers.of_steps.at(i).clear();
             for (const Run& run : plan.runs) {
-                if (looked != &run) sight.look(plan.columns + n, count, example, run.rows);
+                if (looked != &run) sight.look(NeighbouringKeys{token}, count, example, run.rows);
                 looked = &run;
-                const int64_t first = sight.columns ? sight.template first_row<N>(0) : 0;
-                const int64_t last = sight.columns ? sight.template last_row<N>(0) : 0;
-                if (first == last) continue;
                 const int64_t pieces = run.pieces.end - run.pieces.begin;
-                for (int64_t i = 0; i < pieces * block_columns; ++i) buffers.of_run[i] = 0;
-                for (int64_t head = x * heads; head < (x + 1) * heads; ++head) {
-                    const Matrix<N> rows = rows_of<Element>(q, example, head, run.rows, sizes, buffers.q);
-                    const N* panel = buffers.panels + head / sizes.group * block_columns * sizes.depth;
-                    load_entries(lse, example, head, run.rows, buffers.lse);
-                    sight.visit_vectors(0, rows, sizes.depth, panel, buffers.lse, [&](int64_t c, auto seen) {
-                        T* sums = buffers.of_run + c;
-                        for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p, sums += block_columns) {
-                            const Range piece = plan.pieces[p];
-                            Vector<T> total = load(sums);
-                            const int64_t end = smaller(piece.end - run.rows.begin, last);
-                            for (int64_t r = larger(piece.begin - run.rows.begin, first); r < end; ++r) {
-                                total += seen(r).probability;
-                            }
-                            store<T>(total, sums);
+                const bool seen_here = sight.begin < sight.columns;
+                const int64_t first = seen_here ? sight.template first_row<N>(0) : 0;
+                const int64_t last = seen_here ? sight.template last_row<N>(0) : 0;
+                for (int64_t p = 0; p < pieces; ++p) of_run.at(p).clear();
+                const int64_t of_all_rows = maxima ? sight.rows * block_columns : 0;
+                for (int64_t i = 0; i < of_all_rows; ++i) buffers.of_rows[i] = 0;
+                const auto add = [&](int64_t c, auto seen) {
+                    T* sums = of_run.values + c;
+                    for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p, sums += block_columns) {
+                        const Range piece = plan.pieces[p];
+                        Vector<T> total = load(sums);
+                        const int64_t end = smaller(piece.end - run.rows.begin, last);
+                        for (int64_t r = larger(piece.begin - run.rows.begin, first); r < end; ++r) {
+                            total += seen(r).probability;
                         }
-                    });
+                        store<T>(total, sums);
+                    }
+                };
+                const auto add_to_rows = [&](int64_t c, auto seen) {
+                    for (int64_t r = first; r < last; ++r) {
+                        T* total = buffers.of_rows + r * block_columns + c;
+                        store<T>(load(total) + seen(r).probability, total);
+                    }
+                };
+                for (int64_t head = x * heads; first < last && head < (x + 1) * heads; ++head) {
+                    const Matrix<N> rows = rows_of<Element>(q, example, head, run.rows, sizes, buffers.q);
+                    const KeyBlock<N>& block = buffers.blocks[head / sizes.group];
+                    load_entries(lse, example, head, run.rows, buffers.lse);
+                    if (maxima) {
+                        sight.visit_vectors(0, rows, sizes, block, buffers.lse, add_to_rows);
+                    } else {
+                        sight.visit_vectors(0, rows, sizes, block, buffers.lse, add);
+                    }
                 }
                 for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p) {
-                    const T* sums = buffers.of_run + (p - run.pieces.begin) * block_columns;
+                    const Columns<T> of_piece = of_run.at(p - run.pieces.begin);
+                    const Range piece = plan.pieces[p];
+                    for (int64_t row = piece.begin; maxima && row < piece.end; ++row) {
+                        of_piece.include_row(buffers.of_rows + (row - run.rows.begin) * block_columns, row);
+                    }
                     for (int64_t h = plan.holders_begin[p]; h < plan.holders_begin[p + 1]; ++h) {
-                        const int64_t step = plan.holders[h];
-                        if (plan.steps[step].end - plan.steps[step].begin == 1) {
-                            T* target = pooled.at<T>(example, x, step) + token;
-                            const T factor = static_cast<T>(plan.weights[step] / heads);
-#pragma omp simd
-                            for (int64_t c = 0; c < count; ++c) target[c] = factor * sums[c];
+                        const int64_t step = plan.holders[h], slot = plan.slots[step];
+                        if (slot < 0) {
+                            write(step, of_piece);
                         } else {
-                            double* total = buffers.sums + step * block_columns;
-#pragma omp simd
-                            for (int64_t c = 0; c < count; ++c) total[c] += sums[c];
+                            buffers.of_steps.at(slot).include(of_piece);
                         }
                     }
                 }
             }
             for (int64_t s = 0; s < steps; ++s) {
-                if (plan.steps[s].end - plan.steps[s].begin < 2) continue;
-                T* target = pooled.at<T>(example, x, s) + token;
-                const double factor = plan.weights[s] / heads, *total = buffers.sums + s * block_columns;
-#pragma omp simd
-                for (int64_t c = 0; c < count; ++c) target[c] = static_cast<T>(factor * total[c]);
+                if (plan.slots[s] >= 0) {
+                    write(s, buffers.of_steps.at(plan.slots[s]));
+                } else if (plan.steps[s].begin == plan.steps[s].end) {
+                    of_run.clear();
+                    write(s, of_run);
+                }
             }
         }
     });
@@ -399,16 +569,40 @@ void column_gradient(
     }
 }
 
+// Likewise of maxima: each has its gradient at one row, [rows, columns] of them.
+template <typename T>
+void row_gradient(
+    const View& grad, const View& first, const SpanPlan& plan, const Piece& at, int64_t x, int64_t heads, int64_t columns,
+    T* of_rows) {
+    const Range piece = plan.pieces[at.index];
+    for (std::size_t s = 0; s < plan.steps.size(); ++s) {
+        if (at.index < plan.steps[s].begin || at.index >= plan.steps[s].end) continue;
+        const T* row = grad.at<const T>(at.example, x, s);
+        const std::int32_t* places = first.at<const std::int32_t>(at.example, x, s);
+        const auto add = [&](int64_t word, int64_t begin, int64_t end) {
+            const int64_t place = places[word];
+            if (place < piece.begin || place >= piece.end) return;
+            T* target = of_rows + (place - piece.begin) * columns;
+            for (int64_t n = begin; n < end; ++n) target[n] += row[word * grad.strides[3]] / static_cast<T>(heads);
+        };
+        for (std::size_t m = 0; m < plan.key_words.size(); ++m) add(m, plan.key_words[m].begin, plan.key_words[m].end);
+        for (int64_t n = 0; plan.key_words.empty() && n < plan.column_count; ++n) add(plan.columns[n], n, n + 1);
+    }
+}
+
 template <typename Element, typename T>
 void backward(
-    const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
+    const View& grad, const View& q, const View& k, const View& lse, const View* first_rows, const SpanPlan* plans,
     const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads) {
     using N = Number<Element, T>;
     const Sizes sizes = sizes_of<N>(q, k, plans, grad.sizes[3]);
-    const Keys<Element, N> keys(k, plans, sizes, threads);
+    const Keys<Element, N> keys(k, plans, sizes, false, threads);
     const int64_t tasks = count_pieces(plans, sizes.batch) * sizes.kv_heads;
     const int64_t groups = grad.sizes[1], heads = q.sizes[1] / groups;
     const bool each = heads < sizes.group;  // the heads of a task have a gradient each
+    // A gradient is one of all the piece's rows, or of maxima one of each.
+    const int64_t gradient_row = first_rows ? sizes.most_columns : 0;
+    const int64_t gradient_size = sizes.most_columns * (first_rows ? sizes.most_tokens : 1);
     Turns turns(tasks);
 
     // `weights` are rows, `stacked_weights` has them stacked; with a pack of one both are where the scores are.
@@ -429,7 +623,7 @@ void backward(
             nullptr,
             nullptr,
             nullptr,
-            scratch.take<T>(sizes.most_columns * (each ? sizes.group : 1)),
+            scratch.take<T>(gradient_size * (each ? sizes.group : 1)),
             scratch.take<T>(of_rows),
             scratch.take<T>(of_rows * sizes.sum_width),
             scratch.take<T>(block_columns * sizes.sum_width),
@@ -449,14 +643,18 @@ void backward(
         const Range piece = plan.pieces[at.index];
         const int64_t kv_head = task % sizes.kv_heads, tokens = piece.end - piece.begin;
         const bool last_piece = at.index + 1 == static_cast<int64_t>(plan.pieces.size());
-        const N *key_rows = keys.stacked(at.example, kv_head), *panels = keys.panels(at.example, kv_head);
+        const N* key_rows = keys.stacked(at.example, kv_head);
         Sight<T>& sight = buffers.sight;
         sight.look(plan.columns, plan.column_count, at.example, piece);
         for (int64_t g = 0; g < (each ? sizes.group : 1); ++g) {
-            T* gradient = buffers.gradient + g * sizes.most_columns;
-            for (int64_t n = 0; n < sizes.most_columns; ++n) gradient[n] = 0;
+            T* gradient = buffers.gradient + g * gradient_size;
+            for (int64_t n = 0; n < sizes.most_columns + gradient_row * (tokens - 1); ++n) gradient[n] = 0;
             const int64_t x = (kv_head * sizes.group + g) / heads;
-            column_gradient(grad, plan, at, x, heads, buffers.word_gradient, gradient);
+            if (first_rows) {
+                row_gradient(grad, *first_rows, plan, at, x, heads, gradient_row, gradient);
+            } else {
+                column_gradient(grad, plan, at, x, heads, buffers.word_gradient, gradient);
+            }
         }
         for (int64_t i = 0; i < sizes.group * tokens * sizes.sum_width; ++i) buffers.dq[i] = 0;
         for (int64_t i = 0; i < sizes.group * tokens * lanes<T>; ++i) buffers.dlse[i] = 0;
@@ -477,14 +675,13 @@ void backward(
             for (int64_t g = 0; g < sizes.group; ++g) {
                 const Matrix<N> rows = buffers.rows[g];
                 T *dq = buffers.dq + g * tokens * sizes.sum_width, *dlse = buffers.dlse + g * tokens * lanes<T>;
-                const T* of_columns = buffers.gradient + (each ? g * sizes.most_columns : 0) + n;
+                const T* of_columns = buffers.gradient + (each ? g * gradient_size : 0) + n;
                 const auto weigh = [&](int64_t c, auto seen) {
-                    const Vector<T> gradient = load(of_columns + c);
                     for (int64_t r = first; r < last; r += pack<N>) {
                         Vector<T> weights[pack<N>]{};
                         for (int64_t e = 0; e < smaller(pack<N>, last - r); ++e) {
                             const Seen<T> found = seen(r + e);
-                            const Vector<T> weight = found.probability * gradient;
+                            const Vector<T> weight = found.probability * load(of_columns + (r + e) * gradient_row + c);
                             T* total = dlse + (r + e) * lanes<T>;
                             store<T>(load(total) - weight, total);
                             weights[e] = weight * found.slope;
@@ -494,7 +691,8 @@ void backward(
                         store_numbers<N>(weights, plain, block_columns, stacked);
                     }
                 };
-                sight.visit_vectors(n, rows, sizes.depth, panels + n * sizes.depth, buffers.lse + g * tokens, weigh);
+                const KeyBlock<N> block = keys.block(at.example, kv_head, n);
+                sight.visit_vectors(n, rows, sizes, block, buffers.lse + g * tokens, weigh);
                 const int64_t first_weight = first * block_columns;
                 multiply<N>(
                     seen_rows, sizes.sum_width, columns_packed, {buffers.weights + first_weight, block_columns, 1},
@@ -533,26 +731,26 @@ void backward(
 
 void span_attention_forward(
     const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
-    const View& pooled, int threads) {
+    const View& pooled, const View* first, int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
-        forward<decltype(element), decltype(accumulator)>(q, k, lse, plans, visibility, pooled, threads);
+        forward<decltype(element), decltype(accumulator)>(q, k, lse, plans, visibility, pooled, first, threads);
     });
 }
 
 void key_attention_forward(
     const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
-    const View& pooled, int threads) {
+    const View& pooled, const View* first, int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
-        forward_every_key<decltype(element), decltype(accumulator)>(q, k, lse, plans, visibility, pooled, threads);
+        forward_every_key<decltype(element), decltype(accumulator)>(q, k, lse, plans, visibility, pooled, first, threads);
     });
 }
 
 void span_attention_backward(
-    const View& grad, const View& q, const View& k, const View& lse, const SpanPlan* plans,
+    const View& grad, const View& q, const View& k, const View& lse, const View* first, const SpanPlan* plans,
     const Visibility& visibility, const View& dq, const View& dk, const View& dlse, int threads) {
     dispatch(q.dtype, [&](auto element, auto accumulator) {
         backward<decltype(element), decltype(accumulator)>(
-            grad, q, k, lse, plans, visibility, dq, dk, dlse, threads);
+            grad, q, k, lse, first, plans, visibility, dq, dk, dlse, threads);
     });
 }
 

@@ -1,6 +1,8 @@
 #include "span_pieces.hpp"
 
 #include <algorithm>
+#include <stdexcept>
+#include <utility>
 
 namespace mold {
 namespace {
@@ -57,6 +59,73 @@ void find_holders(SpanPlan& plan) {
     }
 }
 
+std::vector<Range> spans_of(const View& spans, std::int64_t example, std::int64_t length) {
+    std::vector<Range> all;
+    all.reserve(spans.sizes[1]);
+    for (std::int64_t i = 0; i < spans.sizes[1]; ++i) all.push_back(span_at(spans, example, i, length));
+    return all;
+}
+
+void plan_rows(const std::vector<Range>& spans, std::int64_t piece_rows, SpanPlan& plan) {
+    std::vector<std::pair<std::int64_t, std::int64_t>> cuts;  // (row, spans that begin there less those that end)
+    for (const Range& span : spans) {
+        if (span.begin == span.end) continue;
+        cuts.push_back({span.begin, 1});
+        cuts.push_back({span.end, -1});
+    }
+    std::sort(cuts.begin(), cuts.end());
+    std::int64_t depth = 0;
+    for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
+        depth += cuts[i].second;
+        if (depth == 0) continue;
+        for (std::int64_t row = cuts[i].first; row < cuts[i + 1].first; row += piece_rows) {
+            plan.pieces.push_back({row, std::min(row + piece_rows, cuts[i + 1].first)});
+        }
+    }
+    const auto pieces_before = [&](std::int64_t row) {
+        const auto begins_before = [](const Range& piece, std::int64_t at) { return piece.begin < at; };
+        return std::lower_bound(plan.pieces.begin(), plan.pieces.end(), row, begins_before) - plan.pieces.begin();
+    };
+    for (const Range& span : spans) {
+        plan.steps.push_back({pieces_before(span.begin), pieces_before(span.end)});
+        plan.slots.push_back(plan.steps.back().end - plan.steps.back().begin > 1 ? plan.joined++ : -1);
+        const std::int64_t rows = std::max<std::int64_t>(1, span.end - span.begin);
+        plan.weights.push_back(plan.reduction == RowReduction::mean ? 1.0 / rows : 1.0);
+    }
+    join_pieces(plan);
+    find_holders(plan);
+}
+
+void plan_keys(const std::vector<Range>& spans, bool every_key, SpanPlan& plan) {
+    std::vector<Range> sorted;
+    for (const Range& span : spans) {
+        if (span.begin < span.end) sorted.push_back(span);
+    }
+    std::sort(sorted.begin(), sorted.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    std::vector<std::int64_t> before;  // columns before a run
+    for (const Range& span : sorted) {
+        if (plan.key_runs.empty() || plan.key_runs.back().end < span.begin) {
+            before.push_back(plan.column_count);
+            plan.key_runs.push_back({span.begin, span.begin});
+        }
+        Range& run = plan.key_runs.back();
+        plan.column_count += std::max<std::int64_t>(0, span.end - run.end);
+        run.end = std::max(run.end, span.end);
+    }
+    if (every_key) return;
+    for (const Range& span : spans) {
+        if (span.begin == span.end) {
+            plan.key_words.push_back({0, 0});
+            continue;
+        }
+        const auto begins_after = [](std::int64_t key, const Range& run) { return key < run.begin; };
+        const auto next = std::upper_bound(plan.key_runs.begin(), plan.key_runs.end(), span.begin, begins_after);
+        const std::int64_t index = next - plan.key_runs.begin() - 1;
+        const std::int64_t first = before[index] + span.begin - plan.key_runs[index].begin;
+        plan.key_words.push_back({first, first + span.end - span.begin});
+    }
+}
+
 }  // namespace
 
 void span_pieces(
@@ -87,34 +156,32 @@ void span_pieces(
     }
 }
 
+RowReduction row_reduction_named(const std::string& name) {
+    if (name == "sum") return RowReduction::sum;
+    if (name == "mean") return RowReduction::mean;
+    if (name == "max") return RowReduction::max;
+    throw std::invalid_argument("row_reduction: was " + name + ", must be sum, mean or max");
+}
+
+std::int64_t SpanPlan::rows() const {
+    std::int64_t count = 0;
+    for (const Range& piece : pieces) count += piece.end - piece.begin;
+    return count;
+}
+
 std::vector<SpanPlan> plan_spans(
-    const View& row_spans, const View* key_spans, const View& row_piece, const View& row_start, const View& before,
-    const View& columns, bool mean) {
-    const std::int64_t row_length = row_piece.sizes[1] - 1, key_length = columns.sizes[1];
+    const View& row_spans, const View& key_spans, bool every_key, const SpanSizes& sizes, RowReduction reduction,
+    bool list_columns) {
     std::vector<SpanPlan> plans(row_spans.sizes[0]);
     for (std::int64_t b = 0; b < row_spans.sizes[0]; ++b) {
         SpanPlan& plan = plans[b];
-        const std::int32_t *column = before.at<const std::int32_t>(b), *piece = row_piece.at<const std::int32_t>(b),
-                           *start = row_start.at<const std::int32_t>(b);
-        plan.columns = columns.at<const std::int32_t>(b);
-        plan.column_count = column[key_length];
-        for (std::int64_t m = 0; m < (key_spans ? key_spans->sizes[1] : 0); ++m) {
-            const Range word = span_at(*key_spans, b, m, key_length);
-            plan.key_words.push_back({column[word.begin], column[word.end]});
+        plan.reduction = reduction;
+        plan_rows(spans_of(row_spans, b, sizes.rows), sizes.piece_rows, plan);
+        plan_keys(spans_of(key_spans, b, sizes.keys), every_key, plan);
+        if (!list_columns) continue;
+        for (const Range& run : plan.key_runs) {
+            for (std::int64_t key = run.begin; key < run.end; ++key) plan.columns.push_back(static_cast<std::int32_t>(key));
         }
-        std::vector<std::int64_t> held(row_start.sizes[1]);  // pieces before each that a step holds
-        for (std::int64_t g = 0; g + 1 < row_start.sizes[1]; ++g) {
-            const Range tokens{start[g] / 2, start[g + 1] / 2};
-            if (start[g] % 2 && tokens.begin < tokens.end) plan.pieces.push_back(tokens);
-            held[g + 1] = static_cast<std::int64_t>(plan.pieces.size());
-        }
-        for (std::int64_t s = 0; s < row_spans.sizes[1]; ++s) {
-            const Range step = span_at(row_spans, b, s, row_length);
-            plan.steps.push_back({held[piece[step.begin]], held[piece[step.end]]});
-            plan.weights.push_back(mean ? 1.0 / std::max<std::int64_t>(1, step.end - step.begin) : 1.0);
-        }
-        join_pieces(plan);
-        find_holders(plan);
     }
     return plans;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "view.hpp"
@@ -25,21 +26,36 @@ struct Run {
 // Rows of a run of several pieces: enough to hide the cost of a column block's keys, few enough to stay in the cache.
 constexpr std::int64_t run_rows = 64;
 
-// One example's pieces as span attention walks them. Whatever the spans hold, they are cut to [0, Tq] and [0, Tk].
+enum class RowReduction { sum, mean, max };
+
+// Throws std::invalid_argument for any other name than "sum", "mean" and "max".
+RowReduction row_reduction_named(const std::string& name);
+
+// One example's spans as span attention walks them. Whatever they hold, they are cut to [0, Tq] and [0, Tk].
 struct SpanPlan {
-    const std::int32_t* columns;
-    std::int64_t column_count;
+    std::vector<Range> key_runs;        // of keys: the columns, ascending
+    std::vector<std::int32_t> columns;  // the keys in those; none where the plan is of every key and to be short
+    std::int64_t column_count = 0;
     std::vector<Range> key_words;  // [M], of columns; none where every key is one
     std::vector<Range> pieces;     // of rows; only those that a step holds, ascending
     std::vector<Range> steps;      // [S], of pieces
+    std::vector<std::int64_t> slots;  // [S]: which of the `joined` steps that several pieces make up it is, or -1
+    std::int64_t joined = 0;
     std::vector<double> weights;   // [S]: 1, or 1 / rows of the step for the mean
     std::vector<Run> runs;         // of all pieces
     std::vector<std::int64_t> holders, holders_begin;  // the steps that hold piece p are holders[holders_begin[p]] and on
+    RowReduction reduction = RowReduction::sum;
+
+    std::int64_t rows() const;  // of all pieces
 };
 
-// A plan for each example, of the tensors of `span_pieces`. Without key spans every key is a key word.
+// A plan for each example of int32 row_spans [B, S, 2], of Tq rows in pieces of at most piece_rows, and key_spans [B, M, 2]
+// of Tk keys. With every_key the keys in any span are key words, each by itself.
+struct SpanSizes {
+    std::int64_t rows, keys, piece_rows;
+};
 std::vector<SpanPlan> plan_spans(
-    const View& row_spans, const View* key_spans, const View& row_piece, const View& row_start, const View& before,
-    const View& columns, bool mean);
+    const View& row_spans, const View& key_spans, bool every_key, const SpanSizes& sizes, RowReduction reduction,
+    bool list_columns);
 
 }  // namespace mold

@@ -3,7 +3,8 @@
 The derivation is in `mold_kernels.attention`. Forward: a program holds BLOCK_M rows of one head and walks the keys they
 see. Backward, deterministic without atomics: one kernel for dq (a program holds rows and walks keys; it also stores
 delta = rowsum(dout o out) - dlse), then one for dk and dv (a program holds keys and walks the rows that see them, of
-all the query heads of its key head).
+all the query heads of its key head). Padding before and behind an example's real keys is neither walked nor masked;
+where some lies between them, every tile is masked.
 
 Cost with P = B Hq T^2 / 2 visible pairs: forward 4 P D FLOPs; backward 6 P D for dq and 8 P D for dk and dv, where
 5 products of 2 P D would do with atomics. Without v: 2 P D, and 4 P D in either part of the backward.
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mold_kernels._triton import tiles
 from mold_kernels._triton.scores import (
     LN_2,
     LOG2_E,
@@ -45,9 +47,47 @@ def _hide(scores, position, key, T, range_ptr, valid_ptr, CAUSAL: tl.constexpr):
     return tl.where(visible, scores, float("-inf"))
 
 
+@triton.jit(do_not_specialize=["T"])
+def _padding_kernel(valid_ptr, padding_ptr, T, BLOCK: tl.constexpr):
+    """Of each example: the first real key, the end of the real ones, and whether padding lies between."""
+    batch = tl.program_id(0).to(tl.int64)
+    begin = T
+    end = 0
+    count = 0
+    for start in range(0, T, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        real = tl.load(valid_ptr + batch * T + key, mask=key < T, other=0).to(tl.int1)
+        begin = tl.minimum(begin, tl.min(tl.where(real, key, T), 0))
+        end = tl.maximum(end, tl.max(tl.where(real, key + 1, 0), 0))
+        count += tl.sum(tl.where(real, 1, 0), 0)
+    tl.store(padding_ptr + batch * 3, begin)
+    tl.store(padding_ptr + batch * 3 + 1, end)
+    tl.store(padding_ptr + batch * 3 + 2, (count < end - begin).to(tl.int32))
+
+
+def _padding(valid: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(the mask, contiguous; int32 [B, 3] of what `_padding_kernel` finds in it), found without waiting for the GPU."""
+    if valid is None:
+        return None, None
+    valid = valid.contiguous()
+    padding = torch.empty(len(valid), 3, dtype=torch.int32, device=valid.device)
+    _padding_kernel[len(valid),](valid, padding, valid.shape[1], BLOCK=tiles.SCAN_BLOCK, enable_fp_fusion=True)
+    return valid, padding
+
+
 @triton.jit
-def _seen_keys(range_ptr, valid_ptr, position, end, T, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """(first, first that some row may not see, end) of the keys that rows at [position, end) see, in tiles."""
+def _load_padding(padding_ptr, batch):
+    """(first real key, end of the real ones, whether padding lies between)"""
+    padding_ptr += batch * 3
+    return tl.load(padding_ptr), tl.load(padding_ptr + 1), tl.load(padding_ptr + 2) != 0
+
+
+@triton.jit
+def _seen_keys(range_ptr, padding_ptr, batch, position, end, T, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(first, first that some row may not see, end) of the keys that rows at [position, end) see, in tiles.
+
+    A row that is padding may be said to see a key.
+    """
     low = 0
     high = T
     if CAUSAL:
@@ -56,9 +96,20 @@ def _seen_keys(range_ptr, valid_ptr, position, end, T, BLOCK_N: tl.constexpr, CA
         low = tl.load(range_ptr + position) // BLOCK_N * BLOCK_N
         if not CAUSAL:
             high = tl.load(range_ptr + T + end - 1)
+    if padding_ptr is not None:
+        first_real, end_real, broken = _load_padding(padding_ptr, batch)
+        low = tl.maximum(low, first_real)
+        high = tl.minimum(high, end_real)
+        if CAUSAL:
+            high = tl.where(position < end_real, high, 0)
     masked = low
-    if range_ptr is None and valid_ptr is None:
-        masked = (position if CAUSAL else T) // BLOCK_N * BLOCK_N
+    if range_ptr is None:
+        of_all = high
+        if CAUSAL:
+            of_all = tl.minimum(high, position + 1)
+        masked = low + tl.maximum(of_all - low, 0) // BLOCK_N * BLOCK_N
+        if padding_ptr is not None:
+            masked = tl.where(broken, low, masked)
     return low, masked, high
 
 
@@ -113,6 +164,7 @@ def _attention_forward_kernel(
     out,
     lse_ptr,
     valid_ptr,
+    padding_ptr,
     first_ptr,
     range_ptr,
     heads,
@@ -147,10 +199,10 @@ def _attention_forward_kernel(
 
     begin = first_position(first_ptr, batch) + first
     low, masked, high = _seen_keys(
-        range_ptr, valid_ptr, begin, begin + tl.minimum(BLOCK_M, TQ - first), TK, BLOCK_N, CAUSAL
+        range_ptr, padding_ptr, batch, begin, begin + tl.minimum(BLOCK_M, TQ - first), TK, BLOCK_N, CAUSAL
     )
     state = acc, total, peak
-    if range_ptr is None and valid_ptr is None:
+    if range_ptr is None:
         state = _forward_keys(
             state, queries, k, v, batch, kv_head, low, masked, position, TK, scale, softcap, range_ptr, valid_ptr,
             CAUSAL, D, BLOCK_D, BLOCK_N, False,
@@ -222,6 +274,7 @@ def _attention_backward_dq_kernel(
     dlse_ptr,
     delta_ptr,
     valid_ptr,
+    padding_ptr,
     first_ptr,
     range_ptr,
     heads,
@@ -261,9 +314,9 @@ def _attention_backward_dq_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = first_position(first_ptr, batch) + first
     low, masked, high = _seen_keys(
-        range_ptr, valid_ptr, begin, begin + tl.minimum(BLOCK_M, TQ - first), TK, BLOCK_N, CAUSAL
+        range_ptr, padding_ptr, batch, begin, begin + tl.minimum(BLOCK_M, TQ - first), TK, BLOCK_N, CAUSAL
     )
-    if range_ptr is None and valid_ptr is None:
+    if range_ptr is None:
         acc = _dq_keys(
             acc, queries, gradient, lse, delta, k, v, batch, kv_head, low, masked, position, TK, scale, softcap,
             range_ptr, valid_ptr, CAUSAL, D, BLOCK_D, BLOCK_N, False,
@@ -340,6 +393,7 @@ def _attention_backward_dk_kernel(
     lse_ptr,
     delta_ptr,
     valid_ptr,
+    padding_ptr,
     first_ptr,
     range_ptr,
     kv_heads,
@@ -367,6 +421,7 @@ def _attention_backward_dk_kernel(
 
     position = first_position(first_ptr, batch)
     low = 0
+    high = TQ
     # Rows until `masked` may be such as must not see a key of the tile.
     masked = 0
     if CAUSAL:
@@ -376,13 +431,19 @@ def _attention_backward_dk_kernel(
         if not CAUSAL:
             low = tl.load(range_ptr + first)
         masked = tl.load(range_ptr + TK + tl.minimum(first + BLOCK_N, TK) - 1)
-    elif valid_ptr is not None:
-        masked = position + TQ
     low = tl.maximum(low - position, 0) // BLOCK_M * BLOCK_M
     masked = tl.maximum(masked - position, 0)
+    if padding_ptr is not None:
+        first_real, end_real, broken = _load_padding(padding_ptr, batch)
+        if CAUSAL:  # rows from there on are padding
+            high = tl.minimum(tl.maximum(end_real - position, 0), TQ)
+        if range_ptr is None:
+            cut = (first < first_real) | (tl.minimum(first + BLOCK_N, TK) > end_real)
+            masked = tl.where(broken | cut, TQ, masked)
+        high = tl.where((first + BLOCK_N <= first_real) | (first >= end_real), 0, high)
     if range_ptr is None:
         masked = (masked + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    masked = tl.minimum(masked, TQ)
+    masked = tl.minimum(masked, high)
     key_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     value_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(group):
@@ -392,10 +453,10 @@ def _attention_backward_dk_kernel(
             key_sum, value_sum, keys, values, key, q, dout, batch, head, lse_ptr + line, delta_ptr + line, low, masked,
             position, TQ, TK, scale, softcap, range_ptr, valid_ptr, CAUSAL, D, BLOCK_D, BLOCK_M, True,
         )  # fmt: skip
-        if range_ptr is None and valid_ptr is None:
+        if range_ptr is None:
             key_sum, value_sum = _dk_rows(
                 key_sum, value_sum, keys, values, key, q, dout, batch, head, lse_ptr + line, delta_ptr + line, masked,
-                TQ, position, TQ, TK, scale, softcap, range_ptr, valid_ptr, CAUSAL, D, BLOCK_D, BLOCK_M, False,
+                high, position, TQ, TK, scale, softcap, range_ptr, valid_ptr, CAUSAL, D, BLOCK_D, BLOCK_M, False,
             )  # fmt: skip
     store_rows(dk, batch, kv_head, key, key < TK, key_sum * scale, D, BLOCK_D)
     if v is not None:
@@ -414,13 +475,13 @@ def attention_with_lse_forward(
     causal: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(out [B, Hq, Tq, D], lse [B, Hq, Tq]); out is None without v."""
-    valid = None if valid is None else valid.contiguous()
+    valid, padding = _padding(valid)
     batch, heads, length, _ = q.shape
     tile, options = tile_options("attention_forward", q)
     out = None if v is None else empty_heads(q)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     _attention_forward_kernel[triton.cdiv(length, tile.m), batch * heads](
-        *(*map(with_strides, (q, k, v, out)), lse, valid, first, ranges, heads, heads // k.shape[1], length),
+        *(*map(with_strides, (q, k, v, out)), lse, valid, padding, first, ranges, heads, heads // k.shape[1], length),
         *(k.shape[2], scale, softcap),
         CAUSAL=causal,
         **options,
@@ -446,7 +507,8 @@ def attention_with_lse_backward(
     """(dq, dk, dv). Without dout only lse has a gradient: neither v nor out is read, dv is 0, or None without v."""
     batch, heads, length, _ = q.shape
     kv_heads = k.shape[1]
-    valid, dlse = (None if small is None else small.contiguous() for small in (valid, dlse))
+    valid, padding = _padding(valid)
+    dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = empty_heads(q), empty_heads(k), None if v is None else empty_heads(v)
     if dout is None:
         v = out = None
@@ -455,14 +517,15 @@ def attention_with_lse_backward(
     scalars = heads // kv_heads, length, k.shape[2], scale, softcap
     tile, options = tile_options("attention_backward_dq", q)
     _attention_backward_dq_kernel[triton.cdiv(length, tile.m), batch * heads](
-        *(*map(with_strides, (q, k, v, out, dout, dq)), lse, dlse, delta, valid, first, ranges, heads, *scalars),
+        *(*map(with_strides, (q, k, v, out, dout, dq)), lse, dlse, delta, valid, padding, first, ranges),
+        *(heads, *scalars),
         CAUSAL=causal,
         **options,
     )
     tile, options = tile_options("attention_backward_dk", q)
     _attention_backward_dk_kernel[triton.cdiv(k.shape[2], tile.n), batch * kv_heads](
-        *(*map(with_strides, (q, k, v, dout, dk, None if v is None else dv)), lse, delta, valid, first, ranges),
-        *(kv_heads, *scalars),
+        *(*map(with_strides, (q, k, v, dout, dk, None if v is None else dv)), lse, delta, valid, padding, first),
+        *(ranges, kv_heads, *scalars),
         CAUSAL=causal,
         **options,
     )

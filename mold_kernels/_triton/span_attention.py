@@ -14,6 +14,7 @@ piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pair
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -368,7 +369,7 @@ def span_attention_forward(
     k: torch.Tensor,
     lse: torch.Tensor,
     row_spans: torch.Tensor,
-    key_spans: torch.Tensor,
+    key_spans: torch.Tensor | None,
     first: torch.Tensor | None,
     ranges: torch.Tensor | None,
     pieces: Sequence[torch.Tensor],
@@ -380,8 +381,9 @@ def span_attention_forward(
 ) -> torch.Tensor:
     """[B, H', S, M] float32."""
     sequences, (row_spans, key_spans) = len(row_spans) > len(q) and len(row_spans), _joined(q, row_spans, key_spans)
+    every_key = key_spans is None
     batch, heads, length, _ = q.shape
-    kv_heads, steps, keys = k.shape[1], row_spans.shape[1], key_spans.shape[1]
+    kv_heads, steps, keys = k.shape[1], row_spans.shape[1], k.shape[2] if every_key else key_spans.shape[1]
     pooled = lse.new_empty(batch * groups, steps, keys)
     lse, pieces = lse.contiguous(), Pieces(*pieces)
     tile, options = tile_options("span_attention_forward", q)
@@ -397,21 +399,29 @@ def span_attention_forward(
         CAUSAL=causal,
         **options,
     )
-    by_step = lse.new_empty(batch * groups, steps, pieces.key_count)
-    mean, factor = row_reduction == "mean", groups / heads
-    pool_spans(by_step, pairs, row_spans, pieces.row_piece, spread=False, mean=mean, factor=factor)
-    pool_spans(pooled.mT, by_step.mT[None], key_spans, pieces.key_piece, spread=False)
+    rows: dict[str, Any] = {"spread": False, "mean": row_reduction == "mean", "factor": groups / heads}
+    if every_key:  # a key is a piece and a key word
+        pool_spans(pooled, pairs[..., :keys], row_spans, pieces.row_piece, **rows)
+    else:
+        by_step = lse.new_empty(batch * groups, steps, pieces.key_count)
+        pool_spans(by_step, pairs, row_spans, pieces.row_piece, **rows)
+        pool_spans(pooled.mT, by_step.mT[None], key_spans, pieces.key_piece, spread=False)
     pooled = pooled.view(batch, groups, steps, keys)
-    return _own_blocks(pooled, sequences).contiguous() if sequences else pooled
+    return _own_blocks(pooled, sequences, every_key).contiguous() if sequences else pooled
 
 
 def _joined(q, row_spans, key_spans):
     """The spans of sequences as one example's: a row of one sees no key of another."""
-    return [spans.reshape(len(q), -1, 2) for spans in (row_spans, key_spans)]
+    return [None if spans is None else spans.reshape(len(q), -1, 2) for spans in (row_spans, key_spans)]
 
 
-def _own_blocks(pooled, sequences):
-    """[sequences, H', S, M] of [1, H', sequences S, sequences M]: a sequence's steps over its own key words."""
+def _own_blocks(pooled, sequences, every_key):
+    """[sequences, H', S, M] of [1, H', sequences S, sequences M]: a sequence's steps over its own key words.
+
+    Where every key is one all sequences have them all, [1, H', sequences S, Tk].
+    """
+    if every_key:
+        return pooled[0].unflatten(-2, (sequences, -1)).movedim(1, 0)
     blocks = pooled[0].unflatten(-1, (sequences, -1)).unflatten(-3, (sequences, -1))
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, 0)
 
@@ -422,7 +432,7 @@ def span_attention_backward(
     k: torch.Tensor,
     lse: torch.Tensor,
     row_spans: torch.Tensor,
-    key_spans: torch.Tensor,
+    key_spans: torch.Tensor | None,
     first: torch.Tensor | None,
     ranges: torch.Tensor | None,
     pieces: Sequence[torch.Tensor],
@@ -434,21 +444,27 @@ def span_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dlse) from grad [B, H', S, M]."""
     sequences, (row_spans, key_spans) = len(row_spans) > len(q) and len(row_spans), _joined(q, row_spans, key_spans)
+    every_key = key_spans is None
     batch, heads, length, head_dim = q.shape
     kv_heads, steps = k.shape[1], row_spans.shape[1]
     if sequences:
-        of_sequences, grad = grad, grad.new_zeros(batch, groups, steps, key_spans.shape[1])
-        _own_blocks(grad, sequences).copy_(of_sequences)
+        words = k.shape[2] if every_key else key_spans.shape[1]
+        of_sequences, grad = grad, grad.new_zeros(batch, groups, steps, words)
+        _own_blocks(grad, sequences, every_key).copy_(of_sequences)
     grad = grad.flatten(0, 1)
     unit = None
     if q.dtype == torch.float16:  # gradients of A are small: keep the weights within float16
         unit = grad.abs().amax().clamp_min(1e-30)
         grad = grad / unit
     lse, pieces = lse.contiguous(), Pieces(*pieces)
-    by_step = lse.new_empty(batch * groups, steps, pieces.key_count)
     pairs = lse.new_empty(batch * groups, pieces.row_count, pieces.key_count)
-    pool_spans(by_step.mT, grad.mT[None], key_spans, pieces.key_piece, spread=True, factor=groups / heads)
-    pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, spread=True, mean=row_reduction == "mean")
+    rows: dict[str, Any] = {"spread": True, "mean": row_reduction == "mean", "factor": groups / heads}
+    if every_key:
+        pool_spans(pairs[..., : k.shape[2]], grad[None], row_spans, pieces.row_piece, **rows)
+    else:
+        by_step = lse.new_empty(batch * groups, steps, pieces.key_count)
+        pool_spans(by_step.mT, grad.mT[None], key_spans, pieces.key_piece, spread=True)
+        pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, **rows)
 
     dq, dk, dlse = torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(batch, heads, length)
     sizes = pieces.row_count, pieces.key_count, length, k.shape[2], scale, softcap

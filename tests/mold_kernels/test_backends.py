@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mold_kernels import native
+from mold_kernels import attention_lse, native
 from mold_kernels.backends import RUNTIMES, Backend, Op, Runtime, available_backends, listed
 
 
@@ -145,3 +146,17 @@ except ValueError as error:
     assert shape == "torch.Size([1, 4])"
     assert pooled == "5.0"
     assert reason in error
+
+
+def test_an_operator_is_called_where_somebody_sees_it():
+    """A call that nobody differentiates or records goes to the backend at once; with the same result."""
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    with torch.no_grad():
+        expected = attention_lse(q, k)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            assert torch.equal(attention_lse(q, k), expected)
+    assert "mold_kernels::attention_lse" in {event.name for event in profile.events()}
+    with FakeTensorMode() as mode:
+        fake = attention_lse(mode.from_tensor(q), mode.from_tensor(k))
+    assert isinstance(fake, FakeTensor)
+    assert fake.shape == expected.shape

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mold_kernels import SpanPlan, attention_lse, attention_with_lse, reference, span_attention
 from mold_kernels.attention import ATTENTION_WITH_LSE
-from mold_kernels.testing import random_qkv, random_spans
+from mold_kernels.testing import assert_as_accurate_as, random_qkv, random_spans
 from tests.conftest import LEVELS, use_backend
 from tests.mold_kernels.test_attention import assert_matches_reference as assert_attention_matches
 from tests.mold_kernels.test_span_attention import assert_matches_reference
@@ -71,7 +71,7 @@ def test_the_gradient_of_a_maximum_is_the_first_row_s():
     q, k, _ = make_qkv(4, 4, (1, 1), batch=1)
     q = q[:, :, :1].expand(1, 1, 4, -1).clone().requires_grad_()
     spans = torch.tensor([[[1, 4]]])
-    for backend in ("reference", "torch"):
+    for backend in ("reference", "torch", *(["native"] if LEVELS else [])):
         lse = reference.attention_lse(q, k, causal=False)
         pooled = span_attention(q, k, lse, spans, spans, row_reduction="max", causal=False, backend=backend)
         (grad,) = torch.autograd.grad(pooled.sum(), q)
@@ -115,7 +115,8 @@ def test_attention(rows, keys, options, masked, dtype, name):
             check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, name, options)
 
 
-@pytest.mark.parametrize(("name", "row_reduction"), [*((name, "sum") for name in BACKENDS), ("torch", "max")])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("row_reduction", ["sum", "max"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", ["mean", "group", "all"])
 @pytest.mark.parametrize("every_key", [False, True])
@@ -123,9 +124,11 @@ def test_attention(rows, keys, options, masked, dtype, name):
 def test_span_attention(rows, keys, options, every_key, heads, row_reduction, dtype, name):
     q, k, _ = make_qkv(rows, keys, HEADS[rows % 3], dtype=dtype)
     generator = torch.Generator().manual_seed(2)
-    row_spans, key_spans = random_spans(generator, 2, 6, rows), random_spans(generator, 2, 9, keys)
-    if row_reduction == "max":  # rows that have all their attention in a span are equally large
-        key_spans[..., 1] = key_spans[..., 1].minimum(key_spans[..., 0] + 2)
+    words = 60 if row_reduction == "max" else 9
+    row_spans, key_spans = random_spans(generator, 2, 6, rows), random_spans(generator, 2, words, keys)
+    # Several rows that have all their attention in a span are equally large; of few short ones errors are few numbers.
+    if row_reduction == "max":
+        key_spans[..., 1] = key_spans[..., 1].minimum(key_spans[..., 0] + 1)
     options = {"heads": heads, **options}
     key_spans = None if every_key else key_spans
     assert_matches_reference(q, k, row_spans, key_spans, row_reduction, use_backend(name), **options)
@@ -150,13 +153,54 @@ def test_any_rows_over_any_keys(name, data, keys, heads, head_dim, seed):
     q, k, v = make_qkv(rows, keys, heads, seed, batch=1, head_dim=head_dim)
     generator = torch.Generator().manual_seed(seed)
     row_spans, key_spans = random_spans(generator, 1, 4, rows), random_spans(generator, 1, 5, keys)
-    assert_matches_reference(q, k, row_spans, None if every_key else key_spans, "mean", name, seed, **options)
+    row_reduction = data.draw(st.sampled_from(["mean", "max"]))
+    if row_reduction == "max":  # as above
+        key_spans[..., 1] = key_spans[..., 1].minimum(key_spans[..., 0] + 1)
+    assert_matches_reference(q, k, row_spans, None if every_key else key_spans, row_reduction, name, seed, **options)
     options.pop("heads")
     grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (q.shape, q.shape[:3])]
     if name == "native":
         outputs = ["out", "lse", "dq", "dk", "dv"]
         slow = reference.attention_with_lse
         check_attention(attention_with_lse, slow, (q, k, v), grads, outputs, name, options)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("keys", "head_dim"), [(5, 8), (1024, 64), (2111, 80)])
+def test_few_rows_over_many_keys(keys, head_dim, dtype, name):
+    """Rows that take the keys as they lie: copied or not, in one share of them and in several, a mask with holes."""
+    name = use_backend(name)
+    generator = torch.Generator().manual_seed(keys)
+    for rows, heads in ((1, (7, 1)), (3, (4, 2)), (4, (6, 2))):
+        q, k, _ = make_qkv(rows, keys, heads, keys, dtype, head_dim=head_dim)
+        mask = torch.rand(2, keys, generator=generator) < 0.9
+        mask[1, : keys // 2] = False
+        for options in ({}, {"key_padding_mask": mask, "softcap": 20.0}, {"sliding_window": keys // 3 + 1}):
+            slow = partial(reference.attention_lse, q, k, **options)
+            exact = reference.attention_lse(q.double(), k.double(), **options)
+            assert_as_accurate_as(attention_lse(q, k, backend=name, **options), slow(), exact, "lse")
+        row_spans, key_spans = random_spans(generator, 2, 3, rows), random_spans(generator, 2, 5, keys)
+        lse = reference.attention_lse(q.double(), k.double()).to(reference.accumulation_dtype(dtype))
+        for spans in (key_spans, None):
+            options = {"row_reduction": "mean", "heads": "group"}
+            pooled = span_attention(q, k, lse, row_spans, spans, backend=name, **options)
+            low = reference.span_attention(q, k, lse, row_spans, spans, **options)
+            exact = reference.span_attention(q.double(), k.double(), lse.double(), row_spans, spans, **options)
+            assert_as_accurate_as(pooled, low, exact, "A")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_score_that_is_not_a_number_is_seen_in_its_maximum(name):
+    q, k, _ = make_qkv(3, 20, (2, 1), batch=1)
+    lse, spans = reference.attention_lse(q, k), torch.tensor([[[0, 3]]])
+    q[0, 0, 1] = torch.nan
+    for key_spans in (torch.tensor([[[2, 4]]]), None):
+        options = {"row_reduction": "max", "causal": False}
+        expected = span_attention(q, k, lse, spans, key_spans, backend="reference", **options).isnan()
+        assert expected.any()
+        pooled = span_attention(q, k, lse, spans, key_spans, backend=use_backend(name), **options)
+        assert torch.equal(pooled.isnan(), expected)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

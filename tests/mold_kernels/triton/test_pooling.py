@@ -43,28 +43,67 @@ def test_attention(rows, keys, options, masked):
     check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, "triton", options)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("real", [(32, 96), (0, 64), (32, 64), (40, 59), (96, 96)])
+def test_padding_is_not_walked(real, causal):
+    """Whole tiles of padding hold what would spoil every sum that it were in, were it hidden or not."""
+    q, k, v = make_qkv(96, 96, (2, 1), dtype=torch.float32)
+    mask = torch.zeros(2, 96, dtype=torch.bool)
+    mask[:, slice(*real)] = True
+    poisoned = [tensor.clone() for tensor in (k, v)]
+    for tensor in poisoned:
+        tensor[:, :, : real[0] // 32 * 32] = torch.nan
+        tensor[:, :, -(-real[1] // 32) * 32 :] = torch.nan
+    if real[0] % 32 == 0:  # a tile begins with the first real key
+        options = {"key_padding_mask": mask, "causal": causal}
+        out, lse = attention_with_lse(q, *poisoned, backend="triton", **options)
+        expected = reference.attention_with_lse(q, k, v, **options)
+        torch.testing.assert_close((out, lse), expected, rtol=1e-5, atol=1e-5)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (q.shape, q.shape[:3])]
+    options = {"causal": causal, "key_padding_mask": mask}
+    outputs = ["out", "lse", "dq", "dk", "dv"]
+    check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, "triton", options)
+
+
+def test_padding_between_real_keys():
+    q, k, v = make_qkv(80, 80, (2, 1), dtype=torch.float32)
+    mask = torch.rand(2, 80, generator=torch.Generator().manual_seed(0)) < 0.8
+    mask[1] = torch.arange(80) >= 16
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (q.shape, q.shape[:3])]
+    outputs = ["out", "lse", "dq", "dk", "dv"]
+    for causal in (True, False):
+        options = {"causal": causal, "key_padding_mask": mask}
+        check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, "triton", options)
+
+
 def test_every_tile_over_a_cache(tile):
     test_attention(21, 53, {}, False)
     test_attention(37, 37, {"causal": False}, False)
 
 
+@pytest.mark.parametrize("every_key", [False, True])
 @pytest.mark.parametrize(("rows", "keys", "options"), [*CASES, PACKED])
-def test_span_attention(rows, keys, options):
+def test_span_attention(rows, keys, options, every_key):
     batch = 1 if "cu_seqlens" in options else 2
     q, k, _ = make_qkv(rows, keys, (4, 2), dtype=torch.float32, batch=batch)
     generator = torch.Generator().manual_seed(2)
-    spans = random_spans(generator, batch, 6, rows), random_spans(generator, batch, 9, keys)
-    assert_matches_reference(q, k, *spans, "mean", "triton", heads="all", **options)
+    row_spans, key_spans = random_spans(generator, batch, 6, rows), random_spans(generator, batch, 9, keys)
+    key_spans = None if every_key else key_spans
+    assert_matches_reference(q, k, row_spans, key_spans, "mean", "triton", heads="all", **options)
 
 
+@pytest.mark.parametrize("every_key", [False, True])
 @pytest.mark.parametrize("heads", ["mean", "group", "all"])
-def test_seven_heads_of_a_key_head(heads):
+def test_seven_heads_of_a_key_head(heads, every_key):
     q, k, _ = make_qkv(21, 53, (7, 1), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
-    spans = random_spans(generator, 2, 6, 21), random_spans(generator, 2, 9, 53)
-    assert_matches_reference(q, k, *spans, "sum", "triton", heads=heads)
+    row_spans, key_spans = random_spans(generator, 2, 6, 21), random_spans(generator, 2, 9, 53)
+    assert_matches_reference(q, k, row_spans, None if every_key else key_spans, "sum", "triton", heads=heads)
 
 
+@pytest.mark.parametrize("every_key", [False, True])
 @pytest.mark.parametrize("heads", ["mean", "all"])
-def test_packed_sequences(heads):
-    check_packed_sequences([0, 5, 5, 20, 37], heads, False, torch.float32, "triton")
+def test_packed_sequences(heads, every_key):
+    check_packed_sequences([0, 5, 5, 20, 37], heads, every_key, torch.float32, "triton")
