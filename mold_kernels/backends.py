@@ -139,6 +139,7 @@ class Op:
     ):
         self.name, self.options, self.fake = name, options, fake
         self.backends = {line.name: line for line in backends}
+        self.preferred: str | None = None
         results = ", ".join(declared.split()[0] for declared in outputs.split(", "))
         self.operator = register_operator(
             f"{name}({inputs}, str backend) -> ({results})",
@@ -164,8 +165,10 @@ class Op:
             ValueError: the backend cannot do that here; says why, and which can.
         """
         given = [name for name, value in (options or {}).items() if value is not None]
-        for line in self.backends.values():
-            asked = line.name == requested or (requested == "auto" and line.is_automatic(tensor.device))
+        for line in self.backends.values() if self.preferred is None else self._preferred_first():
+            asked = requested in (line.name, "auto") and (
+                line.name in (requested, self.preferred) or line.is_automatic(tensor.device)
+            )
             if asked and line.refusal(tensor, given, needs_gradient) is None:
                 if requested == "auto" and line.name == "reference":
                     case = _case(tensor, given)
@@ -187,6 +190,18 @@ class Op:
             f"backend: is {requested!r}, must be {listed(map(repr, usable)) or 'nothing'} for {self.name} of "
             f"{_case(tensor, given)}: {reason}"
         )
+
+    def prefer(self, name: str | None) -> None:
+        """See `mold_kernels.prefer_backend`."""
+        if name is not None:
+            if name not in self.backends:
+                raise ValueError(f"backend: is {name!r}, must be {listed(map(repr, self.backends))} for {self.name}")
+            if reason := RUNTIMES[name].why_missing():
+                raise ValueError(f"backend: is {name!r}, must be one that can run here: {reason}")
+        self.preferred = name
+
+    def _preferred_first(self) -> list[Backend]:
+        return sorted(self.backends.values(), key=lambda line: line.name != self.preferred)
 
     def __call__(self, *arguments):
         """What the operator gives of these arguments, the last a backend's name; without it where nobody would see it.

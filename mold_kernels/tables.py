@@ -4,7 +4,7 @@ python -m mold_kernels.tables      # prints the README's
 """
 
 from mold_kernels.attention import ATTENTION_LSE, ATTENTION_WITH_LSE
-from mold_kernels.backends import RUNTIMES, Backend, Op, dtype_name
+from mold_kernels.backends import RUNTIMES, Backend, Op, dtype_name, listed
 from mold_kernels.layer_mixture_kl import LAYER_MIXTURE_KL
 from mold_kernels.span_attention import SPAN_ATTENTION
 from mold_kernels.value_pool import VALUE_POOL
@@ -12,6 +12,25 @@ from mold_kernels.value_pool import VALUE_POOL
 OPS = ATTENTION_WITH_LSE, ATTENTION_LSE, SPAN_ATTENTION, VALUE_POOL, LAYER_MIXTURE_KL
 HEADER = "op", "backend", "runs on", "dtypes", "options", "limits"
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def prefer_backend(op: str, backend: str | None) -> None:
+    """Make backend="auto" of an op take this backend wherever it can, in this process, and the others where it cannot.
+
+    The "mold" attention of models takes "auto": so they run on an engine that is faster on a card than the table's
+    first (`python -m benchmarks.gpu` says which).
+
+    Args:
+        op: a public function's name, such as "attention_with_lse".
+        backend: a name of the README's table; None: the table's order again.
+
+    Raises:
+        ValueError: there is no such op or backend, or the backend cannot run here.
+    """
+    ops = {one.name: one for one in OPS}
+    if op not in ops:
+        raise ValueError(f"op: is {op!r}, must be {listed(map(repr, ops))}")
+    ops[op].prefer(backend)
 
 
 def backend_rows() -> list[tuple[str, ...]]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mold_kernels import attention_lse, native
+from mold_kernels import attention_lse, native, prefer_backend
+from mold_kernels.attention import ATTENTION_LSE
 from mold_kernels.backends import RUNTIMES, Backend, Op, Runtime, available_backends, listed
 
 
@@ -46,6 +47,35 @@ def runtimes(monkeypatch):
 
 
 X = torch.zeros(2, 8)
+
+
+def test_a_preferred_backend_is_taken_where_it_can(op):
+    op.prefer("named")
+    try:
+        assert op.choose("auto", X).name == "named"
+        assert op.choose("auto", X, needs_gradient=True).name == "fast"
+        assert op.choose("slow", X).name == "slow"
+        for name, message in (
+            ("absent", "must be one that can run here: nobody built it"),
+            ("new", "must be 'fast', .* for test_op"),
+        ):
+            with pytest.raises(ValueError, match=f"backend: is '{name}', {message}"):
+                op.prefer(name)
+    finally:
+        op.prefer(None)
+    assert op.choose("auto", X).name == "fast"
+
+
+def test_prefer_backend_is_of_a_public_op():
+    q = torch.zeros(1, 2, 3, 4)
+    prefer_backend("attention_lse", "torch")
+    try:
+        assert ATTENTION_LSE.choose("auto", q).name == "torch"
+        assert attention_lse(q, q).isfinite().all()
+    finally:
+        prefer_backend("attention_lse", None)
+    with pytest.raises(ValueError, match="op: is 'attention', must be 'attention_with_lse', "):
+        prefer_backend("attention", "torch")
 
 
 @pytest.mark.parametrize(
