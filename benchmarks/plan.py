@@ -54,6 +54,7 @@ SHAPES = {
     | {"n_positions": 4096, "attn_pdrop": 0.0},
 }
 _LONG = Setup(4096, activation_checkpointing=True, cross_entropy="chunked")
+_LONGER = dataclasses.replace(_LONG, length=16384, num_steps=102, num_key_words=16)
 _LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 CASES = [
     ("llama-8-layers", Setup(512)),
@@ -62,12 +63,9 @@ CASES = [
     ("llama-8-layers", Setup(2048, cross_entropy="chunked")),
     ("llama-8-layers", _LONG),
     ("llama-8-layers", dataclasses.replace(_LONG, num_steps=1024, num_key_words=2048)),
-    ("llama-8-layers", dataclasses.replace(_LONG, mlp_chunk_size=512)),
-    ("llama-8-layers", dataclasses.replace(_LONG, length=8192, num_steps=51, num_key_words=16, bf16=True)),
-    (
-        "llama-8-layers",
-        dataclasses.replace(_LONG, length=16384, num_steps=102, num_key_words=16, bf16=True),
-    ),
+    ("llama-8-layers", dataclasses.replace(_LONGER, length=8192)),
+    ("llama-8-layers", _LONGER),
+    ("llama-8-layers", dataclasses.replace(_LONGER, mlp_chunk_size=1024)),
     ("llama-8-layers", Setup(2048, bf16=True)),
     ("llama-8-layers", Setup(2048, dtype="bfloat16")),
     ("llama-8-layers", Setup(2048, peft_config=_LORA, cross_entropy="chunked")),
