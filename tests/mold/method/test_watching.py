@@ -12,7 +12,7 @@ from transformers import AttentionInterface, Cache, DynamicCache, StaticCache
 from transformers.models.bloom.modeling_bloom import BloomConfig, BloomForCausalLM
 
 import mold
-from mold.method import watching
+from mold.method import watched_rows, watching
 from tests.tiny_models import FAMILIES, make_model, plain_attention
 
 CASES = [
@@ -76,7 +76,7 @@ def assert_equal(seen, expected):
 def test_every_row_of_a_generation_is_that_of_eager(family, attention, cache, monkeypatch):
     monkeypatch.setattr(watching, "_WAITING", 5)
     if cache == "dynamic":
-        monkeypatch.setattr(watching, "_BLOCK_ELEMENTS", 500)
+        monkeypatch.setattr(watched_rows, "_BLOCK_ELEMENTS", 500)
     model = make_model(family, attention=attention, dtype=torch.float64).eval()
     for padding in (0, PADDING):
         inputs = make_inputs(padding)
@@ -112,7 +112,7 @@ def test_flex_attention():
 def block_size(request, monkeypatch):
     """Rows in one block, or in kernels and, where a mask is there, in several blocks."""
     if request.param == "blocks":
-        monkeypatch.setattr(watching, "_BLOCK_ELEMENTS", 300)
+        monkeypatch.setattr(watched_rows, "_BLOCK_ELEMENTS", 300)
 
 
 @pytest.mark.usefixtures("block_size")
