@@ -137,7 +137,7 @@ class MoldConfig(TrainingArguments):
     cross_entropy: str = field(
         default="full",
         metadata={
-            "help": '"full"; "chunked": without all logits at once; "liger": likewise, by liger-kernel (GPUs).',
+            "help": '"full"; few logits: "chunked", "liger".',
             "choices": ["full", "chunked", "liger"],
         },
     )
