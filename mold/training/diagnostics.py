@@ -23,17 +23,20 @@ class Diagnostics(TrainerMixin):
         """
         inputs = self._prepare_inputs(self.data_collator(list(items)))
         self.model.train()
-        norms = {}
-        for index, term in enumerate(TERMS):
-            count = denominators(inputs)[index]
-            if not count:
-                continue
-            with self.compute_loss_context_manager():
-                sums, _, _ = self._term_sums(self.model, inputs)
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(sums[index] / count, parameters, allow_unused=True)
-            norms[term] = math.sqrt(sum(g.float().square().sum().item() for g in gradients if g is not None))
-        return norms
+        counts = denominators(inputs).tolist()
+        return {
+            term: self._term_gradient_norm(inputs, index) / count
+            for index, (term, count) in enumerate(zip(TERMS, counts, strict=True))
+            if count
+        }
+
+    def _term_gradient_norm(self, inputs, index: int) -> float:
+        """Of the term's sum. What one term makes is gone before the next one's forward."""
+        with self.compute_loss_context_manager():
+            sums = self._term_sums(self.model, inputs)[0]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(sums[index], parameters, allow_unused=True)
+        return math.sqrt(sum(g.float().square().sum().item() for g in gradients if g is not None))
 
     @torch.no_grad()
     def attention_maps(self, items: Sequence[dict]) -> list[dict]:
