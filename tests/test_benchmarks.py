@@ -146,7 +146,7 @@ def test_roofline(tmp_path):
 def test_triton_resources():
     pytest.importorskip("triton")
     printed = output_of("triton_resources", "--quick", "--arch", 80)
-    assert printed.count("| attention_forward |") == 2  # with and without values
+    assert printed.count("| attention_forward |") == 4  # with and without values, with and without padding
 
 
 def test_cuda_resources(tmp_path, monkeypatch, capsys):

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 NAME = "mold-kernels"
 VERSION = 0
 """The major version of the interface, 0 while that may still change."""
-LEFT_OUT = {"tables.py", "testing.py"}
-"""What serves this repository's README, tests and benchmarks."""
+LEFT_OUT = {"testing.py"}
+"""What serves the tests and benchmarks of this repository."""
 ABSOLUTE_IMPORT = re.compile(r"^( *)from mold_kernels(\.\S+)? import ", re.MULTILINE)
 
 
