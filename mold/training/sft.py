@@ -150,8 +150,8 @@ class StepwiseAttentionMixin(RouterTraining):
     def log(self, logs, *args, **kwargs):
         """SFTTrainer's, of what has not been read back until now."""
         for metrics in self._metrics.values():
-            if metrics.get("loss_attention"):
-                metrics["loss_attention"] = torch.stack(metrics["loss_attention"]).tolist()
+            if "loss_attention" in metrics:  # of training steps that an evaluation came between: some are read already
+                metrics["loss_attention"] = [float(value) for value in metrics["loss_attention"]]
         if self._last_weights is not None:
             self.layer_weights = self._last_weights.tolist()
         super().log(logs, *args, **kwargs)

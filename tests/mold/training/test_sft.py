@@ -267,3 +267,13 @@ def test_a_mixture_of_another_temperature_is_refused(tmp_path, signals):
     trainer = make_trainer(tmp_path, mixed, examples=EXAMPLES[:4], kwargs={"tau_1": 0.5})
     trainer.train()
     assert losses(trainer, "loss_attention")[0] > 0
+
+
+def test_an_evaluation_between_two_loggings(tmp_path, signals):
+    options = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2}
+    trainer = make_trainer(tmp_path, signals, **options)
+    trainer.train()
+    for name, count in (("loss_attention", 2), ("eval_loss_attention", 4)):
+        values = [row[name] for row in trainer.state.log_history if name in row]
+        assert len(values) == count
+        assert all(isinstance(value, float) and value > 0 for value in values)
