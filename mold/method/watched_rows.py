@@ -28,26 +28,37 @@ class What:
     def __init__(self, keys, row_spans, last: int, heads: str, row_reduction: str, grad: bool):
         self.keys, self.row_spans, self.last = keys, row_spans, last
         self.heads, self.row_reduction, self.grad = heads, row_reduction, grad
-        self._plan: SpanPlan | None = None
+        self.rows_end = 0 if row_spans is None else int(row_spans.max())
         self._total: tuple[Cache | None, int, int] = None, 0, 0
         self.local = functools.lru_cache(8)(self._local)
         self.weights = functools.lru_cache(8)(self._weights)
-        self.each_row = functools.lru_cache(8)(self._each_row)
+        self.plan = functools.lru_cache(8)(self._plan)
+
+    def check_batch(self, batch):
+        for name, spans in (("keys", self.keys), ("row_spans", self.row_spans)):
+            if spans is not None and len(spans) not in (1, batch):
+                raise ValueError(
+                    f"{name}: are spans of {len(spans)} examples, must be of 1 or {batch}, as the batch has"
+                )
 
     def _local(self, name, shift, length, batch, device):
         """The spans of that name as [B, M, 2] of a call's rows or keys."""
         spans = getattr(self, name)
-        if len(spans) not in (1, batch):
-            raise ValueError(f"{name}: are spans of {len(spans)} examples, must be of 1 or {batch}, as the batch has")
         return (spans - shift).clamp(0, length).expand(batch, -1, -1).contiguous().to(device)
 
     def _weights(self, name, shift, length, batch, device, dtype):
         """Likewise as a matrix [B, 1, M, length] of zeros and ones."""
         return span_membership(self.local(name, shift, length, batch, device), length)[:, None].to(dtype)
 
-    def _each_row(self, count, batch, device):
-        row = torch.arange(count, dtype=torch.int32, device=device)
-        return torch.stack([row, row + 1], -1).expand(batch, -1, -1).contiguous()
+    def _plan(self, spans_from, count, first_key, length, batch, device):
+        """(row spans, key spans, their plan); the rows are a span each where `spans_from` is None."""
+        if spans_from is None:
+            row = torch.arange(count, dtype=torch.int32, device=device)
+            rows = torch.stack([row, row + 1], -1).expand(batch, -1, -1).contiguous()
+        else:
+            rows = self.local("row_spans", spans_from, count, batch, device)
+        keys = None if self.keys is None else self.local("keys", first_key, length, batch, device)
+        return rows, keys, SpanPlan(rows, keys, count, length)
 
     def total(self, cache, forwards):
         """How many tokens a cache holds, which the attention has just put its own into.
@@ -57,11 +68,6 @@ class What:
         if self._total[0] is not cache or self._total[1] != forwards:
             self._total = cache, forwards, int(cache.get_seq_length())
         return self._total[2]
-
-    def plan(self, rows, keys, count, length):
-        if self._plan is None or not self._plan.is_of(rows, keys, count, length):
-            self._plan = SpanPlan(rows, keys, count, length)
-        return self._plan
 
     def group(self, probabilities, kv_heads):
         """[B, H', R, M] of [B, Hq, R, M]."""
@@ -91,8 +97,9 @@ class Call(NamedTuple):
 def watched_rows(call: Call, rows: slice, spans_from: int | None, first_key: int, what: What) -> torch.Tensor:
     """[B, H', R, M] of these rows of a call, or of the row spans, which count from position `spans_from`."""
     (batch, heads, _, _), length = call.query.shape, call.key.shape[2]
-    # What fits into one block is faster there.
-    several = batch * heads * (rows.stop - rows.start) * length > _BLOCK_ELEMENTS
+    # What fits into one block is faster there, as are on a CPU maps that nothing is summed over.
+    maps = what.heads == "all" and what.keys is None and spans_from is None and call.query.device.type == "cpu"
+    several = batch * heads * (rows.stop - rows.start) * length > _BLOCK_ELEMENTS and not maps
     if several and call.mask is None and call.bias is None:
         return _by_kernels(call, rows, spans_from, first_key, what)
     return _in_blocks(call, rows, spans_from, first_key, what)
@@ -108,13 +115,9 @@ def _by_kernels(call: Call, rows: slice, spans_from: int | None, first_key: int,
     lse = attention_lse(query, key, **options)
     if call.sinks is not None:
         lse = lse + torch.nn.functional.softplus(call.sinks[:, None].to(lse.dtype) - lse)
-    keys = None if what.keys is None else what.local("keys", first_key, length, batch, device)
-    if spans_from is None:
-        spans = what.each_row(count, batch, device)
-    else:
-        spans = what.local("row_spans", spans_from, count, batch, device)
+    spans, keys, plan = what.plan(spans_from, count, first_key, length, batch, device)
     reduction = "max" if what.row_reduction == "max" and spans_from is not None else "sum"
-    options |= {"heads": what.heads, "row_reduction": reduction, "plan": what.plan(spans, keys, count, length)}
+    options |= {"heads": what.heads, "row_reduction": reduction, "plan": plan}
     pooled = span_attention(query, key, lse, spans, keys, **options)
     return pooled[:, None] if what.heads == "mean" else pooled
 
@@ -123,28 +126,42 @@ def _in_blocks(call: Call, rows: slice, spans_from: int | None, first_key: int, 
     """[B, H', R, M] of a single row, and of rows whose keys a mask tells."""
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, keys = call.query[:, :, rows], call.key.to(dtype).mT
-    (batch, heads, count, _), (kv_heads, length), device = query.shape, (keys.shape[1], keys.shape[3]), query.device
+    (batch, heads, count, _), length, device = query.shape, keys.shape[3], query.device
     words = None if what.keys is None else what.weights("keys", first_key, length, batch, device, dtype).mT
     steps = None
     if spans_from is not None:
         steps = what.weights("row_spans", spans_from, count, batch, device, dtype)
     size = max(1, _BLOCK_ELEMENTS // (batch * heads * length))
-    blocks = []
+    width, result = length if words is None else words.shape[3], None
     for first in range(0, count, size):
         block = slice(first, min(first + size, count))
-        found = _probabilities(call, query[:, :, block].to(dtype), keys, rows.start + first)
-        found = what.group(found, kv_heads)
-        found = found if words is None else found @ words
+        # No row of the block looks behind its last one.
+        seen = min(call.row + rows.start + block.stop, length) if call.causal and call.mask is None else length
+        found = _looks(call, query[:, :, block], keys[..., :seen], words, rows.start + first, what)
         if steps is None:
-            blocks.append(found)
-        elif what.row_reduction == "max":
+            if size >= count and found.shape[3] == width:
+                return found
+            if result is None:
+                result = found.new_zeros(*found.shape[:2], count, width)
+            result[:, :, block, : found.shape[3]] = found
+            continue
+        if what.row_reduction == "max":
             inside = steps[..., block, None] > 0  # [B, 1, S, R, 1]
-            largest = [torch.where(inside[:, :, step], found, 0).amax(2) for step in range(steps.shape[2])]
-            blocks = [torch.stack(largest, 2) if not blocks else torch.stack(largest, 2).maximum(blocks[0])]
+            part = torch.stack([torch.where(inside[:, :, step], found, 0).amax(2) for step in range(steps.shape[2])], 2)
         else:
             part = steps[..., block] @ found
-            blocks = [part if not blocks else blocks[0] + part]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+        part = torch.nn.functional.pad(part, (0, width - part.shape[3]))
+        result = (
+            part if result is None else torch.maximum(result, part) if what.row_reduction == "max" else result + part
+        )
+    return result
+
+
+def _looks(call, query, keys, words, first, what):
+    """[B, H', R, M] of the call's rows from `first` on, each for itself."""
+    found = _probabilities(call, query.to(keys.dtype), keys, first)
+    found = what.group(found, keys.shape[1])
+    return found if words is None else found @ words[..., : keys.shape[3], :]
 
 
 def _probabilities(call, query, keys, first):

@@ -32,8 +32,8 @@ from mold.method.watched_rows import Call, What, watched_rows
 Spans = torch.Tensor | Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]
 """Half-open ranges of tokens: of every example [(start, end), ...], or for each its own; or an integer tensor."""
 
-_WAITING = 32
-"""Most generated tokens whose rows wait for each other: the keys are read once for all of them."""
+_WAITING = 256
+"""Most rows that wait for each other: the keys are read, and the result is written, once for all of them."""
 
 _HEADS, _REDUCTIONS = ("mean", "group", "all"), ("mean", "sum", "max")
 
@@ -153,9 +153,11 @@ class _Layer:
 
     def clear(self):
         self.pieces: list[_Piece] = []
-        self._waiting: list[tuple] = []  # queries and masks of generated tokens, see `_can_wait`
+        self._waiting: list[tuple] = []  # queries and masks of rows that are computed later, see `_can_wait`
         self._first_waiting = 0
-        self._last_call: Call | None = None
+        self._waiting_call: Call | None = None  # what their calls have in common
+        self._waiting_keys: torch.Tensor | None = None
+        self._growing: DynamicLayer | None = None  # of the cache, whose keys these are
         self._joined: torch.Tensor | None = None
         self.end: int | None = None  # tokens so far
         self.cropped = False  # whether its cache gave tokens back since
@@ -164,7 +166,7 @@ class _Layer:
 
     def begin(self, module, args, kwargs):
         """Before the module's forward: its cache, and whether its keys are of another sequence."""
-        cache = kwargs.get("cache")  # past_key_values and layer_past in older versions
+        cache = kwargs.get("past_key_values")  # cache or layer_past in other versions
         if cache is None:
             cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
         self.cache = cache
@@ -184,7 +186,7 @@ class _Layer:
     def release(self):
         """Hold no cache, nor its memory."""
         self._settle()
-        self.cache = self.text = None
+        self.cache = self.text = self._growing = None
         self.what._total = None, 0, 0
 
     def observe(self, name, query, key, mask, **options):
@@ -197,10 +199,16 @@ class _Layer:
         for option in _REFUSED:
             if options.get(option) is not None:
                 raise ValueError(f"watch: {self.name} has an attention with {option}, which cannot be watched")
+        if self._waiting and not again and self._is_next(query, key, mask, options):
+            self._keys = self.end = self._within = key.shape[2]
+            self._wait(query, mask, key)
+            return
         causal = options.get("is_causal")
         causal = getattr(self.module, "is_causal", True) if causal is None else causal
         count = query.shape[2]
         start, first_key, filled = self._place(count, key.shape[2])
+        if self.end is None:
+            self.what.check_batch(len(key))
         grows = self._check_follows(start, count, len(key)) if not again else False
         scale = options.get("scaling")
         by_mask = name in (None, "eager", "flex_attention")  # which look at nothing else
@@ -216,10 +224,9 @@ class _Layer:
             options.get("s_aux"),
             options.get("position_bias"),
         )
-        if self._can_wait(call, start, first_key):
-            self._wait(call, start)
-            pieces = []
-        else:
+        rows = self._rows_that_wait(call, start, first_key)
+        pieces = []
+        if rows is None:
             self._settle()
             with torch.set_grad_enabled(self.what.grad and torch.is_grad_enabled()), _no_autocast(query.device):
                 pieces = self._pieces(call, start, first_key, grows)
@@ -232,6 +239,8 @@ class _Layer:
         self.end = self._within = start + count
         self.cropped = False
         self._keys, self._batch, self.text = first_key + filled, len(key), self.cache
+        if rows is not None:
+            self._first_waits(call, start + rows.start, rows)
 
     def _place(self, count, length):
         """(position of the first row, of the first key, how many keys are filled)."""
@@ -252,8 +261,7 @@ class _Layer:
         if batch == self._batch and start < self.end:
             if self.cache is None and self._within == 0 == start and count == self.end + 1:
                 return True
-            spans = self.what.row_spans
-            if self.cropped and self.cache is self.text and start > (0 if spans is None else spans.max()):
+            if self.cropped and self.cache is self.text and start > self.what.rows_end:
                 self._drop(start)
                 return False
         raise ValueError(
@@ -262,56 +270,88 @@ class _Layer:
             "comes between two, or a watch for each"
         )
 
-    def _can_wait(self, call, start, first_key):
-        """Whether a generated token's row may be computed later, together with those of the next ones.
+    def _rows_that_wait(self, call, start, first_key):
+        """The rows of a call that may be computed later, together with those of the next ones; None: at once.
 
         So it is where the cache only ever puts keys behind those that it has, and keeps the very tensor.
         """
-        if call.query.shape[2] > 1 or self.cache is None or self.what.grad or first_key or call.bias is not None:
-            return False
-        if call.window is not None or not (call.mask is None or getattr(call.mask, "ndim", 0) == 4):
-            return False
-        if self.what.row_spans is not None and start < self.what.row_spans.max():
-            return False
+        if self.cache is None or self.what.grad or first_key or call.bias is not None or call.window is not None:
+            return None
+        count = call.query.shape[2]
+        if count > 1 and not (call.causal and call.mask is None):
+            return None
+        if not (call.mask is None or getattr(call.mask, "ndim", 0) == 4):
+            return None
+        of_prompt = self.what.row_spans is not None
+        rows = slice(0 if of_prompt else max(0, count - self.what.last), count)
+        if count - rows.start > _WAITING or (of_prompt and (count > 1 or start < self.what.rows_end)):
+            return None
         cache, number = self.cache, getattr(self.module, "layer_idx", None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.cross_attention_cache if self._cross else cache.self_attention_cache
         if number is None or number >= len(cache.layers):
-            return False
-        layer = cache.layers[number]
-        return type(layer) is DynamicLayer and layer.keys is call.key
+            return None
+        self._growing = cache.layers[number]
+        return rows if type(self._growing) is DynamicLayer and self._growing.keys is call.key else None
 
-    def _wait(self, call, start):
-        if self._waiting and (
-            start != self._first_waiting + len(self._waiting) or (self._waiting[0][1] is None) != (call.mask is None)
-        ):
-            self._settle()
+    def _is_next(self, query, key, mask, options):
+        """Whether this is one more call like those whose rows wait: most are, and it is told in little time."""
+        return (
+            query.shape[2] == 1
+            and key.shape[2] == self.end + 1
+            and self._growing.keys is key
+            and len(query) == self._batch
+            and self.cache is self.text
+            and not self.cropped
+            and not self._cross
+            and (mask is None if self._waiting[0][1] is None else getattr(mask, "ndim", 0) == 4)
+            and options.get("sliding_window") is None
+            and options.get("position_bias") is None
+        )
+
+    def _first_waits(self, call, row, rows):
+        if self._waiting:
+            after = self._first_waiting + sum(query.shape[2] for query, _ in self._waiting)
+            if row != after or (self._waiting[0][1] is None) != (call.mask is None):
+                self._settle()
         if not self._waiting:
-            self._first_waiting = start
-        self._waiting.append((call.query.detach() if call.query.requires_grad else call.query, call.mask))
-        self._last_call = call  # whose keys are those of all
-        if len(self._waiting) == _WAITING:
+            self._first_waiting, self._waiting_call = row, call
+        query = call.query
+        if query.shape[2] > 1:
+            query = query[:, :, rows].clone()  # and none of what the other rows take
+        self._wait(query, call.mask, call.key)
+
+    def _wait(self, query, mask, keys):
+        self._waiting.append((query.detach() if query.requires_grad else query, mask))
+        self._waiting_keys, self._joined = keys, None
+        if self.end - self._first_waiting >= _WAITING:
             self._settle()
 
     def _settle(self):
         """Compute the rows that waited."""
-        if not self._waiting or self._last_call is None:
+        if not self._waiting:
             return
         queries, masks = zip(*self._waiting, strict=True)
-        call, self._last_call, self._waiting = self._last_call, None, []
+        call, keys, self._waiting = self._waiting_call, self._waiting_keys, []
+        self._waiting_call = self._waiting_keys = None
         mask = None
         if masks[0] is not None:
             hidden = False if masks[0].dtype == torch.bool else torch.finfo(masks[0].dtype).min
-            length = call.key.shape[2]
+            length = keys.shape[2]
             mask = torch.cat([torch.nn.functional.pad(m, (0, length - m.shape[3]), value=hidden) for m in masks], 2)
-        call = call._replace(query=torch.cat(queries, 2), mask=mask, row=self._first_waiting, causal=not self._cross)
-        with torch.no_grad(), _no_autocast(call.query.device):
-            values = self._look(call, slice(0, len(queries)), None, 0)
+        query = torch.cat(queries, 2)
+        call = call._replace(query=query, key=keys, mask=mask, row=self._first_waiting, causal=not self._cross)
+        with torch.no_grad(), _no_autocast(query.device):
+            values = self._look(call, slice(0, query.shape[2]), None, 0)
         self.pieces.append(_Piece(self._first_waiting, 0, values))
 
     def _drop(self, row):
         """Forget the rows from this one on."""
-        del self._waiting[max(0, row - self._first_waiting) :]
+        waiting, self._waiting, first = self._waiting, [], self._first_waiting
+        for query, mask in waiting:
+            if first < row:
+                self._waiting.append((query[:, :, : row - first], mask))
+            first += query.shape[2]
         for index, (first, key, values) in enumerate(self.pieces):
             if first >= 0 and first + values.shape[2] > row:
                 self.pieces[index] = _Piece(first, key, values[:, :, : max(0, row - first)])
@@ -330,7 +370,7 @@ class _Layer:
             rows = slice(max(0, count - what.last), count)
             return [_Piece(start + rows.start, column, self._look(call, rows, None, first_key))]
         pieces = []
-        begin, end = what.row_spans.amin((0, 1))[0].item(), what.row_spans.max().item()
+        begin, end = what.row_spans.amin((0, 1))[0].item(), what.rows_end
         rows = slice(max(begin - start, 0), min(end - start, count))
         if rows.start < rows.stop:
             pieces.append(_Piece(-1, column, self._look(call, rows, start + rows.start, first_key)))
@@ -359,23 +399,31 @@ class _Layer:
         if not self.pieces:
             raise ValueError(f"attention: nothing was seen of {self.name}, must be read behind a forward of the model")
         width = max(piece.key + piece.values.shape[3] for piece in self.pieces)
-        values = [_of_width(piece, width) for piece in self.pieces]
-        rows = [value for value, piece in zip(values, self.pieces, strict=True) if piece.row >= 0]
-        if what.row_spans is not None:
-            parts = [value for value, piece in zip(values, self.pieces, strict=True) if piece.row < 0]
-            rows.insert(0, self._of_spans(parts) if parts else self._no_rows(rows[0]))
-        return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
+        (_, key, first), several = self.pieces[0], len(self.pieces) > 1
+        if what.row_spans is None and not (several or key):
+            return first
+        steps = 0 if what.row_spans is None else what.row_spans.shape[1]
+        place, count = steps, sum(piece.values.shape[2] for piece in self.pieces if piece.row >= 0)
+        joined = first.new_empty(*first.shape[:2], steps + count, width)
+        if steps:
+            joined[:, :, :steps] = self._of_spans([_of_width(piece, width) for piece in self.pieces if piece.row < 0])
+        for index, (row, key, values) in enumerate(self.pieces):
+            if row >= 0:
+                part, end = joined[:, :, place : place + values.shape[2]], key + values.shape[3]
+                part[..., :key], part[..., key:end], part[..., end:] = 0, values, 0
+                self.pieces[index] = _Piece(row, 0, part)  # held once
+                place += values.shape[2]
+        return joined
 
     def _of_spans(self, parts):
         """The row spans, of parts that had some of their rows each."""
+        if not parts:
+            return 0
         whole = functools.reduce(torch.maximum if self.what.row_reduction == "max" else torch.add, parts)
         if self.what.row_reduction != "mean":
             return whole
         sizes = self.what.row_spans.diff().clamp(min=1).to(whole)
         return whole / sizes[:, None]
-
-    def _no_rows(self, like):
-        return like.new_zeros(*like.shape[:2], self.what.row_spans.shape[1], like.shape[3])
 
     def positions(self) -> list[int]:
         self._settle()
