@@ -57,6 +57,7 @@ def mold_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    lse_to: list[torch.Tensor] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, LayerAttention | None]:
     """One layer's attention, called by transformers with the keyword arguments of the model's forward.
@@ -75,6 +76,8 @@ def mold_attention_forward(
         sliding_window: how many keys a row sees, itself included.
         softcap: of the scores, as in Gemma 2.
         s_aux: [Hq] sinks, as in gpt-oss: one more score a head, whose probability goes nowhere.
+        lse_to: where the rows' natural log-sum-exp [B, Hq, T] is put if it is computed: of these very queries and keys
+            (not of those that autocast made of them), the sinks included.
 
     Returns:
         The attention's output [B, T, Hq, D], and a LayerAttention; None without spans and for other than span_layers.
@@ -95,6 +98,7 @@ def mold_attention_forward(
     if torch.is_autocast_enabled(device):
         # Rotary embeddings leave queries and keys in float32.
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+        lse_to = None
     # What accumulates in float32 below must not be cast.
     with torch.autocast(device, enabled=False):
         if row_spans is not None or key_spans is not None:
@@ -103,7 +107,11 @@ def mold_attention_forward(
             raise ValueError("cu_seqlens: is given with padding or a mask, must come with one row and a mask of ones")
         if cu_seqlens is not None and len(cu_seqlens) == 2:
             cu_seqlens = None  # one text
-        return _attend(module, query, key, value, attention_mask, cu_seqlens, row_spans, key_spans, **options)
+        spans = row_spans, key_spans
+        out, lse, looks = _attend(module, query, key, value, attention_mask, cu_seqlens, *spans, **options)
+        if lse_to is not None and lse is not None:
+            lse_to.append(lse)
+        return out.transpose(1, 2), looks
 
 
 def _attend(
@@ -125,7 +133,7 @@ def _attend(
     value_features,
     **kwargs,
 ):
-    """`mold_attention_forward` of texts that have a row each, or stand in one row."""
+    """(output [B, Hq, T, D], log-sum-exp or None, LayerAttention or None) of texts with a row each, or one for all."""
     options: dict[str, Any] = {}
     if sliding_window is not None and sliding_window < key.shape[2]:
         options["sliding_window"] = sliding_window
@@ -134,8 +142,7 @@ def _attend(
     if cu_seqlens is not None:
         options["cu_seqlens"] = cu_seqlens
     if row_spans is None:
-        out = _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs)
-        return out.transpose(1, 2), None
+        return *_ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs), None
     out, lse = _attention(query, key, value, mask, scaling, options, sinks)
     pooled = span_attention(
         query,
@@ -153,7 +160,7 @@ def _attend(
         valid = value.new_ones(len(value), value.shape[2], dtype=torch.bool) if mask is None else mask
         # The router's norm weight factors out of the sum over tokens; the router applies it.
         features = value_pool(value, valid, VALUE_NORM_EPSILON, cu_seqlens=cu_seqlens)
-    return out.transpose(1, 2), LayerAttention(pooled, features)
+    return out, lse, LayerAttention(pooled, features)
 
 
 _last_plan: SpanPlan | None = None
@@ -192,7 +199,7 @@ def mold_mask(
     if (
         whole
         and allow_is_causal_skip
-        and (local_size is None or kv_length <= local_size or _is_window(mask_function, local_size))
+        and (local_size is None or kv_length <= local_size or is_window(mask_function, local_size))
     ):
         # Looking into the mask would wait for a GPU, and break a graph of torch.compile: there it stays, even if
         # nothing is padded.
@@ -214,7 +221,7 @@ def mold_mask(
     )
 
 
-def _is_window(mask_function, local_size: int) -> bool:
+def is_window(mask_function, local_size: int) -> bool:
     """Whether a local mask is a sliding window and not one of chunks, whose first row sees nothing before it."""
     first, before = torch.tensor(local_size), torch.tensor(local_size - 1)
     zero = torch.tensor(0)
@@ -317,26 +324,26 @@ def _attention(query, key, value, padding_mask, scaling, options, sinks):
 
 
 def _ordinary_attention(module, query, key, value, mask, scaling, dropout, options, sinks, **kwargs):
-    """Output [B, Hq, T, D] without spans: training without the loss, and generation with any cache."""
+    """(output [B, Hq, T, D], log-sum-exp or None) without spans: training without the loss, and over any cache."""
     whole = query.shape[2] == key.shape[2] and (mask is None or mask.ndim == 2) and getattr(module, "is_causal", True)
     # torch's fused attention has none of these without a T x T mask; ours needs a backend that is fast here.
     special = bool(options) or sinks is not None or (mask is not None and _has_fast_attention(query.device))
     if whole and dropout == 0 and special:
-        return _attention(query, key, value, mask, scaling, options, sinks)[0]
+        return _attention(query, key, value, mask, scaling, options, sinks)
     if "cu_seqlens" in options:
         rest = {name: option for name, option in options.items() if name != "cu_seqlens"}
         sizes = options["cu_seqlens"].diff().tolist()
         texts = zip(*(tensor.split(sizes, 2) for tensor in (query, key, value)), strict=True)
         outs = [
-            _ordinary_attention(module, q, k, v, mask, scaling, dropout, rest, sinks, **kwargs) for q, k, v in texts
+            _ordinary_attention(module, q, k, v, mask, scaling, dropout, rest, sinks, **kwargs)[0] for q, k, v in texts
         ]
-        return torch.cat(outs, 2)
+        return torch.cat(outs, 2), None
     if whole and (mask is not None or "sliding_window" in options):
         mask = _dense_mask(query, mask, options.get("sliding_window"))
     if "softcap" in options or sinks is not None:
-        return _materialised_attention(query, key, value, mask, scaling, dropout, options.get("softcap"), sinks)
+        return _materialised_attention(query, key, value, mask, scaling, dropout, options.get("softcap"), sinks), None
     out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2), None
 
 
 def _has_fast_attention(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """What rows of one call of an attention function look at.
 
-Many rows that see all before them, or all there are, take the kernels of `mold_kernels`; a single row, and one behind a
-mask of its own, is a product and a softmax in blocks of rows.
+Many rows that see all before them, or all there are, without padding, take the kernels of `mold_kernels`; a single row,
+and one behind a mask of its own, is a product and a softmax in blocks of rows.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Call(NamedTuple):
 
     query: torch.Tensor  # [B, Hq, Tq, D]
     key: torch.Tensor  # [B, Hkv, Tk, D]
-    mask: object  # None, a tensor, or FlexAttention's BlockMask
+    mask: Any  # None, a tensor, or FlexAttention's BlockMask
     row: int  # the key at which the first row stands
     causal: bool  # whether rows see no key behind them, where the mask does not say it
     scale: float
@@ -92,6 +92,7 @@ class Call(NamedTuple):
     softcap: float | None
     sinks: torch.Tensor | None
     bias: torch.Tensor | None
+    lse: torch.Tensor | None  # [B, Hq, Tq] of the attention itself, where it told, the sinks included
 
 
 def watched_rows(call: Call, rows: slice, spans_from: int | None, first_key: int, what: What) -> torch.Tensor:
@@ -100,20 +101,23 @@ def watched_rows(call: Call, rows: slice, spans_from: int | None, first_key: int
     # What fits into one block is faster there, as are on a CPU maps that nothing is summed over.
     maps = what.heads == "all" and what.keys is None and spans_from is None and call.query.device.type == "cpu"
     several = batch * heads * (rows.stop - rows.start) * length > _BLOCK_ELEMENTS and not maps
-    if several and call.mask is None and call.bias is None:
+    padding = isinstance(call.mask, torch.Tensor) and call.mask.ndim == 2
+    if several and (call.mask is None or padding) and call.bias is None:
         return _by_kernels(call, rows, spans_from, first_key, what)
     return _in_blocks(call, rows, spans_from, first_key, what)
 
 
 def _by_kernels(call: Call, rows: slice, spans_from: int | None, first_key: int, what: What) -> torch.Tensor:
-    """[B, H', R, M] of rows that see every key, or all before them."""
+    """[B, H', R, M] of rows that see every key, or all before them, but no padding."""
     query, key = call.query[:, :, rows], call.key.to(call.query.dtype)
     (batch, _, count, _), length, device = query.shape, key.shape[2], query.device
     options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, "causal": call.causal}
     if call.causal:
         options |= {"query_start": call.row + rows.start, "sliding_window": call.window}
-    lse = attention_lse(query, key, **options)
-    if call.sinks is not None:
+    if call.mask is not None:
+        options["key_padding_mask"] = call.mask[:, :length].bool()
+    lse = attention_lse(query, key, **options) if call.lse is None else call.lse[:, :, rows]
+    if call.sinks is not None and call.lse is None:
         lse = lse + torch.nn.functional.softplus(call.sinks[:, None].to(lse.dtype) - lse)
     spans, keys, plan = what.plan(spans_from, count, first_key, length, batch, device)
     reduction = "max" if what.row_reduction == "max" and spans_from is not None else "sum"
@@ -132,7 +136,8 @@ def _in_blocks(call: Call, rows: slice, spans_from: int | None, first_key: int, 
     if spans_from is not None:
         steps = what.weights("row_spans", spans_from, count, batch, device, dtype)
     size = max(1, _BLOCK_ELEMENTS // (batch * heads * length))
-    width, result = length if words is None else words.shape[3], None
+    width = length if words is None else words.shape[3]
+    result: Any = None
     for first in range(0, count, size):
         block = slice(first, min(first + size, count))
         # No row of the block looks behind its last one.

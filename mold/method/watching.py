@@ -24,9 +24,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, Cache, EncoderDecoderCache, GenerationMixin
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, EncoderDecoderCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import causal_mask_function
 
+from mold.method.attention_interface import is_window, mold_attention_forward
 from mold.method.watched_rows import Call, What, watched_rows
 
 Spans = torch.Tensor | Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]
@@ -141,6 +144,44 @@ class _Piece(NamedTuple):
     values: torch.Tensor
 
 
+class _Waiting:
+    """Rows behind one another that are computed at once, over the keys that a growing cache has by then."""
+
+    def __init__(self, first: int, call: Call, cached: DynamicLayer):
+        nothing = call.query.new_empty(0)  # so that no other rows, nor keys, are held
+        self.call = call._replace(query=nothing, key=nothing, lse=None)
+        self.first = self.end = first
+        self.cached, self.keys = cached, call.key
+        self.rows: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # queries and masks
+
+    def add(self, query, mask, keys):
+        self.rows.append((query.detach() if query.requires_grad else query, mask))
+        self.end += query.shape[2]
+        self.keys = keys
+
+    def fits(self, mask):
+        """Whether a row has a mask as the others have."""
+        return mask is None if self.rows[0][1] is None else getattr(mask, "ndim", 0) == 4
+
+    def before(self, row):
+        """Those before this one; None where there are none."""
+        rows, self.rows, self.end = self.rows, [], self.first
+        for query, mask in rows:
+            if self.end < row:
+                self.add(query[:, :, : row - self.end], mask, self.keys)
+        return self if self.rows else None
+
+    def as_call(self, causal):
+        """All of them as one call."""
+        queries, masks = zip(*self.rows, strict=True)
+        mask = None
+        if masks[0] is not None:
+            hidden = False if masks[0].dtype == torch.bool else torch.finfo(masks[0].dtype).min
+            length = self.keys.shape[2]
+            mask = torch.cat([torch.nn.functional.pad(m, (0, length - m.shape[3]), value=hidden) for m in masks], 2)
+        return self.call._replace(query=torch.cat(queries, 2), key=self.keys, mask=mask, row=self.first, causal=causal)
+
+
 class _Layer:
     """One watched attention module: where its calls stand in the text, and what they gave."""
 
@@ -153,11 +194,7 @@ class _Layer:
 
     def clear(self):
         self.pieces: list[_Piece] = []
-        self._waiting: list[tuple] = []  # queries and masks of rows that are computed later, see `_can_wait`
-        self._first_waiting = 0
-        self._waiting_call: Call | None = None  # what their calls have in common
-        self._waiting_keys: torch.Tensor | None = None
-        self._growing: DynamicLayer | None = None  # of the cache, whose keys these are
+        self._waiting: _Waiting | None = None
         self._joined: torch.Tensor | None = None
         self.end: int | None = None  # tokens so far
         self.cropped = False  # whether its cache gave tokens back since
@@ -166,7 +203,7 @@ class _Layer:
 
     def begin(self, module, args, kwargs):
         """Before the module's forward: its cache, and whether its keys are of another sequence."""
-        cache = kwargs.get("past_key_values")  # cache or layer_past in other versions
+        cache = kwargs.get("cache")  # past_key_values and layer_past in older versions
         if cache is None:
             cache = next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None)
         self.cache = cache
@@ -186,10 +223,10 @@ class _Layer:
     def release(self):
         """Hold no cache, nor its memory."""
         self._settle()
-        self.cache = self.text = self._growing = None
+        self.cache = self.text = None
         self.what._total = None, 0, 0
 
-    def observe(self, name, query, key, mask, **options):
+    def observe(self, name, lse, query, key, mask, **options):
         """One call of the module's attention function, which the implementation of that name computed."""
         if name is not None and name.startswith("paged|"):
             raise ValueError(f"watch: {self.name} runs with {name!r}, whose keys are of several texts at once")
@@ -199,9 +236,9 @@ class _Layer:
         for option in _REFUSED:
             if options.get(option) is not None:
                 raise ValueError(f"watch: {self.name} has an attention with {option}, which cannot be watched")
-        if self._waiting and not again and self._is_next(query, key, mask, options):
+        if self._waiting is not None and not again and self._is_next(self._waiting, query, key, mask, options):
             self._keys = self.end = self._within = key.shape[2]
-            self._wait(query, mask, key)
+            self._wait(self._waiting, query, mask, key)
             return
         causal = options.get("is_causal")
         causal = getattr(self.module, "is_causal", True) if causal is None else causal
@@ -212,17 +249,22 @@ class _Layer:
         grows = self._check_follows(start, count, len(key)) if not again else False
         scale = options.get("scaling")
         by_mask = name in (None, "eager", "flex_attention")  # which look at nothing else
+        causal, window = bool(causal) and not by_mask, None if by_mask else options.get("sliding_window")
+        made = _made_of(mask, filled) if count > 1 and not (first_key or self._cross) else None
+        if made is not None:
+            mask, window, causal = made.padding, made.window, True
         call = Call(
             query.expand(len(key), -1, -1, -1) if len(query) < len(key) else query,
             key[:, :, :filled] if filled < key.shape[2] else key,
             mask,
             start - first_key,
-            bool(causal) and not self._cross and not by_mask and count > 1,
+            causal and not self._cross and count > 1,
             query.shape[3] ** -0.5 if scale is None else scale,
-            None if by_mask or self._cross else options.get("sliding_window"),
+            None if self._cross else window,
             options.get("softcap"),
             options.get("s_aux"),
             options.get("position_bias"),
+            lse,
         )
         rows = self._rows_that_wait(call, start, first_key)
         pieces = []
@@ -240,7 +282,7 @@ class _Layer:
         self.cropped = False
         self._keys, self._batch, self.text = first_key + filled, len(key), self.cache
         if rows is not None:
-            self._first_waits(call, start + rows.start, rows)
+            self._begin_to_wait(call, start + rows.start, rows)
 
     def _place(self, count, length):
         """(position of the first row, of the first key, how many keys are filled)."""
@@ -286,72 +328,60 @@ class _Layer:
         rows = slice(0 if of_prompt else max(0, count - self.what.last), count)
         if count - rows.start > _WAITING or (of_prompt and (count > 1 or start < self.what.rows_end)):
             return None
-        cache, number = self.cache, getattr(self.module, "layer_idx", None)
+        cached = self._cached()
+        return rows if type(cached) is DynamicLayer and cached.keys is call.key else None
+
+    def _cached(self):
+        """The cache's layer of the module; None where there is none."""
+        cache: Any = self.cache
+        number = getattr(self.module, "layer_idx", None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.cross_attention_cache if self._cross else cache.self_attention_cache
-        if number is None or number >= len(cache.layers):
-            return None
-        self._growing = cache.layers[number]
-        return rows if type(self._growing) is DynamicLayer and self._growing.keys is call.key else None
+        return cache.layers[number] if number is not None and number < len(cache.layers) else None
 
-    def _is_next(self, query, key, mask, options):
-        """Whether this is one more call like those whose rows wait: most are, and it is told in little time."""
+    def _is_next(self, waiting, query, key, mask, options):
+        """Whether this is one more row like those that wait: most are, and it is told in little time."""
         return (
             query.shape[2] == 1
-            and key.shape[2] == self.end + 1
-            and self._growing.keys is key
+            and waiting.cached.keys is key
+            and key.shape[2] == waiting.end + 1
+            and waiting.end == self.end
             and len(query) == self._batch
             and self.cache is self.text
-            and not self.cropped
-            and not self._cross
-            and (mask is None if self._waiting[0][1] is None else getattr(mask, "ndim", 0) == 4)
+            and not (self.cropped or self._cross)
+            and waiting.fits(mask)
             and options.get("sliding_window") is None
             and options.get("position_bias") is None
         )
 
-    def _first_waits(self, call, row, rows):
-        if self._waiting:
-            after = self._first_waiting + sum(query.shape[2] for query, _ in self._waiting)
-            if row != after or (self._waiting[0][1] is None) != (call.mask is None):
-                self._settle()
-        if not self._waiting:
-            self._first_waiting, self._waiting_call = row, call
-        query = call.query
-        if query.shape[2] > 1:
-            query = query[:, :, rows].clone()  # and none of what the other rows take
-        self._wait(query, call.mask, call.key)
+    def _begin_to_wait(self, call, first, rows):
+        if self._waiting is not None and not (first == self._waiting.end and self._waiting.fits(call.mask)):
+            self._settle()
+        if self._waiting is None:
+            self._waiting = _Waiting(first, call, self._cached())
+        query = call.query[:, :, rows].clone() if call.query.shape[2] > 1 else call.query
+        self._wait(self._waiting, query, call.mask, call.key)
 
-    def _wait(self, query, mask, keys):
-        self._waiting.append((query.detach() if query.requires_grad else query, mask))
-        self._waiting_keys, self._joined = keys, None
-        if self.end - self._first_waiting >= _WAITING:
+    def _wait(self, waiting, query, mask, keys):
+        waiting.add(query, mask, keys)
+        self._joined = None
+        if waiting.end - waiting.first >= _WAITING:
             self._settle()
 
     def _settle(self):
         """Compute the rows that waited."""
-        if not self._waiting:
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
             return
-        queries, masks = zip(*self._waiting, strict=True)
-        call, keys, self._waiting = self._waiting_call, self._waiting_keys, []
-        self._waiting_call = self._waiting_keys = None
-        mask = None
-        if masks[0] is not None:
-            hidden = False if masks[0].dtype == torch.bool else torch.finfo(masks[0].dtype).min
-            length = keys.shape[2]
-            mask = torch.cat([torch.nn.functional.pad(m, (0, length - m.shape[3]), value=hidden) for m in masks], 2)
-        query = torch.cat(queries, 2)
-        call = call._replace(query=query, key=keys, mask=mask, row=self._first_waiting, causal=not self._cross)
-        with torch.no_grad(), _no_autocast(query.device):
-            values = self._look(call, slice(0, query.shape[2]), None, 0)
-        self.pieces.append(_Piece(self._first_waiting, 0, values))
+        call = waiting.as_call(causal=not self._cross)
+        with torch.no_grad(), _no_autocast(call.query.device):
+            values = self._look(call, slice(0, call.query.shape[2]), None, 0)
+        self.pieces.append(_Piece(waiting.first, 0, values))
 
     def _drop(self, row):
         """Forget the rows from this one on."""
-        waiting, self._waiting, first = self._waiting, [], self._first_waiting
-        for query, mask in waiting:
-            if first < row:
-                self._waiting.append((query[:, :, : row - first], mask))
-            first += query.shape[2]
+        if self._waiting is not None:
+            self._waiting = self._waiting.before(row)
         for index, (first, key, values) in enumerate(self.pieces):
             if first >= 0 and first + values.shape[2] > row:
                 self.pieces[index] = _Piece(first, key, values[:, :, : max(0, row - first)])
@@ -475,10 +505,45 @@ def _get_interface(self, attn_implementation, default):
 
 
 def _attend(function, name, module, /, query, key, value, attention_mask=None, **options):
-    result = function(module, query, key, value, attention_mask, **options)
-    for layer in _watched.get(module, ()):
-        layer.observe(name, query, key, attention_mask, **options)
+    layers = _watched.get(module, ())
+    found: list[torch.Tensor] = []
+    ours = {"lse_to": found} if layers and function is mold_attention_forward else {}
+    result = function(module, query, key, value, attention_mask, **options, **ours)
+    for layer in layers:
+        layer.observe(name, found[0] if found else None, query, key, attention_mask, **options)
     return result
+
+
+class _Made(NamedTuple):
+    """What a mask of rows over keys says, which need not be read off it: rows see those before them, but no padding."""
+
+    padding: torch.Tensor | None  # [B, T], True or 1 at real tokens
+    window: int | None
+
+
+_made = WeakIdKeyDictionary()
+
+
+def _get_mask_function(self, name):
+    """What a model asks for the function that makes its mask, while a watch is open."""
+    return functools.partial(_make_mask, _plain[AttentionMaskInterface, "__getitem__"](self, name))
+
+
+def _make_mask(function, *args, **options):
+    mask, padding, window = function(*args, **options), options.get("attention_mask"), options.get("local_size")
+    kind, from_start = options.get("mask_function"), options.get("kv_offset", 0) == 0
+    plain = kind is causal_mask_function
+    if window is not None and options.get("allow_is_causal_skip"):
+        plain = is_window(kind, window)
+    if mask is not None and plain and from_start and getattr(padding, "ndim", 2) == 2:
+        _made[mask] = _Made(padding, window)
+    return mask
+
+
+def _made_of(mask, length):
+    """What the mask says of so many keys, where it is known."""
+    made = None if mask is None else _made.get(mask)
+    return None if made is None or (made.padding is not None and made.padding.shape[1] < length) else made
 
 
 def _layers_with(cache):
@@ -511,6 +576,7 @@ def _crop(self, *args, **kwargs):
 
 _REPLACED = {
     (AttentionInterface, "get_interface"): _get_interface,
+    (AttentionMaskInterface, "__getitem__"): _get_mask_function,
     (GenerationMixin, "_beam_search"): _beam_search,
     (Cache, "reorder_cache"): _reorder_cache,  # those of an EncoderDecoderCache call these
     (Cache, "crop"): _crop,
