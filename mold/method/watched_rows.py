@@ -147,8 +147,8 @@ def _in_blocks(call: Call, rows: slice, spans_from: int | None, first_key: int, 
             if size >= count and found.shape[3] == width:
                 return found
             if result is None:
-                result = found.new_zeros(*found.shape[:2], count, width)
-            result[:, :, block, : found.shape[3]] = found
+                result = found.new_empty(*found.shape[:2], count, width)
+            result[:, :, block, : found.shape[3]], result[:, :, block, found.shape[3] :] = found, 0
             continue
         if what.row_reduction == "max":
             inside = steps[..., block, None] > 0  # [B, 1, S, R, 1]

@@ -52,7 +52,7 @@ def watch(
     model: torch.nn.Module,
     keys: Spans | None = None,
     rows: str | Spans = "last:64",
-    layers: Sequence[int] | str | Sequence[str] | None = None,
+    layers: int | Sequence[int] | str | Sequence[str] | None = None,
     heads: str = "all",
     *,
     row_reduction: str = "mean",
@@ -68,9 +68,9 @@ def watch(
         keys: spans of the watched keys, whose probabilities are summed; None: every key is a column.
         rows: "last:N", the last N rows of each forward; "all"; or spans of the prompt, pooled by `row_reduction`,
             behind which every generated token (a forward of one row) has a row of its own.
-        layers: numbers of layers of the model's decoder, of its encoder where it has no decoder, negative ones counted
-            from the end; or names of attention modules, with wildcards: "*.encoder_attn" are the cross-attentions of
-            Whisper. None: all that numbers can name.
+        layers: a number, or numbers, of layers of the model's decoder, of its encoder where it has no decoder, negative
+            ones counted from the end; or names of attention modules, with wildcards: "*.encoder_attn" are the
+            cross-attentions of Whisper. None: all that numbers can name.
         heads: "all", the mean of a "group" (the query heads of a key head), or the "mean" of all.
         row_reduction: of the rows of a span: "mean", "sum" or "max".
         grad: whether the result is differentiable. Rows that a mask is made for then keep their probabilities.
@@ -163,12 +163,12 @@ class _Waiting:
         """Whether a row has a mask as the others have."""
         return mask is None if self.rows[0][1] is None else getattr(mask, "ndim", 0) == 4
 
-    def before(self, row):
-        """Those before this one; None where there are none."""
+    def before(self, row, keys):
+        """Those before this one, over so many keys; None where there are none."""
         rows, self.rows, self.end = self.rows, [], self.first
         for query, mask in rows:
             if self.end < row:
-                self.add(query[:, :, : row - self.end], mask, self.keys)
+                self.add(query[:, :, : row - self.end], mask, self.keys[:, :, :keys])
         return self if self.rows else None
 
     def as_call(self, causal):
@@ -196,8 +196,8 @@ class _Layer:
         self.pieces: list[_Piece] = []
         self._waiting: _Waiting | None = None
         self._joined: torch.Tensor | None = None
+        self._differentiable = False  # as the last call was
         self.end: int | None = None  # tokens so far
-        self.cropped = False  # whether its cache gave tokens back since
         self._batch: int | None = None
         self.text: Cache | None = None  # the cache that holds it
 
@@ -233,6 +233,12 @@ class _Layer:
         again = torch._C._current_graph_task_id() != -1  # a checkpoint computes in the backward what was seen
         if again and not self.what.grad:
             return
+        if again and not self._differentiable:
+            raise ValueError(
+                f"watch: {self.name} is checkpointed with use_reentrant=True, which cuts the gradient that grad=True "
+                "asks for; must be False"
+            )
+        self._differentiable = torch.is_grad_enabled()
         for option in _REFUSED:
             if options.get(option) is not None:
                 raise ValueError(f"watch: {self.name} has an attention with {option}, which cannot be watched")
@@ -279,7 +285,6 @@ class _Layer:
         self.pieces += pieces
         self._joined = None
         self.end = self._within = start + count
-        self.cropped = False
         self._keys, self._batch, self.text = first_key + filled, len(key), self.cache
         if rows is not None:
             self._begin_to_wait(call, start + rows.start, rows)
@@ -300,12 +305,8 @@ class _Layer:
         """Whether this forward computes the text anew, one token longer; an error if it is of another text."""
         if self.end is None or (start == self.end and batch == self._batch):
             return False
-        if batch == self._batch and start < self.end:
-            if self.cache is None and self._within == 0 == start and count == self.end + 1:
-                return True
-            if self.cropped and self.cache is self.text and start > self.what.rows_end:
-                self._drop(start)
-                return False
+        if self.cache is None and self._within == 0 == start and (count, batch) == (self.end + 1, self._batch):
+            return True
         raise ValueError(
             f"watch: {self.name} had a forward of {batch} x {count} tokens from position {start} on behind "
             f"{self._batch} x {self.end}, must go on with the same text, no token of which left its cache: clear() "
@@ -348,7 +349,7 @@ class _Layer:
             and waiting.end == self.end
             and len(query) == self._batch
             and self.cache is self.text
-            and not (self.cropped or self._cross)
+            and not self._cross
             and waiting.fits(mask)
             and options.get("sliding_window") is None
             and options.get("position_bias") is None
@@ -378,13 +379,23 @@ class _Layer:
             values = self._look(call, slice(0, call.query.shape[2]), None, 0)
         self.pieces.append(_Piece(waiting.first, 0, values))
 
-    def _drop(self, row):
-        """Forget the rows from this one on."""
+    def crop(self, length):
+        """Its cache gave back the tokens behind so many: drafts that were rejected."""
+        # Rows of spans are pooled, so that none of them can be taken back: the next forward is refused.
+        if self.end is not None and self.cache is self.text and self.what.rows_end < length < self.end:
+            self._drop(length, sys.maxsize if self._cross else length)
+            self.end = length
+            self._joined = None
+
+    def _drop(self, row, keys=sys.maxsize):
+        """Forget the rows from this one on, and the keys behind so many."""
         if self._waiting is not None:
-            self._waiting = self._waiting.before(row)
+            self._waiting = self._waiting.before(row, keys)
         for index, (first, key, values) in enumerate(self.pieces):
             if first >= 0 and first + values.shape[2] > row:
                 self.pieces[index] = _Piece(first, key, values[:, :, : max(0, row - first)])
+        if self.what.keys is None:
+            self.pieces = [_Piece(first, key, values[..., : max(0, keys - key)]) for first, key, values in self.pieces]
         self.pieces = [piece for piece in self.pieces if piece.values.shape[2]]
 
     def _forget(self, row):
@@ -569,9 +580,10 @@ def _beam_search(self, *args, **kwargs):
 
 
 def _crop(self, *args, **kwargs):
+    result = _plain[Cache, "crop"](self, *args, **kwargs)
     for layer in _layers_with(self):
-        layer.cropped = True
-    return _plain[Cache, "crop"](self, *args, **kwargs)
+        layer.crop(self.get_seq_length())
+    return result
 
 
 _REPLACED = {
@@ -615,16 +627,18 @@ def _calls_interface(kind: type) -> bool:
 
 def _choose(model, layers) -> dict[str, torch.nn.Module]:
     """The attention modules that `layers` names, in the model's order."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model: is {model!r}, must be a loaded model")
     found = {name: module for name, module in model.named_modules() if _calls_interface(type(module))}
     if not found:
         raise ValueError(
             f"{type(model).__name__}: its attention cannot be watched (no layer of it asks transformers' attention "
             "interface for the function that computes it); use a model family that does, for example Llama or BERT"
         )
-    names = [layers] if isinstance(layers, str) else layers
+    names = [layers] if isinstance(layers, str | int) else layers
     if names is not None and all(isinstance(name, str) for name in names) and names:
         return _named(names, found)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder: Any = getattr(model, "get_decoder", lambda: model)()
     inside = set(decoder.modules())
     stack = [name for name, module in found.items() if module in inside] or list(found)
     stack = [name for name in stack if _pattern(name) == _pattern(stack[0])]

@@ -179,6 +179,87 @@ def test_without_a_cache_rows_are_those_with_one(attention, rows):
     assert seen[0].positions == seen[1].positions
 
 
+@pytest.mark.parametrize("padding", [0, PADDING])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "mold"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt_oss"])
+def test_rows_behind_padding_and_windows_take_the_kernels(family, attention, padding, monkeypatch):
+    if attention == "sdpa" and plain_attention(family) != "sdpa":
+        pytest.skip("sdpa leaves out sinks")
+    monkeypatch.setattr(watched_rows, "_BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr(watched_rows, "_in_blocks", mock.Mock(side_effect=AssertionError("no kernel was taken")))
+    model = make_model(family, attention=attention, dtype=torch.float64).eval()
+    inputs = make_inputs(padding)
+    position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad(), float64_softmax(), mold.watch(model, rows="all", heads="group") as seen:
+        model(**inputs, position_ids=position_ids)
+    expected = eager_maps(model, inputs["input_ids"], inputs["attention_mask"])
+    assert_equal(seen.attention, [of_heads(maps, "group", 2) for maps in expected])
+
+
+def test_a_row_of_padding_on_the_right_is_zero():
+    """Whatever a model computes there; in one block as in kernels."""
+    model = make_model("llama", attention="sdpa", dtype=torch.float64).eval()
+    inputs = {name: tensor.flip(1) for name, tensor in make_inputs(PADDING).items()}
+    with torch.no_grad(), mold.watch(model, rows="all") as seen:
+        model(**inputs)
+    assert_equal(seen.attention, eager_maps(model, inputs["input_ids"], inputs["attention_mask"]))
+
+
+@pytest.mark.parametrize("change", ["or_mask_function", "and_mask_function"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_mask_that_is_more_than_padding_and_a_window_is_read(change, window):
+    model = make_model("mistral", attention="sdpa", dtype=torch.float64, sliding_window=window).eval()
+    inputs = make_inputs(PADDING)
+    making = transformers.models.mistral.modeling_mistral
+    name = "create_causal_mask" if window is None else "create_sliding_window_causal_mask"
+    plain = getattr(making, name)
+    even = {change: lambda batch, head, row, key: key % 2 == 0}
+    with torch.no_grad(), mock.patch.object(making, name, lambda *args, **options: plain(*args, **options, **even)):
+        with mold.watch(model, rows="all") as seen:
+            model(**inputs)
+        model.set_attn_implementation("eager")
+        with float64_softmax():
+            expected = model(**inputs, output_attentions=True).attentions
+    for actual, maps in zip(seen.attention, expected, strict=True):
+        torch.testing.assert_close(actual[0], maps[0], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(actual[1, :, PADDING + 1 :], maps[1, :, PADDING + 1 :], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("family", "without"), [("mistral_window", 0), ("gemma2", 1), ("gpt_oss", 1)])
+def test_the_log_sum_exp_of_our_own_attention_is_taken(family, without, monkeypatch):
+    """A layer is without that is whole, and torch's attention computes."""
+    monkeypatch.setattr(watched_rows, "_BLOCK_ELEMENTS", 300)
+    model = make_model(family, attention="mold", dtype=torch.float64).eval()
+    inputs = make_inputs()
+    again = mock.Mock(wraps=watched_rows.attention_lse)
+    monkeypatch.setattr(watched_rows, "attention_lse", again)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with mold.watch(model, rows="all", heads="mean") as seen:
+            watched = model(**inputs).logits
+    assert torch.equal(plain, watched)
+    assert again.call_count == without
+    expected = eager_maps(model, inputs["input_ids"], inputs["attention_mask"])
+    assert_equal(seen.attention, [of_heads(maps, "mean", 1) for maps in expected])
+
+
+@pytest.mark.parametrize("rows", ["last:5", "last:12", "all"])
+def test_rows_of_a_prompt_wait_for_those_of_its_tokens(rows, monkeypatch):
+    """Whether they are settled before, between or behind."""
+    model = make_model("llama", attention="sdpa", dtype=torch.float64).eval()
+    inputs, found = make_inputs(), []
+    for waiting in (1, 7, 16, 256):
+        monkeypatch.setattr(watching, "_WAITING", waiting)
+        with mold.watch(model, rows=rows) as seen:
+            tokens = generate(model, inputs)
+        found.append(seen)
+    first = {"last:5": 9, "last:12": 2, "all": 0}[rows]
+    expected = eager_maps(model, tokens[:, :-1], torch.ones_like(tokens[:, :-1]))
+    for seen in found:
+        assert seen.positions == list(range(first, 30))
+        assert_equal(seen.attention, [maps[:, :, first:] for maps in expected])
+
+
 def test_a_prompt_cached_before_and_a_forward_over_it():
     """Tq != Tk, and both kinds of caches of any length."""
     model = make_model("qwen2", attention="sdpa", dtype=torch.float64).eval()
@@ -201,6 +282,25 @@ def test_rejected_drafts_leave_no_row():
         tokens = generate(model, inputs, assistant_model=draft)
     assert seen.positions == list(range(30))
     assert_equal(seen.attention, eager_maps(model, tokens[:, :-1], torch.ones_like(tokens[:, :-1])))
+
+
+@pytest.mark.parametrize("rows", ["all", [(0, 9)]])
+def test_drafts_rejected_at_the_end_leave_neither_row_nor_key(rows):
+    """Of a prompt that repeats itself more is drafted than is to be written."""
+    model = make_model("llama", attention="sdpa", dtype=torch.float64).eval()
+    ids = make_inputs(batch=1)["input_ids"].repeat(1, 2)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with mold.watch(model, rows=rows, heads="mean") as seen:
+        tokens = generate(model, inputs, prompt_lookup_num_tokens=3, max_new_tokens=9)
+    maps = eager_maps(model, tokens[:, :-1], torch.ones_like(tokens[:, :-1]))
+    maps = [of_heads(layer, "mean", 1) for layer in maps]
+    if rows == "all":
+        assert seen.positions == list(range(36))
+    else:
+        maps = [
+            torch.cat([layer[:, :, :9].mean(2, keepdim=True), layer[:, :, seen.positions[1:]]], 2) for layer in maps
+        ]
+    assert_equal(seen.attention, maps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -484,6 +584,17 @@ def test_a_gradient_where_it_is_asked_for(padding, checkpointing):
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
+def test_reentrant_checkpoints_which_cut_the_gradient_are_refused():
+    model = make_model("llama", attention="sdpa").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    ids = make_inputs()["input_ids"]
+    with mold.watch(model, rows="all", grad=True):
+        loss = model(input_ids=ids, labels=ids).loss
+        with pytest.raises(ValueError, match="use_reentrant"):
+            loss.backward()
+
+
 def test_an_error_inside_restores_the_model():
     model = make_model("llama", attention="sdpa").eval()
     with pytest.raises(KeyError, match="mine"), mold.watch(model):
@@ -523,6 +634,18 @@ def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message), mold.watch(model, **options):
         pass
     assert_closed(model)
+
+
+def test_a_layer_alone_needs_no_list():
+    model = make_model("llama", attention="sdpa").eval()
+    with torch.no_grad(), mold.watch(model, layers=-1) as seen:
+        model(**make_inputs())
+    assert seen.names == ["model.layers.2.self_attn"]
+
+
+def test_a_model_that_is_not_loaded_is_refused():
+    with pytest.raises(ValueError, match="model: is 'gpt2', must be a loaded model"), mold.watch("gpt2"):
+        pass
 
 
 def test_a_model_that_cannot_be_watched_is_refused():
