@@ -100,12 +100,12 @@ def _problems(rng: random.Random, max_value: float) -> Iterator[tuple[str, str, 
             if max(used) <= max_value:
                 break
         # The distractor never comes first: a problem opens with what it is about.
-        facts.insert(rng.randint(1, len(facts)), _distractor(rng, used, min(max_value, 60)))
+        facts.insert(rng.randint(1, len(facts)), _distractor(rng, used, max_value))
         yield " ".join([*facts, task]), " ".join(steps), answer
 
 
-def _distractor(rng: random.Random, used: Collection[int], largest: int) -> str:
-    number = rng.choice([number for number in range(2, largest + 1) if number not in used])
+def _distractor(rng: random.Random, used: Collection[int], most: float) -> str:
+    number = rng.choice([number for number in range(2, 61) if number <= most and number not in used])
     return rng.choice(
         [
             f"The {rng.choice(PLACES)} opened {number} years ago.",
