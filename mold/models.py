@@ -90,7 +90,11 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     """The tokenizer of a model that `load_model` takes, padding with its end-of-sequence token if it has none else."""
     source, kwargs = _source(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        if "gguf_file" in kwargs:
+            modified = (Path(source) / kwargs["gguf_file"]).stat().st_mtime_ns
+            tokenizer = copy.deepcopy(_gguf_tokenizer(source, kwargs["gguf_file"], modified))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -99,6 +103,12 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_tokenizer(folder: str | Path, file: str, modified: int) -> PreTrainedTokenizerBase:
+    """Read once a process, as it takes seconds; `modified` is a part of what the file is known by."""
+    return AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 def check_model_init_kwargs(config: PretrainedConfig, kwargs: Mapping[str, object] | None) -> None:

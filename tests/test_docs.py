@@ -105,7 +105,7 @@ def test_rows_are_read(page, tmp_path):
 
 
 def test_the_first_row_of_the_tutorial():
-    problem = mold.generate_problems(60)[0]
+    problem = mold.generate_problems(60, max_value=20)[0]
     ((_, row),) = blocks(TUTORIAL, "json")
     assert json.loads(row).items() <= vars(problem).items()
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from mold.data.equations import equation_rationale, find_equations
 from mold.data.examples import Example
 
-_LOWEST_MAX_VALUE = 100  # two cakes of 50 grams of flour each, the least of its kind
+_LOWEST_MAX_VALUE = 20  # below it, some scenario has few numbers left to draw
 
 NAMES = [
     "Ada",
@@ -66,13 +66,12 @@ def generate_problems(
     Args:
         count: of problems.
         seed: of the numbers and names.
-        max_value: the largest number that a problem or its rationale in text may state: easier arithmetic. The texts,
-            their mix, their steps and their distractors stay what they are. In equations the product of
-            `60 * 5 / 100` is a step of its own and may be larger. None: no limit.
+        max_value: the largest number that a problem or its rationale may state: easier arithmetic. The texts, their
+            mix, their steps and their distractors stay what they are. None: no limit.
         rationale_form: "text", or "equations": the calculations of the text alone, an operation a step.
 
     Raises:
-        ValueError: count is not positive, or max_value below 100, which not every kind of problem can keep.
+        ValueError: count is not positive, or max_value below 20, which leaves some kind of problem few numbers.
     """
     if count < 1:
         raise ValueError(f"count: is {count}, must be at least 1")
@@ -101,12 +100,12 @@ def _problems(rng: random.Random, max_value: float) -> Iterator[tuple[str, str, 
             if max(used) <= max_value:
                 break
         # The distractor never comes first: a problem opens with what it is about.
-        facts.insert(rng.randint(1, len(facts)), _distractor(rng, used))
+        facts.insert(rng.randint(1, len(facts)), _distractor(rng, used, max_value))
         yield " ".join([*facts, task]), " ".join(steps), answer
 
 
-def _distractor(rng: random.Random, used: Collection[int]) -> str:
-    number = rng.choice([number for number in range(2, 61) if number not in used])
+def _distractor(rng: random.Random, used: Collection[int], most: float) -> str:
+    number = rng.choice([number for number in range(2, 61) if number <= most and number not in used])
     return rng.choice(
         [
             f"The {rng.choice(PLACES)} opened {number} years ago.",
@@ -127,7 +126,7 @@ def _shopping(rng):
     price, other_price, amount, other = rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 5)
     cost, other_cost = price * amount, other_price * other
     total = cost + other_cost
-    paid = (total // 50 + 1) * 50
+    paid = (total // 10 + 1) * 10
     facts = [
         f"{name} buys {_many(amount, first)} for ${price} each and {_many(other, second)} for ${other_price} each.",
         f"{name} pays with ${paid}.",
@@ -142,11 +141,9 @@ def _shopping(rng):
 
 
 def _work(rng):
-    name, wage, hours, days, cost = (
-        rng.choice(NAMES),
-        *(rng.randint(a, b) for a, b in ((5, 9), (2, 5), (2, 4), (5, 15))),
-    )
+    name, wage, hours, days = rng.choice(NAMES), rng.randint(2, 9), rng.randint(2, 5), rng.randint(2, 4)
     daily, total = wage * hours, wage * hours * days
+    cost = rng.randint(2, min(15, total - 1))
     facts = [
         f"{name} earns ${wage} an hour and works {hours} hours a day.",
         f"{name} works for {days} days and then spends ${cost} on a bus pass.",
@@ -197,10 +194,10 @@ def _collections(rng):
 
 
 def _savings(rng):
-    name, start, weekly, weeks = rng.choice(NAMES), rng.randint(5, 20), rng.randint(2, 9), rng.randint(2, 6)
+    name, start, weekly, weeks = rng.choice(NAMES), rng.randint(2, 20), rng.randint(2, 9), rng.randint(2, 6)
     saved = weekly * weeks
     total = start + saved
-    price = total + rng.randint(5, 30)
+    price = total + rng.randint(2, 30)
     facts = [
         f"{name} wants a bicycle that costs ${price} and has ${start} already.",
         f"{name} saves ${weekly} a week for {weeks} weeks.",
@@ -214,16 +211,16 @@ def _savings(rng):
 
 
 def _discount(rng):
-    name, good = rng.choice(NAMES), rng.choice(GOODS)
-    price, percent, amount = 20 * rng.randint(1, 5), 5 * rng.randint(1, 4), rng.randint(2, 4)
-    off = price * percent // 100
+    name, good, amount = rng.choice(NAMES), rng.choice(GOODS), rng.randint(2, 4)
+    part, times, less = rng.randint(4, 10), rng.randint(2, 9), rng.randint(1, 2)
+    price, off = part * times, times * less
     new = price - off
     facts = [
         f"A box of {good}s costs ${price}.",
-        f"Today there are {percent}% off every box, and {name} buys {amount} boxes.",
+        f"Today the shop takes off ${less} of every ${part}, and {name} buys {amount} boxes.",
     ]
     steps = [
-        f"The discount on a box is {price} * {percent} / 100 = ${off}.",
+        f"The discount on a box is {price} / {part} * {less} = ${off}.",
         f"A box now costs {price} - {off} = ${new}.",
         f"For {amount} boxes {name} pays {new} * {amount} = ${new * amount}.",
     ]
@@ -231,36 +228,36 @@ def _discount(rng):
 
 
 def _recipe(rng):
-    name, flour, people, guests = rng.choice(NAMES), rng.randint(1, 4) * 50, rng.randint(2, 4), rng.randint(2, 4)
+    name, flour, people, guests = rng.choice(NAMES), rng.randint(3, 30), rng.randint(2, 4), rng.randint(2, 4)
     total = flour * guests
-    have = rng.randint(1, 2 * guests - 1) * 25
+    have = rng.randint(2, total - 1)
     facts = [
-        f"A cake for {people} people needs {flour} grams of flour.",
-        f"{name} bakes for {people * guests} people and has {have} grams of flour at home.",
+        f"A cake for {people} people needs {flour} spoons of flour.",
+        f"{name} bakes for {people * guests} people and has {have} spoons of flour at home.",
     ]
     steps = [
         f"For {people * guests} people {name} needs {people * guests} / {people} = {guests} cakes.",
-        f"These take {guests} * {flour} = {total} grams of flour.",
-        f"{name} has to buy {total} - {have} = {total - have} grams.",
+        f"These take {guests} * {flour} = {total} spoons of flour.",
+        f"{name} has to buy {total} - {have} = {total - have} spoons.",
     ]
-    return facts, f"How many grams of flour does {name} have to buy?", steps, total - have
+    return facts, f"How many spoons of flour does {name} have to buy?", steps, total - have
 
 
 def _travel(rng):
-    name, speed, hours = rng.choice(NAMES), rng.randint(4, 12) * 5, rng.randint(2, 4)
-    slower, more = rng.randint(2, 6) * 5, rng.randint(1, 3)
+    name, speed, hours = rng.choice(NAMES), rng.randint(3, 60), rng.randint(2, 4)
+    slower, more = rng.randint(2, 30), rng.randint(1, 3)
     first, second = speed * hours, slower * more
     plural = "hour" if more == 1 else "hours"
     facts = [
-        f"{name} drives {hours} hours at {speed} kilometres an hour.",
-        f"Then {name} drives {more} {plural} at {slower} kilometres an hour.",
+        f"{name} travels {hours} hours at {speed} kilometres an hour.",
+        f"Then {name} travels {more} {plural} at {slower} kilometres an hour.",
     ]
     steps = [
-        f"At first {name} drives {hours} * {speed} = {first} kilometres.",
-        f"After that {name} drives {more} * {slower} = {second} kilometres.",
+        f"At first {name} travels {hours} * {speed} = {first} kilometres.",
+        f"After that {name} travels {more} * {slower} = {second} kilometres.",
         f"In total that is {first} + {second} = {first + second} kilometres.",
     ]
-    return facts, f"How many kilometres does {name} drive in total?", steps, first + second
+    return facts, f"How many kilometres does {name} travel in total?", steps, first + second
 
 
 SCENARIOS: tuple[Callable, ...] = (

