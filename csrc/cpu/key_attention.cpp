@@ -71,6 +71,7 @@ void forward(
         Sight<T> sight;
         N *q, *keys, *panels;
         T *lse, *of_rows;  // [rows, block_columns], over heads, for maxima
+        int64_t* targets;         // of each row: the row of the sums that it is added to
         Columns<T> of_run;        // of each piece
         Columns<double> of_steps;  // of those that several pieces make up
         KeyBlock<N>* blocks;      // of each key head
@@ -84,7 +85,7 @@ void forward(
             Sight<T>(scratch, sizes, visibility), scratch.take<N>(sizes.most_tokens * sizes.width),
             scratch.take<N>(of_keys * sizes.width), scratch.take<N>(sizes.few ? 0 : of_keys * sizes.depth),
             scratch.take<T>(sizes.most_tokens), scratch.take<T>(maxima ? sizes.most_tokens * block_columns : 0),
-            {scratch.take<T>(run_rows * block_columns), first(run_rows)},
+            scratch.take<int64_t>(sizes.most_tokens), {scratch.take<T>(run_rows * block_columns), first(run_rows)},
             {scratch.take<double>(most_joined * block_columns), first(most_joined)},
             scratch.take<KeyBlock<N>>(sizes.kv_heads)};
     };
@@ -98,9 +99,9 @@ void forward(
         for (int64_t head = 0; head < sizes.kv_heads; ++head) {
             N *rows = buffers.keys + head * block_columns * sizes.width, *panel = nullptr;
             KeyBlock<N>& block = buffers.blocks[head];
-            block = {nullptr, rows, sizes.width};
+            block = {nullptr, rows, sizes.width, 0};
             if (plain && count == padded) {
-                block = {nullptr, k.at<const N>(example, head, token), k.strides[2]};
+                block = {nullptr, k.at<const N>(example, head, token), k.strides[2], threads * block_columns};
             } else {
                 for (int64_t c = 0; c < padded; ++c) {
                     const Element* key = k.at<const Element>(example, head, token + smaller(c, count - 1));
@@ -126,38 +127,22 @@ void forward(
                 looked = &run;
                 const int64_t pieces = run.pieces.end - run.pieces.begin;
                 const bool seen_here = sight.begin < sight.columns;
-                const int64_t first = seen_here ? sight.template first_row<N>(0) : 0;
-                const int64_t last = seen_here ? sight.template last_row<N>(0) : 0;
                 for (int64_t p = 0; p < pieces; ++p) of_run.at(p).clear();
                 const int64_t of_all_rows = maxima ? sight.rows * block_columns : 0;
                 for (int64_t i = 0; i < of_all_rows; ++i) buffers.of_rows[i] = 0;
-                const auto add = [&](int64_t c, auto seen) {
-                    T* sums = of_run.values + c;
-                    for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p, sums += block_columns) {
-                        const Range piece = plan.pieces[p];
-                        Vector<T> total = load(sums);
-                        const int64_t end = smaller(piece.end - run.rows.begin, last);
-                        for (int64_t r = larger(piece.begin - run.rows.begin, first); r < end; ++r) {
-                            total += seen(r).probability;
-                        }
-                        store<T>(total, sums);
+                for (int64_t p = 0; p < pieces; ++p) {
+                    const Range piece = plan.pieces[run.pieces.begin + p];
+                    for (int64_t row = piece.begin; row < piece.end; ++row) {
+                        const int64_t r = row - run.rows.begin;
+                        buffers.targets[r] = maxima ? r : p;
                     }
-                };
-                const auto add_to_rows = [&](int64_t c, auto seen) {
-                    for (int64_t r = first; r < last; ++r) {
-                        T* total = buffers.of_rows + r * block_columns + c;
-                        store<T>(load(total) + seen(r).probability, total);
-                    }
-                };
-                for (int64_t head = x * heads; first < last && head < (x + 1) * heads; ++head) {
+                }
+                for (int64_t head = x * heads; seen_here && head < (x + 1) * heads; ++head) {
                     const Matrix<N> rows = rows_of<Element>(q, example, head, run.rows, sizes, buffers.q);
-                    const KeyBlock<N>& block = buffers.blocks[head / sizes.group];
                     load_entries(lse, example, head, run.rows, buffers.lse);
-                    if (maxima) {
-                        sight.visit_vectors(0, rows, sizes, block, buffers.lse, add_to_rows);
-                    } else {
-                        sight.visit_vectors(0, rows, sizes, block, buffers.lse, add);
-                    }
+                    sight.add_rows(
+                        0, rows, sizes, buffers.blocks[head / sizes.group], buffers.lse, buffers.targets,
+                        maxima ? buffers.of_rows : of_run.values);
                 }
                 for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p) {
                     const Columns<T> of_piece = of_run.at(p - run.pieces.begin);

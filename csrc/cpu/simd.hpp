@@ -161,31 +161,47 @@ struct Exponential<double> {
     static constexpr int degree = 13, mantissa = 52, bias = 1023;
 };
 
-// e^x = 2^n e^r with |r| <= ln(2) / 2, where the Taylor polynomial errs by less than half a spacing. 0 below the
-// smallest normal number, infinity above the largest, NaN of NaN.
-template <typename T>
-inline Vector<T> exponential(Vector<T> x) {
+// Of each vector e^x = 2^n e^r with |r| <= ln(2) / 2, where the Taylor polynomial errs by less than half a spacing. 0 below
+// the smallest normal number, infinity above the largest, NaN of NaN. Several vectors take their steps together: of one
+// each step waits for the one before.
+template <typename T, int count>
+inline void exponentials(Vector<T>* x) {
     using E = Exponential<T>;
     using Integers = typename VectorOf<T>::integers;
-    const Vector<T> shifted = x * static_cast<T>(1.4426950408889634) + E::shift;  // the low bits now hold n
-    const Vector<T> n = shifted - E::shift;
-    const Vector<T> r = (x - n * E::ln2_high) - n * E::ln2_low;
+    Vector<T> shifted[count], r[count], polynomial[count];
     double factorial = 1;
     for (int i = 2; i <= E::degree; ++i) factorial *= i;
-    Vector<T> polynomial = splat<T>(static_cast<T>(1 / factorial));
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) shifted[j] = x[j] * static_cast<T>(1.4426950408889634) + E::shift;  // low bits: n
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) r[j] = x[j] - (shifted[j] - E::shift) * E::ln2_high;
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) r[j] -= (shifted[j] - E::shift) * E::ln2_low;
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) polynomial[j] = splat<T>(static_cast<T>(1 / factorial));
 #pragma GCC unroll 16
     for (int i = E::degree; i > 0; --i) {
         factorial /= i;
-        polynomial = polynomial * r + static_cast<T>(1 / factorial);
+#pragma GCC unroll 4
+        for (int j = 0; j < count; ++j) polynomial[j] = polynomial[j] * r[j] + static_cast<T>(1 / factorial);
     }
-    Integers exponent;
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    exponent = (exponent + E::bias) << E::mantissa;
-    Vector<T> power;
-    std::memcpy(&power, &exponent, sizeof power);
-    Vector<T> result = polynomial * power;
-    result = x < E::least ? Vector<T>{} : result;
-    return x > E::most ? splat<T>(static_cast<T>(HUGE_VAL)) : result;
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) {
+        Integers exponent;
+        std::memcpy(&exponent, &shifted[j], sizeof exponent);
+        exponent = (exponent + E::bias) << E::mantissa;
+        Vector<T> power;
+        std::memcpy(&power, &exponent, sizeof power);
+        Vector<T> result = polynomial[j] * power;
+        result = x[j] < E::least ? Vector<T>{} : result;
+        x[j] = x[j] > E::most ? splat<T>(static_cast<T>(HUGE_VAL)) : result;
+    }
+}
+
+template <typename T>
+inline Vector<T> exponential(Vector<T> x) {
+    exponentials<T, 1>(&x);
+    return x;
 }
 
 // tanh x. Near 0 by Lambert's continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))), which up to 1/2 errs by less
@@ -379,13 +395,17 @@ inline Vector<T> add_lanes(Vector<T>* rows) {
 constexpr int64_t few_rows = 12;
 
 // c[i, j] = <a_i, b_j>, of rows as they lie: i < rows, j < columns (a multiple of the lanes), width a multiple of the
-// lanes' words.
+// lanes' words. The rows of b that lie `ahead` further are fetched into the cache meanwhile: hardware foresees no jumps.
 template <typename N>
 inline void multiply_few(
     int64_t rows, int64_t columns, int64_t width, const N* a, int64_t a_row, const N* b, int64_t b_row, Sum<N>* c,
-    int64_t c_row) {
+    int64_t c_row, int64_t ahead = 0) {
     constexpr int64_t side = lanes<Sum<N>>, words = side * pack<N>;
+    constexpr int64_t line = 64 / sizeof(N);
     for (int64_t j = 0; j < columns; j += side) {
+        for (int64_t n = 0; ahead && n < side; ++n) {
+            for (int64_t d = 0; d < width; d += line) __builtin_prefetch(b + (j + n + ahead) * b_row + d, 0, 2);
+        }
         for (int64_t i = 0; i < rows; ++i) {
             Vector<Sum<N>> sums[side]{};
             for (int64_t d = 0; d < width; d += words) {

@@ -35,7 +35,7 @@ inline Sizes sizes_of(const View& q, const View& k, const SpanPlan* plans, int64
 template <typename N>
 struct KeyBlock {
     const N *panel, *rows;
-    int64_t row;
+    int64_t row, ahead;  // ahead: so many rows further lie keys that come soon, 0 where not
 };
 
 template <typename T>
@@ -84,7 +84,7 @@ struct Sight {
         for (columns = 0; columns < count && of_columns[columns] - position <= lasts[rows - 1]; ++columns) {
             tokens[columns] = static_cast<Integer>(of_columns[columns] - position);
         }
-        for (int64_t n = columns; n < round_up(columns, lanes<T>); ++n) tokens[n] = INT32_MAX;
+        for (int64_t n = columns; n < round_up(columns, block_columns); ++n) tokens[n] = INT32_MAX;
         begin = first_block(of_columns, count, example, piece.begin);
     }
 
@@ -112,14 +112,12 @@ struct Sight {
         return larger(last, first_row<N>(n));
     }
 
-    // Products of the rows of q that see any of the block's columns with these; then visit(c, seen) for each of its
-    // vectors, where seen(r) is what row r has of the columns from n + c on: a probability of 0 where hidden.
-    template <typename N, typename Visit>
-    void visit_vectors(
-        int64_t n, Matrix<N> q, const Sizes& sizes, const KeyBlock<N>& keys, const T* lse, const Visit& visit) {
+    // Products with the block's columns, in `scores`, of the rows of q that see any of these, which it returns.
+    template <typename N>
+    Range multiply_block(int64_t n, Matrix<N> q, const Sizes& sizes, const KeyBlock<N>& keys) {
         const int64_t first = first_row<N>(n), last = last_row<N>(n);
         const int64_t width = smaller(block_columns, round_up(columns - n, lanes<T>));
-        if (first == last) return;
+        if (first == last) return {first, last};
         const N* rows = q.data + first * q.row;
         T* products = scores + first * block_columns;
         if (keys.panel) {
@@ -128,11 +126,72 @@ struct Sight {
                 block_columns, false);
         } else {
             multiply_few<N>(
-                last - first, width, sizes.width, rows, q.row, keys.rows, keys.row, products, block_columns);
+                last - first, width, sizes.width, rows, q.row, keys.rows, keys.row, products, block_columns, keys.ahead);
         }
-        const bool open =
-            n + width <= columns && lasts[first] >= tokens[n + width - 1] && firsts[last - 1] <= tokens[n];
-        if (open) {
+        return {first, last};
+    }
+
+    // Whether all these rows see the whole block.
+    bool is_open(int64_t n, const Range& of_rows) const {
+        const int64_t end = n + block_columns;
+        return end <= columns && lasts[of_rows.begin] >= tokens[end - 1] && firsts[of_rows.end - 1] <= tokens[n];
+    }
+
+    // Adds what each row of q has of the block's columns to row targets[r] of sums [rows, block_columns]. Row after row:
+    // sums are of few rows, or of one.
+    template <typename N>
+    void add_rows(
+        int64_t n, Matrix<N> q, const Sizes& sizes, const KeyBlock<N>& keys, const T* lse, const int64_t* targets,
+        T* sums) {
+        const Range seen = multiply_block(n, q, sizes, keys);
+        if (seen.begin == seen.end) return;
+        if (is_open(n, seen)) {
+            add_scores<false>(n, seen, lse, targets, sums);
+        } else {
+            add_scores<true>(n, seen, lse, targets, sums);
+        }
+    }
+
+    template <bool hides>
+    void add_scores(int64_t n, const Range& seen, const T* lse, const int64_t* targets, T* sums) {
+        using Integers = typename VectorOf<T>::integers;
+        constexpr int together = 4;
+        for (int64_t r = seen.begin; r < seen.end; ++r) {
+            const T* products = scores + r * block_columns;
+            T* target = sums + targets[r] * block_columns;
+            for (int64_t c = 0; c < block_columns; c += together * lanes<T>) {
+                Vector<T> probabilities[together];
+                for (int j = 0; j < together; ++j) {
+                    const Vector<T> product = load(products + c + j * lanes<T>);
+                    probabilities[j] = product * scale - lse[r];
+                    if (softcap > 0) {
+                        probabilities[j] = hyperbolic_tangent<T>(product * (scale / softcap)) * softcap - lse[r];
+                    }
+                }
+                exponentials<T, together>(probabilities);
+                for (int j = 0; j < together; ++j) {
+                    if constexpr (hides) {
+                        Integers token;
+                        std::memcpy(&token, tokens + n + c + j * lanes<T>, sizeof token);
+                        const Integers hidden = (token > lasts[r]) | (token < firsts[r]);
+                        probabilities[j] = hidden ? Vector<T>{} : probabilities[j];
+                    }
+                    T* total = target + c + j * lanes<T>;
+                    store<T>(load(total) + probabilities[j], total);
+                }
+            }
+        }
+    }
+
+    // Likewise with visit(c, seen) for each vector of columns, where seen(r) is what row r has of the columns from n + c
+    // on: a probability of 0 where hidden.
+    template <typename N, typename Visit>
+    void visit_vectors(
+        int64_t n, Matrix<N> q, const Sizes& sizes, const KeyBlock<N>& keys, const T* lse, const Visit& visit) {
+        const Range seen = multiply_block(n, q, sizes, keys);
+        if (seen.begin == seen.end) return;
+        const int64_t width = smaller(block_columns, round_up(columns - n, lanes<T>));
+        if (is_open(n, seen)) {
             visit_scores<false>(n, width, lse, visit);
         } else {
             visit_scores<true>(n, width, lse, visit);
