@@ -151,7 +151,7 @@ def span_contenders(shape: tuple[int, int, int], length: int, dtype: torch.dtype
 
     plan = SpanPlan(rows, keys, length)
     spans, pieces = (plan.row_spans, plan.key_spans), list(plan.pieces(192 * kv_heads // heads))
-    inputs = *spans, None, None, pieces, width**-0.5, None, True, 1, "sum"
+    inputs = *spans, None, None, None, pieces, width**-0.5, None, True, 1, "sum"
 
     def kernel():
         pooled = native.span_attention_forward(q, k, lse, *inputs)

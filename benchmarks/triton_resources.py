@@ -136,7 +136,7 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
     span_pieces.span_pieces(*spans, rows, pieces)
     each_key = Pieces(*SPAN_PIECES.fake(spans[0], tensor(batch, length, 2, dtype=torch.int32), length, length, rows))
     for causal, groups in ((True, heads), (False, kv_heads)) if case.options else ((True, 1),):
-        seen = first if causal else None, ranges
+        seen = None, first if causal else None, ranges
         tail = 0.1, softcap, causal, groups, "mean" if case.options else "sum"
         for given in ((*spans, *seen, pieces), (spans[0], None, *seen, each_key)):
             pooled = span_attention.span_attention_forward(q, k, lse, *given, *tail)

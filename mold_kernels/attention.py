@@ -193,11 +193,7 @@ def _score_blocks(q, k, mask, first, ranges, scale, softcap, causal):
         queries = q[:, :, block].to(dtype).view(batch, kv_heads, heads // kv_heads, -1, head_dim)
         scores, slope = capped_scores((queries @ keys.mT).mul_(scale), softcap)
         position = row_positions(block, first, q.device)
-        visible = visible_keys(position, key, length, ranges, causal)
-        if mask is not None:
-            visible = visible & mask[:, None, :seen]
-            if causal:
-                visible = visible & mask.gather(1, position.expand(batch, -1))[..., None]
+        visible = visible_keys(position, key, length, mask, ranges, causal)
         yield block, queries, keys, scores.masked_fill_(~visible[:, None, None], -torch.inf), slope
 
 

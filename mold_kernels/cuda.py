@@ -49,7 +49,7 @@ def build_info() -> dict[str, str] | None:
 
 
 def span_attention_forward(
-    q, k, lse, row_spans, key_spans, first, ranges, columns, scale, softcap, causal, groups, row_reduction
+    q, k, lse, row_spans, key_spans, mask, first, ranges, columns, scale, softcap, causal, groups, row_reduction
 ) -> torch.Tensor:
     """[B, 1, S, M] float32. Of the options none but `row_reduction`: the op's table lists no others."""
     (tokens, before), (batch, steps, _), keys = columns, row_spans.shape, key_spans.shape[1]
@@ -65,7 +65,7 @@ def span_attention_forward(
 
 
 def span_attention_backward(
-    grad, q, k, lse, row_spans, key_spans, first, ranges, columns, scale, softcap, causal, groups, row_reduction
+    grad, q, k, lse, row_spans, key_spans, mask, first, ranges, columns, scale, softcap, causal, groups, row_reduction
 ):
     """(dq, dk, dlse) of grad [B, 1, S, M]."""
     grad, (tokens, before) = grad[:, 0], columns

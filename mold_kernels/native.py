@@ -106,16 +106,17 @@ def span_pieces(row_spans, key_spans, rows, pieces) -> None:
 
 
 def span_attention_forward(
-    q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, groups, row_reduction
+    q, k, lse, row_spans, key_spans, mask, first, ranges, every, scale, softcap, causal, groups, row_reduction
 ) -> torch.Tensor:
     """[B, H', S, M]"""
     pooled = _empty_pooled(q, k, lse, row_spans, key_spans, groups)
-    _pool(pooled, None, q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, row_reduction)
+    seen = mask, first, ranges, scale, softcap, causal
+    _pool(pooled, None, q, k, lse, row_spans, key_spans, every, seen, row_reduction)
     return pooled
 
 
 def span_attention_backward(
-    grad, q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, groups, row_reduction
+    grad, q, k, lse, row_spans, key_spans, mask, first, ranges, every, scale, softcap, causal, groups, row_reduction
 ):
     """(dq, dk, dlse)"""
     # The kernel writes the rows and columns of the spans. Sequences in one row share it: none holds another's.
@@ -124,12 +125,11 @@ def span_attention_backward(
     if row_reduction == "max":  # which rows they are of: the forward once more
         pooled = _empty_pooled(q, k, lse, row_spans, key_spans, groups)
         maxima = torch.full(pooled.shape, -1, dtype=torch.int32)
-        _pool(
-            pooled, maxima, q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, row_reduction
-        )
+        seen = mask, first, ranges, scale, softcap, causal
+        _pool(pooled, maxima, q, k, lse, row_spans, key_spans, every, seen, row_reduction)
     spans = _spans(q, k, row_spans, key_spans, every, row_reduction)
-    q, k, lse, first, *results = _shared(len(row_spans), q, k, lse, first, dq, dk, dlse)
-    seen = _seen(None, first, ranges, scale, softcap, causal)
+    q, k, lse, mask, first, *results = _shared(len(row_spans), q, k, lse, mask, first, dq, dk, dlse)
+    seen = _seen(mask, first, ranges, scale, softcap, causal)
     tensors, results = _views(grad, q, k, lse, maxima), _views(*results)
     _native.span_attention_backward(*tensors, spans, seen, *results, torch.get_num_threads())
     return dq, dk.to(dtype), dlse
@@ -142,10 +142,11 @@ def _empty_pooled(q, k, lse, row_spans, key_spans, groups):
     return make(batch, groups, steps, words)
 
 
-def _pool(pooled, maxima, q, k, lse, row_spans, key_spans, first, ranges, every, scale, softcap, causal, row_reduction):
+def _pool(pooled, maxima, q, k, lse, row_spans, key_spans, every, seen, row_reduction):
     spans = _spans(q, k, row_spans, key_spans, every, row_reduction)
-    q, k, lse, first = _shared(len(row_spans), q, k, lse, first)
-    seen = _seen(None, first, ranges, scale, softcap, causal)
+    mask, first, *others = seen
+    q, k, lse, mask, first = _shared(len(row_spans), q, k, lse, mask, first)
+    seen = _seen(mask, first, *others)
     _native.span_attention_forward(*_views(q, k, lse), spans, seen, *_views(pooled, maxima), torch.get_num_threads())
 
 

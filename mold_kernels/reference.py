@@ -40,13 +40,9 @@ def masked_scores(
         scores = softcap * (scores / softcap).tanh()
     position = row_positions(slice(0, q.shape[2]), first_positions(q, k, causal, query_start), q.device)
     ranges = visible_ranges(length, sliding_window, cu_seqlens, q.device)
-    visible = visible_keys(position, torch.arange(length, device=q.device), length, ranges, causal)[:, None]
-    if key_padding_mask is not None:
-        visible = visible & key_padding_mask[:, None, None, :]
-        if causal:
-            real = key_padding_mask.gather(1, position.expand(len(q), -1))
-            visible = visible & real[:, None, :, None]
-    return scores.masked_fill(~visible, -torch.inf)
+    key = torch.arange(length, device=q.device)
+    visible = visible_keys(position, key, length, key_padding_mask, ranges, causal)
+    return scores.masked_fill(~visible[:, None], -torch.inf)
 
 
 def attention_lse(q, k, *, scale=None, key_padding_mask=None, **options):

@@ -65,6 +65,7 @@ def span_attention(
     row_reduction: str = "sum",
     causal: bool = True,
     query_start: int | torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
@@ -81,14 +82,14 @@ def span_attention(
         lse: [B, Hq, Tq] natural log-sum-exp of the rows' scaled scores; float32 (float64 with float64 q).
         row_spans: int [B, S, 2], half-open ranges of q's rows, the steps; empty is padding and gives zeros. With
             `cu_seqlens` also [sequences, S, 2], counted from the start of each sequence.
-        key_spans: int [B, M, 2], likewise of k's keys, the key words. They must not hold padded tokens: `lse` alone
-            cannot tell that a key was masked. None: every key is one.
+        key_spans: int [B, M, 2], likewise of k's keys, the key words. None: every key is one.
         scale: of the scores; 1 / sqrt(D) where None.
         heads: "mean" over all heads, over those of a "group" (the query heads of a key head), or "all" of them.
         row_reduction: "sum" over the rows of a step (the paper), "mean", or "max", after heads and keys; its gradient
             is that of the first row that has the most.
-        causal, query_start, sliding_window, softcap, cu_seqlens: as of `mold_kernels.attention_with_lse`, which made
-            `lse`. Probabilities are 0 outside of what a row sees.
+        causal, query_start, key_padding_mask, sliding_window, softcap, cu_seqlens: as of
+            `mold_kernels.attention_with_lse`, which made `lse`. Probabilities are 0 outside of what a row sees; `lse`
+            alone cannot tell that a key between them is padding.
         plan: `SpanPlan(row_spans, key_spans, Tq, Tk, cu_seqlens)`, for layers that have the same spans; None: it is
             made here.
         backend: "auto" or a name of the README's table, which is used or refused, never replaced.
@@ -116,8 +117,14 @@ def span_attention(
     for name, value, known in (("heads", heads, _HEADS), ("row_reduction", row_reduction, _REDUCTIONS)):
         if value not in known:
             raise ValueError(f"{name}: is {value!r}, must be {listed(map(repr, known))}")
-    options: dict[str, Any] = {"causal": causal, "query_start": query_start, "sliding_window": sliding_window}
-    options |= {"softcap": softcap, "cu_seqlens": cu_seqlens}
+    options: dict[str, Any] = {
+        "causal": causal,
+        "query_start": query_start,
+        "key_padding_mask": key_padding_mask,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "cu_seqlens": cu_seqlens,
+    }
     check_visibility(q, k, **options)
     lengths = q.shape[2], k.shape[2]
     sequences = _check_batch(row_spans, len(q), cu_seqlens, lengths)
@@ -142,7 +149,7 @@ def span_attention(
     q, scale = positive_scale(q, scale)
     first = first_positions(q, k, causal, query_start)
     ranges = visible_ranges(k.shape[2], sliding_window, cu_seqlens, q.device)
-    tensors = q, k, lse, *spans, first, ranges, _PREPARE[chosen.name](plan, q, k)
+    tensors = q, k, lse, *spans, key_padding_mask, first, ranges, _PREPARE[chosen.name](plan, q, k)
     groups = reference.head_groups(heads, q, k)
     pooled = SPAN_ATTENTION(*tensors, scale, softcap, causal, groups, row_reduction, chosen.name)
     return pooled.squeeze(1) if heads == "mean" else pooled
@@ -179,13 +186,17 @@ _PREPARE = {
 """What a backend reads of the spans: pieces of so many rows, or columns, so many at once."""
 
 
-def _torch_forward(q, k, lse, row_spans, key_spans, first, ranges, columns, scale, softcap, causal, groups, reduction):
+def _torch_forward(
+    q, k, lse, row_spans, key_spans, mask, first, ranges, columns, scale, softcap, causal, groups, reduction
+):
     """The torch backend: two thin matrix products a block of rows."""
-    seen = first, ranges, scale, softcap, causal
+    seen = mask, first, ranges, scale, softcap, causal
     if len(row_spans) > len(q):
         return torch.cat(
             [
-                _torch_forward(q, k, lse, rows, keys, first, ranges, one, scale, softcap, causal, groups, reduction)
+                _torch_forward(
+                    q, k, lse, rows, keys, mask, first, ranges, one, scale, softcap, causal, groups, reduction
+                )
                 for rows, keys, one in _of_each(row_spans, key_spans, columns)
             ]
         )
@@ -199,14 +210,14 @@ def _torch_forward(q, k, lse, row_spans, key_spans, first, ranges, columns, scal
 
 
 def _torch_backward(
-    grad, q, k, lse, row_spans, key_spans, first, ranges, columns, scale, softcap, causal, groups, reduction
+    grad, q, k, lse, row_spans, key_spans, mask, first, ranges, columns, scale, softcap, causal, groups, reduction
 ):
-    seen = first, ranges, scale, softcap, causal
+    seen = mask, first, ranges, scale, softcap, causal
     if len(row_spans) > len(q):
         total = torch.zeros_like(q), k.new_zeros(k.shape), torch.zeros_like(lse)
         for (rows, keys, one), part in zip(_of_each(row_spans, key_spans, columns), grad.split(1), strict=True):
             gradients = _torch_backward(
-                part, q, k, lse, rows, keys, first, ranges, one, scale, softcap, causal, groups, reduction
+                part, q, k, lse, rows, keys, mask, first, ranges, one, scale, softcap, causal, groups, reduction
             )
             for of_all, of_one in zip(total, gradients, strict=True):
                 of_all += of_one
@@ -300,7 +311,7 @@ def _gather_keys(k: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return k.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3]))
 
 
-def _blocks(q, k, lse, columns, row_spans, first, ranges, scale, softcap, causal) -> Iterator[tuple]:
+def _blocks(q, k, lse, columns, row_spans, mask, first, ranges, scale, softcap, causal) -> Iterator[tuple]:
     """Blocks of the rows that a step holds: (rows, queries [B, Hkv, G, R, D], P [B, Hq, R, N], slope of the scores)."""
     batch, heads, _, head_dim = q.shape
     kv_heads, dtype = k.shape[1], lse.dtype
@@ -314,26 +325,26 @@ def _blocks(q, k, lse, columns, row_spans, first, ranges, scale, softcap, causal
         block = slice(start, min(start + size, end))
         queries = q[:, :, block].to(dtype).view(batch, kv_heads, heads // kv_heads, -1, head_dim)
         scores, slope = capped_scores((queries @ keys).mul_(scale), softcap)
-        visible = visible_keys(row_positions(block, first, q.device), columns, k.shape[2], ranges, causal)
+        visible = visible_keys(row_positions(block, first, q.device), columns, k.shape[2], mask, ranges, causal)
         scores, slope = scores.flatten(1, 2), None if slope is None else slope.flatten(1, 2)
         scores = scores.sub_(lse[:, :, block, None])
         yield block, queries, scores.masked_fill_(~visible[:, None], -torch.inf).exp_(), slope
 
 
-def _fake(q, k, lse, row_spans, key_spans, first, ranges, pieces, scale, softcap, causal, groups, *_):
+def _fake(q, k, lse, row_spans, key_spans, mask, first, ranges, pieces, scale, softcap, causal, groups, *_):
     words = k.shape[2] if key_spans is None else key_spans.shape[1]
     return lse.new_empty(len(row_spans), groups, row_spans.shape[1], words)
 
 
 _OPTIONS = (
-    *("heads", 'row_reduction="max"', "key_spans=None", "causal=False", "query_start", "sliding_window", "softcap"),
-    *("cu_seqlens", "spans of sequences"),
+    *("heads", 'row_reduction="max"', "key_spans=None", "causal=False", "query_start", "key_padding_mask"),
+    *("sliding_window", "softcap", "cu_seqlens", "spans of sequences"),
 )
 
 SPAN_ATTENTION = Op(
     "span_attention",
-    inputs="Tensor q, Tensor k, Tensor lse, Tensor row_spans, Tensor? key_spans, Tensor? first, Tensor? ranges, "
-    "Tensor[] pieces, float scale, float? softcap, bool causal, int groups, str row_reduction",
+    inputs="Tensor q, Tensor k, Tensor lse, Tensor row_spans, Tensor? key_spans, Tensor? mask, Tensor? first, "
+    "Tensor? ranges, Tensor[] pieces, float scale, float? softcap, bool causal, int groups, str row_reduction",
     outputs="Tensor pooled",
     options=_OPTIONS,
     backends=[
@@ -342,12 +353,13 @@ SPAN_ATTENTION = Op(
             native.span_attention_forward,
             native.span_attention_backward,
             dtypes=native.DTYPES,
+            options=tuple(option for option in _OPTIONS if option != "key_padding_mask"),
         ),
         Backend.of_triton(
             "span_attention",
             "span_attention",
             head_dim=_triton.HEAD_DIM,
-            options=tuple(option for option in _OPTIONS if option != 'row_reduction="max"'),
+            options=tuple(option for option in _OPTIONS if option not in ('row_reduction="max"', "key_padding_mask")),
         ),
         Backend(
             "cuda",
@@ -362,6 +374,6 @@ SPAN_ATTENTION = Op(
     ],
     fake=_fake,
     gradients="q, k, lse",
-    kept="q, k, lse, row_spans, key_spans, first, ranges, pieces, scale, softcap, causal, groups, row_reduction",
+    kept="q, k, lse, row_spans, key_spans, mask, first, ranges, pieces, scale, softcap, causal, groups, row_reduction",
     fake_backward=lambda grad, q, k, lse, *_: (torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(lse.shape)),
 )

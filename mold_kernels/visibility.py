@@ -172,17 +172,25 @@ def row_positions(rows: slice, first: torch.Tensor | None, device: torch.device)
 
 
 def visible_keys(
-    position: torch.Tensor, key: torch.Tensor, length: int, ranges: torch.Tensor | None, causal: bool
+    position: torch.Tensor,
+    key: torch.Tensor,
+    length: int,
+    mask: torch.Tensor | None,
+    ranges: torch.Tensor | None,
+    causal: bool,
 ) -> torch.Tensor:
-    """Which keys rows see, padding aside: bool [B or 1, R, N].
+    """Which keys rows see: bool [B or 1, R, N].
 
     Args:
         position: [B or 1, R] of `row_positions`.
         key: [N] or [B, N]; one from Tk on is seen by no row.
         length: Tk.
+        mask: bool [B, Tk], True at real tokens; None: no padding.
         ranges: of `visible_ranges`.
         causal: whether a row sees no key behind its position.
     """
+    if mask is not None:
+        position, key = position.expand(len(mask), -1), key.expand(len(mask), -1)
     position, key = position[..., None], (key[None] if key.ndim == 1 else key)[:, None]
     visible = key < length
     if causal:
@@ -191,6 +199,10 @@ def visible_keys(
         visible = visible & (key >= ranges[0][position])
         if not causal:
             visible = visible & (key < ranges[1][position])
+    if mask is not None:
+        visible = visible & mask[:, None].gather(2, key.clamp(max=length - 1).long())
+        if causal:
+            visible = visible & mask[..., None].gather(1, position.long())
     return visible.expand(-1, position.shape[1], -1)
 
 

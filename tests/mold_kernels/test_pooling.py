@@ -13,12 +13,21 @@ from hypothesis import strategies as st
 
 from mold_kernels import SpanPlan, attention_lse, attention_with_lse, reference, span_attention
 from mold_kernels.attention import ATTENTION_WITH_LSE
+from mold_kernels.span_attention import SPAN_ATTENTION
 from mold_kernels.testing import assert_as_accurate_as, random_qkv, random_spans
 from tests.conftest import LEVELS, use_backend
 from tests.mold_kernels.test_attention import assert_matches_reference as assert_attention_matches
 from tests.mold_kernels.test_span_attention import assert_matches_reference
 
 BACKENDS = ["torch", *LEVELS[-1:]]
+
+
+def takes_padding(name):
+    """Whether the backend's span_attention does."""
+    options = SPAN_ATTENTION.backends[name.split()[0]].options
+    return options is None or "key_padding_mask" in options
+
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -134,6 +143,45 @@ def test_span_attention(rows, keys, options, every_key, heads, row_reduction, dt
     assert_matches_reference(q, k, row_spans, key_spans, row_reduction, use_backend(name), **options)
 
 
+def paddings(keys, seed=3):
+    """bool [5, keys]: padding on the left, on the right, between, everywhere, nowhere."""
+    mask = torch.ones(5, keys, dtype=torch.bool)
+    mask[0, : keys // 3], mask[1, keys - keys // 4 :], mask[3] = False, False, False
+    mask[2] = torch.rand(keys, generator=torch.Generator().manual_seed(seed)) < 0.6
+    return mask
+
+
+def check_padding(rows, keys, options, row_reduction, heads, every_key, dtype, name):
+    """With the log-sum-exp that padded rows have, +inf, and with one that tells nothing of padding."""
+    q, k, _ = make_qkv(rows, keys, HEADS[rows % 3], dtype=dtype, batch=5)
+    if "query_start" in options:
+        options = {**options, "query_start": torch.tensor([0, keys - rows, 5, 3, 1])}
+    generator = torch.Generator().manual_seed(2)
+    row_spans, key_spans = random_spans(generator, 5, 6, rows), random_spans(generator, 5, 20, keys)
+    if row_reduction == "max":  # as above
+        key_spans[..., 1] = key_spans[..., 1].minimum(key_spans[..., 0] + 1)
+    options = {"heads": heads, "key_padding_mask": paddings(keys), **options}
+    spans = row_spans, None if every_key else key_spans
+    for lse_of_padding in (torch.inf, 0.0):
+        results = assert_matches_reference(q, k, *spans, row_reduction, name, lse_of_padding=lse_of_padding, **options)
+        assert not any(tensor[3].any() for tensor in results)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if takes_padding(name)])
+@pytest.mark.parametrize("row_reduction", ["mean", "max"])
+@pytest.mark.parametrize("every_key", [False, True])
+@pytest.mark.parametrize(("rows", "keys", "options"), [pytest.param(37, 37, {}, id="rows-are-keys"), *CASES])
+def test_padding(rows, keys, options, every_key, row_reduction, name):
+    if row_reduction == "max" and "sliding_window" in options:
+        pytest.skip("rows that see one key alone are equally large")
+    name = use_backend(name)
+    for heads in ("mean", "group", "all"):
+        check_padding(rows, keys, options, row_reduction, heads, every_key, torch.float64, name)
+    if row_reduction == "mean":
+        for dtype in (torch.float32, torch.bfloat16):
+            check_padding(rows, keys, options, row_reduction, "group", every_key, dtype, name)
+
+
 @pytest.mark.parametrize("name", ["torch", *LEVELS])
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.integers(1, 150), st.sampled_from(HEADS), st.integers(1, 40), st.integers(0, 99))
@@ -156,6 +204,11 @@ def test_any_rows_over_any_keys(name, data, keys, heads, head_dim, seed):
     row_reduction = data.draw(st.sampled_from(["mean", "max"]))
     if row_reduction == "max":  # as above
         key_spans[..., 1] = key_spans[..., 1].minimum(key_spans[..., 0] + 1)
+    if takes_padding(name) and (causal or row_reduction == "mean"):
+        real = data.draw(st.lists(st.booleans(), min_size=keys, max_size=keys))
+        if row_reduction == "max" and options["sliding_window"]:  # between tokens, rows could see one key alone
+            real.sort()
+        options["key_padding_mask"] = torch.tensor([real])
     assert_matches_reference(q, k, row_spans, None if every_key else key_spans, row_reduction, name, seed, **options)
     options.pop("heads")
     grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (q.shape, q.shape[:3])]
@@ -220,22 +273,26 @@ def check_packed_sequences(borders, heads, every_key, dtype, name):
     row_spans = torch.cat([random_spans(generator, 1, 3, size) if size else torch.zeros(1, 3, 2) for size in sizes])
     key_spans = torch.cat([random_spans(generator, 1, 4, size) if size else torch.zeros(1, 4, 2) for size in sizes])
     row_spans, key_spans = row_spans.int(), None if every_key else key_spans.int()
+    mask = paddings(37)[2:3] if takes_padding(name) else torch.ones(1, 37, dtype=torch.bool)
     lse = reference.attention_lse(q, k, cu_seqlens=cu_seqlens)
+    options = {"cu_seqlens": cu_seqlens, "heads": heads, "backend": name}
+    options["key_padding_mask"] = mask if takes_padding(name) else None
     tensors = [tensor.detach().requires_grad_() for tensor in (q, k, lse)]
-    packed = span_attention(*tensors, row_spans, key_spans, cu_seqlens=cu_seqlens, heads=heads, backend=name)
+    packed = span_attention(*tensors, row_spans, key_spans, **options)
     upstream = torch.randn(packed.shape, generator=generator).to(packed.dtype)
     gradients = torch.autograd.grad((packed * upstream).sum(), tensors)
     alone = []
     for index, (start, end) in enumerate(itertools.pairwise(borders)):
         spans = row_spans[index, None], None if every_key else key_spans[index, None]
         text = [tensor[:, :, start:end] for tensor in tensors]
-        one = span_attention(*text, *spans, heads=heads, backend="reference")
+        alone_options = {"heads": heads, "key_padding_mask": mask[:, start:end], "backend": "reference"}
+        one = span_attention(*text, *spans, **alone_options)
         alone.append(torch.nn.functional.pad(one, (start, 37 - end)) if every_key else one)
     torch.testing.assert_close(packed, torch.cat(alone))
     expected = torch.autograd.grad((torch.cat(alone) * upstream).sum(), tensors)
     torch.testing.assert_close(gradients, expected)
     plan = SpanPlan(row_spans, key_spans, 37, 37, cu_seqlens if len(sizes) > 1 else None)
-    again = span_attention(q, k, lse, row_spans, key_spans, cu_seqlens=cu_seqlens, heads=heads, plan=plan, backend=name)
+    again = span_attention(q, k, lse, row_spans, key_spans, plan=plan, **options)
     assert torch.equal(again, packed)
 
 

@@ -21,11 +21,14 @@ def values_and_gradients(function, q, k, lse, upstream, dtype):
     return [pooled, *torch.autograd.grad((pooled * upstream.to(pooled.dtype)).sum(), tensors)]
 
 
-def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend, seed=0, heads="mean", **options):
+def assert_matches_reference(
+    q, k, row_spans, key_spans, row_reduction, backend, seed=0, heads="mean", lse_of_padding=torch.inf, **options
+):
     # The log-sum-exp is an input: all three computations take the same one, as exact as its dtype holds it.
     lse = reference.attention_lse(q.double(), k.double(), scale=0.4, **options).to(
         reference.accumulation_dtype(q.dtype)
     )
+    lse = lse.masked_fill(lse.isinf(), lse_of_padding)
     options |= {"scale": 0.4, "heads": heads, "row_reduction": row_reduction}
 
     def fast(q, k, lse):
@@ -35,7 +38,7 @@ def assert_matches_reference(q, k, row_spans, key_spans, row_reduction, backend,
         return reference.span_attention(q, k, lse, row_spans, key_spans, **options)
 
     groups = [] if heads == "mean" else [reference.head_groups(heads, q, k)]
-    shape = len(q), *groups, row_spans.shape[1], k.shape[2] if key_spans is None else key_spans.shape[1]
+    shape = len(row_spans), *groups, row_spans.shape[1], k.shape[2] if key_spans is None else key_spans.shape[1]
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     actual = values_and_gradients(fast, q, k, lse, upstream, q.dtype)
     low = values_and_gradients(slow, q, k, lse, upstream, q.dtype)
@@ -244,6 +247,11 @@ def test_reference_gradients():
         ("key_spans", torch.tensor([[[0, 2], [4, 3]]]), r"key_spans: span 1 of example 0 is \[4, 3\]"),
         ("lse", torch.zeros(1, 2, 6, device="meta"), "lse: is on meta, must be on cpu as q"),
         ("key_spans", torch.zeros(1, 3, 2, dtype=torch.int32, device="meta"), "key_spans: is on meta"),
+        (
+            "key_padding_mask",
+            torch.ones(1, 6),
+            r"key_padding_mask: is torch.float32 \[1, 6\] on cpu, must be torch.bool",
+        ),
         ("row_reduction", "most", "row_reduction: is 'most', must be 'sum', 'mean' or 'max'"),
         ("backend", "fastest", "backend"),
     ],
