@@ -353,7 +353,6 @@ SPAN_ATTENTION = Op(
             native.span_attention_forward,
             native.span_attention_backward,
             dtypes=native.DTYPES,
-            options=tuple(option for option in _OPTIONS if option != "key_padding_mask"),
         ),
         Backend.of_triton(
             "span_attention",

@@ -2,8 +2,8 @@
 #include "span_rows.hpp"
 
 // Span attention's forward where every key is a key word; formulas in mold_kernels/span_attention.py. Sums over a piece would
-// be as many as scores: a task is a block of columns, with all rows, and adds up its columns of the result. Few rows take
-// the keys as they lie.
+// be as many as scores: a task is a block of columns, with all rows, and adds up its columns of the result, and zeros for the
+// keys up to the next block, which no row sees. Few rows take the keys as they lie.
 namespace mold::MOLD_LEVEL {
 namespace {
 
@@ -58,12 +58,14 @@ void forward(
     using N = Number<Element, T>;
     Sizes sizes = sizes_of<N>(q, k, plans, pooled.sizes[3]);
     const int64_t groups = pooled.sizes[1], steps = pooled.sizes[2], heads = q.sizes[1] / groups;
-    const int64_t blocks = sizes.most_columns / block_columns;
     const bool maxima = plans[0].reduction == RowReduction::max;
     sizes.most_columns = block_columns;
     sizes.most_tokens = larger(sizes.most_tokens, run_rows);
-    int64_t most_joined = 0;
-    for (int64_t b = 0; b < sizes.batch; ++b) most_joined = larger(most_joined, plans[b].joined);
+    int64_t most_joined = 0, blocks = 0;
+    for (int64_t b = 0; b < sizes.batch; ++b) {
+        most_joined = larger(most_joined, plans[b].joined);
+        blocks = larger(blocks, static_cast<int64_t>(plans[b].key_blocks.size()));
+    }
     // Rows of keys are read as they lie where vectors can be.
     const bool plain = std::is_same_v<Element, N> && k.strides[3] == 1 && sizes.head_dim == sizes.width;
 
@@ -91,11 +93,13 @@ void forward(
     };
     // The first columns are seen by the most rows.
     parallel(threads, blocks * sizes.batch, make, [&](int64_t task, Buffers& buffers) {
-        const int64_t example = task % sizes.batch, n = task / sizes.batch * block_columns;
+        const int64_t example = task % sizes.batch, index = task / sizes.batch;
         const SpanPlan& plan = plans[example];
-        const int64_t count = smaller(block_columns, plan.column_count - n), padded = round_up(count, lanes<T>);
-        if (count <= 0) return;
-        const int64_t token = plan.key_runs[0].begin + n;
+        const int64_t last = static_cast<int64_t>(plan.key_blocks.size()) - 1;
+        if (index > last) return;
+        const Range keys = plan.key_blocks[index];
+        const int64_t token = keys.begin, count = keys.end - token, padded = round_up(count, lanes<T>);
+        const int64_t next = index < last ? plan.key_blocks[index + 1].begin : sizes.length;
         for (int64_t head = 0; head < sizes.kv_heads; ++head) {
             N *rows = buffers.keys + head * block_columns * sizes.width, *panel = nullptr;
             KeyBlock<N>& block = buffers.blocks[head];
@@ -119,7 +123,10 @@ void forward(
         for (int64_t x = 0; x < groups; ++x) {
             const auto write = [&](int64_t step, const auto& columns) {
                 std::int32_t* first = first_rows ? first_rows->at<std::int32_t>(example, x, step) + token : nullptr;
-                columns.write(count, plan.weights[step] / heads, pooled.at<T>(example, x, step) + token, first);
+                T* target = pooled.at<T>(example, x, step);
+                columns.write(count, plan.weights[step] / heads, target + token, first);
+                for (int64_t key = 0; index == 0 && key < token; ++key) target[key] = 0;
+                for (int64_t key = keys.end; key < next; ++key) target[key] = 0;
             };
             for (int64_t i = 0; i < plan.joined; ++i) buffers.of_steps.at(i).clear();
             for (const Run& run : plan.runs) {

@@ -1,6 +1,5 @@
 #pragma once
 
-#include "span_pieces.hpp"
 #include "attention_rows.hpp"
 
 // How span attention holds rows, and what they see of columns. Products are [rows, columns] with vectors over columns: rows
