@@ -103,9 +103,9 @@ void forward(
         for (int64_t head = 0; head < sizes.kv_heads; ++head) {
             N *rows = buffers.keys + head * block_columns * sizes.width, *panel = nullptr;
             KeyBlock<N>& block = buffers.blocks[head];
-            block = {nullptr, rows, sizes.width, 0};
+            block = {nullptr, rows, sizes.width};
             if (plain && count == padded) {
-                block = {nullptr, k.at<const N>(example, head, token), k.strides[2], threads * block_columns};
+                block = {nullptr, k.at<const N>(example, head, token), k.strides[2]};
             } else {
                 for (int64_t c = 0; c < padded; ++c) {
                     const Element* key = k.at<const Element>(example, head, token + smaller(c, count - 1));

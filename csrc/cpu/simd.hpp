@@ -394,29 +394,51 @@ inline Vector<T> add_lanes(Vector<T>* rows) {
 // Of so few rows products with keys as they lie cost less than keys turned into panels.
 constexpr int64_t few_rows = 12;
 
+// So many rows further b is fetched into the cache: hardware does not foresee the next page, nor the next head.
+constexpr int64_t few_ahead = 16;
+
+template <typename N, int Rows>
+inline void multiply_few_tile(
+    int64_t width, const N* a, int64_t a_row, const N* b, int64_t b_row, Sum<N>* c, int64_t c_row) {
+    constexpr int64_t side = lanes<Sum<N>>, together = Rows > 1 && side > 4 ? 4 : side;
+    Vector<Sum<N>> products[Rows][side];
+    for (int64_t j = 0; j < side; j += together) {
+        Vector<Sum<N>> sums[Rows][together]{};
+        for (int64_t d = 0; d < width; d += side * pack<N>) {
+            Vector<Sum<N>> rows[Rows];
+#pragma GCC unroll 4
+            for (int i = 0; i < Rows; ++i) rows[i] = load_words(a + i * a_row + d);
+#pragma GCC unroll 16
+            for (int64_t n = 0; n < together; ++n) {
+                const Vector<Sum<N>> column = load_words(b + (j + n) * b_row + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < Rows; ++i) multiply_add_rows<N>(sums[i][n], rows[i], column);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 16
+            for (int64_t n = 0; n < together; ++n) products[i][j + n] = sums[i][n];
+        }
+    }
+    for (int i = 0; i < Rows; ++i) store<Sum<N>>(add_lanes<Sum<N>>(products[i]), c + i * c_row);
+}
+
 // c[i, j] = <a_i, b_j>, of rows as they lie: i < rows, j < columns (a multiple of the lanes), width a multiple of the
-// lanes' words. The rows of b that lie `ahead` further are fetched into the cache meanwhile: hardware foresees no jumps.
+// lanes' words. Three rows of a at once: a row of b comes from memory once.
 template <typename N>
 inline void multiply_few(
     int64_t rows, int64_t columns, int64_t width, const N* a, int64_t a_row, const N* b, int64_t b_row, Sum<N>* c,
-    int64_t c_row, int64_t ahead = 0) {
-    constexpr int64_t side = lanes<Sum<N>>, words = side * pack<N>;
-    constexpr int64_t line = 64 / sizeof(N);
-    for (int64_t j = 0; j < columns; j += side) {
-        for (int64_t n = 0; ahead && n < side; ++n) {
-            for (int64_t d = 0; d < width; d += line) __builtin_prefetch(b + (j + n + ahead) * b_row + d, 0, 2);
+    int64_t c_row) {
+    constexpr int64_t side = lanes<Sum<N>>, line = 64 / sizeof(N);
+    for (int64_t j = 0; j < columns; j += side, b += side * b_row, c += side) {
+        for (int64_t n = 0; n < side; ++n) {
+            for (int64_t d = 0; d < width; d += line) __builtin_prefetch(b + (n + few_ahead) * b_row + d);
         }
-        for (int64_t i = 0; i < rows; ++i) {
-            Vector<Sum<N>> sums[side]{};
-            for (int64_t d = 0; d < width; d += words) {
-                const Vector<Sum<N>> row = load_words(a + i * a_row + d);
-#pragma GCC unroll 16
-                for (int64_t n = 0; n < side; ++n) {
-                    multiply_add_rows<N>(sums[n], row, load_words(b + (j + n) * b_row + d));
-                }
-            }
-            store<Sum<N>>(add_lanes<Sum<N>>(sums), c + i * c_row + j);
-        }
+        int64_t i = 0;
+        for (; i + 3 <= rows; i += 3) multiply_few_tile<N, 3>(width, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
+        if (i + 2 == rows) multiply_few_tile<N, 2>(width, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
+        if (i + 1 == rows) multiply_few_tile<N, 1>(width, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
     }
 }
 

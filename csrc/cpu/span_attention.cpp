@@ -48,7 +48,7 @@ struct Keys {
     }
     KeyBlock<N> block(int64_t example, int64_t kv_head, int64_t n) const {
         const N* panel = few ? nullptr : panels(example, kv_head) + n * sizes.depth;
-        return {panel, rows(example, kv_head) + n * sizes.width, sizes.width, 0};
+        return {panel, rows(example, kv_head) + n * sizes.width, sizes.width};
     }
 };
 

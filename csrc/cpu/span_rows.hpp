@@ -34,7 +34,7 @@ inline Sizes sizes_of(const View& q, const View& k, const SpanPlan* plans, int64
 template <typename N>
 struct KeyBlock {
     const N *panel, *rows;
-    int64_t row, ahead;  // ahead: so many rows further lie keys that come soon, 0 where not
+    int64_t row;
 };
 
 template <typename T>
@@ -125,7 +125,7 @@ struct Sight {
                 block_columns, false);
         } else {
             multiply_few<N>(
-                last - first, width, sizes.width, rows, q.row, keys.rows, keys.row, products, block_columns, keys.ahead);
+                last - first, width, sizes.width, rows, q.row, keys.rows, keys.row, products, block_columns);
         }
         return {first, last};
     }
