@@ -3,7 +3,7 @@
 
 // Span attention's forward where every key is a key word; formulas in mold_kernels/span_attention.py. Sums over a piece would
 // be as many as scores: a task is a block of columns, with all rows, and adds up its columns of the result, and zeros for the
-// keys up to the next block, which no row sees. Few rows take the keys as they lie.
+// keys up to the next block, which no row sees. Few rows take the keys as they lie, all heads of a key head at once.
 namespace mold::MOLD_LEVEL {
 namespace {
 
@@ -72,6 +72,7 @@ void forward(
     struct Buffers {
         Sight<T> sight;
         N *q, *keys, *panels;
+        T *products;       // of few rows: [heads, rows, block_columns]
         T *lse, *of_rows;  // [rows, block_columns], over heads, for maxima
         int64_t* targets;         // of each row: the row of the sums that it is added to
         Columns<T> of_run;        // of each piece
@@ -86,6 +87,7 @@ void forward(
         return Buffers{
             Sight<T>(scratch, sizes, visibility), scratch.take<N>(sizes.most_tokens * sizes.width),
             scratch.take<N>(of_keys * sizes.width), scratch.take<N>(sizes.few ? 0 : of_keys * sizes.depth),
+            scratch.take<T>(sizes.few ? of_keys * few_rows : 0),
             scratch.take<T>(sizes.most_tokens), scratch.take<T>(maxima ? sizes.most_tokens * block_columns : 0),
             scratch.take<int64_t>(sizes.most_tokens), {scratch.take<T>(run_rows * block_columns), first(run_rows)},
             {scratch.take<double>(most_joined * block_columns), first(most_joined)},
@@ -120,6 +122,28 @@ void forward(
         Sight<T>& sight = buffers.sight;
         const Columns<T>& of_run = buffers.of_run;
         const Run* looked = nullptr;
+        bool seen_by_few = false;
+        for (const Run& run : plan.runs) {
+            if (!sizes.few) break;
+            sight.look(NeighbouringKeys{token}, count, example, run.rows);
+            looked = &run;
+            seen_by_few = seen_by_few || sight.begin < sight.columns;
+        }
+        const int64_t of_head = seen_by_few ? plan.rows() : 0;
+        for (int64_t head = 0; seen_by_few && head < sizes.kv_heads; ++head) {
+            N* row = buffers.q;
+            for (int64_t g = 0; g < sizes.group; ++g) {
+                for (const Run& run : plan.runs) {
+                    for (int64_t t = run.rows.begin; t < run.rows.end; ++t, row += sizes.width) {
+                        const Element* source = q.at<const Element>(example, head * sizes.group + g, t);
+                        load_row(source, q.strides[3], sizes.head_dim, row, sizes.width);
+                    }
+                }
+            }
+            multiply_few<N>(
+                sizes.group * of_head, padded, sizes.width, buffers.q, sizes.width, buffers.blocks[head].rows,
+                buffers.blocks[head].row, buffers.products + head * sizes.group * of_head * block_columns, block_columns);
+        }
         for (int64_t x = 0; x < groups; ++x) {
             const auto write = [&](int64_t step, const auto& columns) {
                 std::int32_t* first = first_rows ? first_rows->at<std::int32_t>(example, x, step) + token : nullptr;
@@ -129,6 +153,7 @@ void forward(
                 for (int64_t key = keys.end; key < next; ++key) target[key] = 0;
             };
             for (int64_t i = 0; i < plan.joined; ++i) buffers.of_steps.at(i).clear();
+            int64_t before = 0;  // rows of earlier runs
             for (const Run& run : plan.runs) {
                 if (looked != &run) sight.look(NeighbouringKeys{token}, count, example, run.rows);
                 looked = &run;
@@ -145,12 +170,18 @@ void forward(
                     }
                 }
                 for (int64_t head = x * heads; seen_here && head < (x + 1) * heads; ++head) {
-                    const Matrix<N> rows = rows_of<Element>(q, example, head, run.rows, sizes, buffers.q);
                     load_entries(lse, example, head, run.rows, buffers.lse);
-                    sight.add_rows(
-                        0, rows, sizes, buffers.blocks[head / sizes.group], buffers.lse, buffers.targets,
-                        maxima ? buffers.of_rows : of_run.values);
+                    const T* products = buffers.products + (head * of_head + before) * block_columns;
+                    Range seen = sight.template rows_seeing<N>(0);
+                    if (!sizes.few) {
+                        const Matrix<N> rows = rows_of<Element>(q, example, head, run.rows, sizes, buffers.q);
+                        seen = sight.multiply_block(0, rows, sizes, buffers.blocks[head / sizes.group]);
+                        products = sight.scores;
+                    }
+                    sight.add_block(
+                        0, seen, products, buffers.lse, buffers.targets, maxima ? buffers.of_rows : of_run.values);
                 }
+                before += sight.rows;
                 for (int64_t p = run.pieces.begin; p < run.pieces.end; ++p) {
                     const Columns<T> of_piece = of_run.at(p - run.pieces.begin);
                     const Range piece = plan.pieces[p];

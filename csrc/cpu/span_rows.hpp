@@ -111,10 +111,15 @@ struct Sight {
         return larger(last, first_row<N>(n));
     }
 
+    template <typename N>
+    Range rows_seeing(int64_t n) const {
+        return {first_row<N>(n), last_row<N>(n)};
+    }
+
     // Products with the block's columns, in `scores`, of the rows of q that see any of these, which it returns.
     template <typename N>
     Range multiply_block(int64_t n, Matrix<N> q, const Sizes& sizes, const KeyBlock<N>& keys) {
-        const int64_t first = first_row<N>(n), last = last_row<N>(n);
+        const auto [first, last] = rows_seeing<N>(n);
         const int64_t width = smaller(block_columns, round_up(columns - n, lanes<T>));
         if (first == last) return {first, last};
         const N* rows = q.data + first * q.row;
@@ -136,32 +141,30 @@ struct Sight {
         return end <= columns && lasts[of_rows.begin] >= tokens[end - 1] && firsts[of_rows.end - 1] <= tokens[n];
     }
 
-    // Adds what each row of q has of the block's columns to row targets[r] of sums [rows, block_columns]. Row after row:
-    // sums are of few rows, or of one.
-    template <typename N>
-    void add_rows(
-        int64_t n, Matrix<N> q, const Sizes& sizes, const KeyBlock<N>& keys, const T* lse, const int64_t* targets,
-        T* sums) {
-        const Range seen = multiply_block(n, q, sizes, keys);
+    // Adds what each row of `seen` has of the block's columns, by these products [rows, block_columns], to row targets[r] of
+    // sums [rows, block_columns]. Row after row: sums are of few rows, or of one.
+    void add_block(
+        int64_t n, const Range& seen, const T* products, const T* lse, const int64_t* targets, T* sums) const {
         if (seen.begin == seen.end) return;
         if (is_open(n, seen)) {
-            add_scores<false>(n, seen, lse, targets, sums);
+            add_rows<false>(n, seen, products, lse, targets, sums);
         } else {
-            add_scores<true>(n, seen, lse, targets, sums);
+            add_rows<true>(n, seen, products, lse, targets, sums);
         }
     }
 
     template <bool hides>
-    void add_scores(int64_t n, const Range& seen, const T* lse, const int64_t* targets, T* sums) {
+    void add_rows(
+        int64_t n, const Range& seen, const T* products, const T* lse, const int64_t* targets, T* sums) const {
         using Integers = typename VectorOf<T>::integers;
         constexpr int together = 4;
         for (int64_t r = seen.begin; r < seen.end; ++r) {
-            const T* products = scores + r * block_columns;
+            const T* row = products + r * block_columns;
             T* target = sums + targets[r] * block_columns;
             for (int64_t c = 0; c < block_columns; c += together * lanes<T>) {
                 Vector<T> probabilities[together];
                 for (int j = 0; j < together; ++j) {
-                    const Vector<T> product = load(products + c + j * lanes<T>);
+                    const Vector<T> product = load(row + c + j * lanes<T>);
                     probabilities[j] = product * scale - lse[r];
                     if (softcap > 0) {
                         probabilities[j] = hyperbolic_tangent<T>(product * (scale / softcap)) * softcap - lse[r];
