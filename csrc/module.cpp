@@ -83,11 +83,13 @@ void attention_with_lse_backward(
 // (row_spans, key_spans, whether every key in them is a key word, most rows of a piece, row_reduction)
 using Spans = std::tuple<const View*, const View*, bool, std::int64_t, std::string>;
 
-std::vector<mold::SpanPlan> plans_of(const Spans& spans, const View& q, const View& k, bool list_columns) {
+std::vector<mold::SpanPlan> plans_of(
+    const Spans& spans, const View& q, const View& k, const mold::Visibility& visibility, bool list_columns) {
     const auto& [row_spans, key_spans, every_key, piece_rows, reduction] = spans;
     const mold::SpanSizes sizes{q.sizes[2], k.sizes[2], piece_rows};
     return plan_spans(
-        *row_spans, *key_spans, every_key, sizes, mold::row_reduction_named(reduction), list_columns || !every_key);
+        *row_spans, *key_spans, every_key, sizes, {visibility.mask, visibility.first, visibility.causal},
+        mold::row_reduction_named(reduction), list_columns || !every_key);
 }
 
 // Asks for large pages where a result is large: faults of small ones take longer than what is stored there.
@@ -104,19 +106,21 @@ void prefer_large_pages([[maybe_unused]] const View& result) {
 void span_attention_forward(
     const View& q, const View& k, const View& lse, const Spans& spans, const Seen& seen, const View& pooled,
     const View* first, int threads) {
-    const auto plans = plans_of(spans, q, k, false);
+    const mold::Visibility visibility = visibility_of(seen);
+    const auto plans = plans_of(spans, q, k, visibility, false);
     const mold::Kernels& kernels = *mold::level().kernels;
     prefer_large_pages(pooled);
     const auto forward = std::get<2>(spans) ? kernels.key_attention_forward : kernels.span_attention_forward;
-    forward(q, k, lse, plans.data(), visibility_of(seen), pooled, first, threads);
+    forward(q, k, lse, plans.data(), visibility, pooled, first, threads);
 }
 
 void span_attention_backward(
     const View& grad, const View& q, const View& k, const View& lse, const View* first, const Spans& spans,
     const Seen& seen, const View& dq, const View& dk, const View& dlse, int threads) {
-    const auto plans = plans_of(spans, q, k, true);
+    const mold::Visibility visibility = visibility_of(seen);
+    const auto plans = plans_of(spans, q, k, visibility, true);
     mold::level().kernels->span_attention_backward(
-        grad, q, k, lse, first, plans.data(), visibility_of(seen), dq, dk, dlse, threads);
+        grad, q, k, lse, first, plans.data(), visibility, dq, dk, dlse, threads);
 }
 
 void layer_mixture_kl_forward(

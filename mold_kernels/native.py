@@ -109,7 +109,7 @@ def span_attention_forward(
     q, k, lse, row_spans, key_spans, mask, first, ranges, every, scale, softcap, causal, groups, row_reduction
 ) -> torch.Tensor:
     """[B, H', S, M]"""
-    pooled = _empty_pooled(q, k, lse, row_spans, key_spans, groups)
+    pooled = _empty_pooled(k, lse, row_spans, key_spans, groups)
     seen = mask, first, ranges, scale, softcap, causal
     _pool(pooled, None, q, k, lse, row_spans, key_spans, every, seen, row_reduction)
     return pooled
@@ -123,7 +123,7 @@ def span_attention_backward(
     dq, dk, dlse = torch.zeros_like(q), lse.new_zeros(k.shape), lse.new_zeros(lse.shape)
     maxima, dtype = None, k.dtype
     if row_reduction == "max":  # which rows they are of: the forward once more
-        pooled = _empty_pooled(q, k, lse, row_spans, key_spans, groups)
+        pooled = _empty_pooled(k, lse, row_spans, key_spans, groups)
         maxima = torch.full(pooled.shape, -1, dtype=torch.int32)
         seen = mask, first, ranges, scale, softcap, causal
         _pool(pooled, maxima, q, k, lse, row_spans, key_spans, every, seen, row_reduction)
@@ -135,11 +135,9 @@ def span_attention_backward(
     return dq, dk.to(dtype), dlse
 
 
-def _empty_pooled(q, k, lse, row_spans, key_spans, groups):
+def _empty_pooled(k, lse, row_spans, key_spans, groups):
     (batch, steps, _), words = row_spans.shape, k.shape[2] if key_spans is None else key_spans.shape[1]
-    # Where every key is a key word the kernel writes those of a sequence only.
-    make = lse.new_zeros if len(row_spans) > len(q) else lse.new_empty
-    return make(batch, groups, steps, words)
+    return lse.new_empty(batch, groups, steps, words)
 
 
 def _pool(pooled, maxima, q, k, lse, row_spans, key_spans, every, seen, row_reduction):

@@ -353,13 +353,12 @@ SPAN_ATTENTION = Op(
             native.span_attention_forward,
             native.span_attention_backward,
             dtypes=native.DTYPES,
-            options=tuple(option for option in _OPTIONS if option != "key_padding_mask"),
         ),
         Backend.of_triton(
             "span_attention",
             "span_attention",
             head_dim=_triton.HEAD_DIM,
-            options=tuple(option for option in _OPTIONS if option not in ('row_reduction="max"', "key_padding_mask")),
+            options=tuple(option for option in _OPTIONS if option != 'row_reduction="max"'),
         ),
         Backend(
             "cuda",

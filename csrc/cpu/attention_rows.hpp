@@ -1,6 +1,7 @@
 #pragma once
 
 #include "simd.hpp"
+#include "span_pieces.hpp"
 
 // How flash attention holds rows; span attention takes the functions that load, store and transpose some. The query
 // heads of a group share a key head, so a block stacks them: row r is token r / group, head r % group. Products are laid
@@ -8,9 +9,6 @@
 // and values are used as they lie, each row broadcast entry by entry. The rows that see a column are neighbours:
 // causality or the start of a packed sequence hides a prefix, a window or the sequence's end hides a suffix.
 namespace mold::MOLD_LEVEL {
-
-// Columns that are multiplied at once: their products with a block's rows fit the L2 cache. Even, as packs are.
-constexpr int64_t block_columns = 64;
 
 // An entry as a number that products are made of.
 template <typename N, typename Element>

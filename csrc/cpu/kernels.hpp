@@ -36,13 +36,13 @@ struct Kernels {
         const Visibility& visibility, const View* out, const View& lse, const View& dq, const View& dk, const View* dv,
         int threads);
 
-    // q [B, Hq, Tq, D], k [B, Hkv, Tk, D], lse [B, Hq, Tq], pooled [B, H', S, M] contiguous; no mask: lse has it. `first`,
+    // q [B, Hq, Tq, D], k [B, Hkv, Tk, D], lse [B, Hq, Tq], pooled [B, H', S, M] contiguous; the mask is in the plans. `first`,
     // int32 like pooled or null, becomes the row of each maximum, the first of equal ones, -1 where all rows have 0.
     void (*span_attention_forward)(
         const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
         const View& pooled, const View* first, int threads);
 
-    // Where every key is a key word; writes the columns of the keys alone.
+    // Where every key is a key word.
     void (*key_attention_forward)(
         const View& q, const View& k, const View& lse, const SpanPlan* plans, const Visibility& visibility,
         const View& pooled, const View* first, int threads);

@@ -161,31 +161,47 @@ struct Exponential<double> {
     static constexpr int degree = 13, mantissa = 52, bias = 1023;
 };
 
-// e^x = 2^n e^r with |r| <= ln(2) / 2, where the Taylor polynomial errs by less than half a spacing. 0 below the
-// smallest normal number, infinity above the largest, NaN of NaN.
-template <typename T>
-inline Vector<T> exponential(Vector<T> x) {
+// Of each vector e^x = 2^n e^r with |r| <= ln(2) / 2, where the Taylor polynomial errs by less than half a spacing. 0 below
+// the smallest normal number, infinity above the largest, NaN of NaN. Several vectors take their steps together: of one
+// each step waits for the one before.
+template <typename T, int count>
+inline void exponentials(Vector<T>* x) {
     using E = Exponential<T>;
     using Integers = typename VectorOf<T>::integers;
-    const Vector<T> shifted = x * static_cast<T>(1.4426950408889634) + E::shift;  // the low bits now hold n
-    const Vector<T> n = shifted - E::shift;
-    const Vector<T> r = (x - n * E::ln2_high) - n * E::ln2_low;
+    Vector<T> shifted[count], r[count], polynomial[count];
     double factorial = 1;
     for (int i = 2; i <= E::degree; ++i) factorial *= i;
-    Vector<T> polynomial = splat<T>(static_cast<T>(1 / factorial));
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) shifted[j] = x[j] * static_cast<T>(1.4426950408889634) + E::shift;  // low bits: n
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) r[j] = x[j] - (shifted[j] - E::shift) * E::ln2_high;
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) r[j] -= (shifted[j] - E::shift) * E::ln2_low;
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) polynomial[j] = splat<T>(static_cast<T>(1 / factorial));
 #pragma GCC unroll 16
     for (int i = E::degree; i > 0; --i) {
         factorial /= i;
-        polynomial = polynomial * r + static_cast<T>(1 / factorial);
+#pragma GCC unroll 4
+        for (int j = 0; j < count; ++j) polynomial[j] = polynomial[j] * r[j] + static_cast<T>(1 / factorial);
     }
-    Integers exponent;
-    std::memcpy(&exponent, &shifted, sizeof exponent);
-    exponent = (exponent + E::bias) << E::mantissa;
-    Vector<T> power;
-    std::memcpy(&power, &exponent, sizeof power);
-    Vector<T> result = polynomial * power;
-    result = x < E::least ? Vector<T>{} : result;
-    return x > E::most ? splat<T>(static_cast<T>(HUGE_VAL)) : result;
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) {
+        Integers exponent;
+        std::memcpy(&exponent, &shifted[j], sizeof exponent);
+        exponent = (exponent + E::bias) << E::mantissa;
+        Vector<T> power;
+        std::memcpy(&power, &exponent, sizeof power);
+        Vector<T> result = polynomial[j] * power;
+        result = x[j] < E::least ? Vector<T>{} : result;
+        x[j] = x[j] > E::most ? splat<T>(static_cast<T>(HUGE_VAL)) : result;
+    }
+}
+
+template <typename T>
+inline Vector<T> exponential(Vector<T> x) {
+    exponentials<T, 1>(&x);
+    return x;
 }
 
 // tanh x. Near 0 by Lambert's continued fraction x / (1 + x^2 / (3 + x^2 / (5 + ...))), which up to 1/2 errs by less
@@ -378,25 +394,51 @@ inline Vector<T> add_lanes(Vector<T>* rows) {
 // Of so few rows products with keys as they lie cost less than keys turned into panels.
 constexpr int64_t few_rows = 12;
 
+// So many rows further b is fetched into the cache: hardware does not foresee the next page, nor the next head.
+constexpr int64_t few_ahead = 16;
+
+template <typename N, int Rows>
+inline void multiply_few_tile(
+    int64_t width, const N* a, int64_t a_row, const N* b, int64_t b_row, Sum<N>* c, int64_t c_row) {
+    constexpr int64_t side = lanes<Sum<N>>, together = Rows > 1 && side > 4 ? 4 : side;
+    Vector<Sum<N>> products[Rows][side];
+    for (int64_t j = 0; j < side; j += together) {
+        Vector<Sum<N>> sums[Rows][together]{};
+        for (int64_t d = 0; d < width; d += side * pack<N>) {
+            Vector<Sum<N>> rows[Rows];
+#pragma GCC unroll 4
+            for (int i = 0; i < Rows; ++i) rows[i] = load_words(a + i * a_row + d);
+#pragma GCC unroll 16
+            for (int64_t n = 0; n < together; ++n) {
+                const Vector<Sum<N>> column = load_words(b + (j + n) * b_row + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < Rows; ++i) multiply_add_rows<N>(sums[i][n], rows[i], column);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 16
+            for (int64_t n = 0; n < together; ++n) products[i][j + n] = sums[i][n];
+        }
+    }
+    for (int i = 0; i < Rows; ++i) store<Sum<N>>(add_lanes<Sum<N>>(products[i]), c + i * c_row);
+}
+
 // c[i, j] = <a_i, b_j>, of rows as they lie: i < rows, j < columns (a multiple of the lanes), width a multiple of the
-// lanes' words.
+// lanes' words. Three rows of a at once: a row of b comes from memory once.
 template <typename N>
 inline void multiply_few(
     int64_t rows, int64_t columns, int64_t width, const N* a, int64_t a_row, const N* b, int64_t b_row, Sum<N>* c,
     int64_t c_row) {
-    constexpr int64_t side = lanes<Sum<N>>, words = side * pack<N>;
-    for (int64_t j = 0; j < columns; j += side) {
-        for (int64_t i = 0; i < rows; ++i) {
-            Vector<Sum<N>> sums[side]{};
-            for (int64_t d = 0; d < width; d += words) {
-                const Vector<Sum<N>> row = load_words(a + i * a_row + d);
-#pragma GCC unroll 16
-                for (int64_t n = 0; n < side; ++n) {
-                    multiply_add_rows<N>(sums[n], row, load_words(b + (j + n) * b_row + d));
-                }
-            }
-            store<Sum<N>>(add_lanes<Sum<N>>(sums), c + i * c_row + j);
+    constexpr int64_t side = lanes<Sum<N>>, line = 64 / sizeof(N);
+    for (int64_t j = 0; j < columns; j += side, b += side * b_row, c += side) {
+        for (int64_t n = 0; n < side; ++n) {
+            for (int64_t d = 0; d < width; d += line) __builtin_prefetch(b + (n + few_ahead) * b_row + d);
         }
+        int64_t i = 0;
+        for (; i + 3 <= rows; i += 3) multiply_few_tile<N, 3>(width, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
+        if (i + 2 == rows) multiply_few_tile<N, 2>(width, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
+        if (i + 1 == rows) multiply_few_tile<N, 1>(width, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
     }
 }
 

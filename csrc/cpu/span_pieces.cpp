@@ -66,7 +66,31 @@ std::vector<Range> spans_of(const View& spans, std::int64_t example, std::int64_
     return all;
 }
 
-void plan_rows(const std::vector<Range>& spans, std::int64_t piece_rows, SpanPlan& plan) {
+// The tokens that are no padding, moved by `shift`.
+std::vector<Range> real_tokens(const View* mask, std::int64_t example, std::int64_t length, std::int64_t shift) {
+    if (!mask) return {{0, length}};
+    const bool* real = mask->at<const bool>(example);
+    std::vector<Range> runs;
+    for (std::int64_t t = 0; t < mask->sizes[1]; ++t) {
+        if (!real[t * mask->strides[1]]) continue;
+        if (runs.empty() || runs.back().end != t + shift) runs.push_back({t + shift, t + shift});
+        runs.back().end = t + shift + 1;
+    }
+    return runs;
+}
+
+// Calls visit(part) for what `range` has of these ascending ranges.
+template <typename Visit>
+void visit_parts(const Range& range, const std::vector<Range>& others, const Visit& visit) {
+    const auto ends_before = [](const Range& other, std::int64_t at) { return other.end <= at; };
+    auto other = std::lower_bound(others.begin(), others.end(), range.begin, ends_before);
+    for (; other != others.end() && other->begin < range.end; ++other) {
+        visit(Range{std::max(range.begin, other->begin), std::min(range.end, other->end)});
+    }
+}
+
+void plan_rows(
+    const std::vector<Range>& spans, const std::vector<Range>& real, std::int64_t piece_rows, SpanPlan& plan) {
     std::vector<std::pair<std::int64_t, std::int64_t>> cuts;  // (row, spans that begin there less those that end)
     for (const Range& span : spans) {
         if (span.begin == span.end) continue;
@@ -78,9 +102,11 @@ void plan_rows(const std::vector<Range>& spans, std::int64_t piece_rows, SpanPla
     for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
         depth += cuts[i].second;
         if (depth == 0) continue;
-        for (std::int64_t row = cuts[i].first; row < cuts[i + 1].first; row += piece_rows) {
-            plan.pieces.push_back({row, std::min(row + piece_rows, cuts[i + 1].first)});
-        }
+        visit_parts({cuts[i].first, cuts[i + 1].first}, real, [&](const Range& part) {
+            for (std::int64_t row = part.begin; row < part.end; row += piece_rows) {
+                plan.pieces.push_back({row, std::min(row + piece_rows, part.end)});
+            }
+        });
     }
     const auto pieces_before = [&](std::int64_t row) {
         const auto begins_before = [](const Range& piece, std::int64_t at) { return piece.begin < at; };
@@ -96,34 +122,41 @@ void plan_rows(const std::vector<Range>& spans, std::int64_t piece_rows, SpanPla
     find_holders(plan);
 }
 
-void plan_keys(const std::vector<Range>& spans, bool every_key, SpanPlan& plan) {
-    std::vector<Range> sorted;
+void plan_keys(const std::vector<Range>& spans, const std::vector<Range>& real, bool every_key, SpanPlan& plan) {
+    std::vector<Range> sorted, held;
     for (const Range& span : spans) {
         if (span.begin < span.end) sorted.push_back(span);
     }
     std::sort(sorted.begin(), sorted.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-    std::vector<std::int64_t> before;  // columns before a run
     for (const Range& span : sorted) {
-        if (plan.key_runs.empty() || plan.key_runs.back().end < span.begin) {
+        if (held.empty() || held.back().end < span.begin) held.push_back(span);
+        held.back().end = std::max(held.back().end, span.end);
+    }
+    std::vector<std::int64_t> before;  // columns before a run
+    for (const Range& span : held) {
+        visit_parts(span, real, [&](const Range& part) {
             before.push_back(plan.column_count);
-            plan.key_runs.push_back({span.begin, span.begin});
-        }
-        Range& run = plan.key_runs.back();
-        plan.column_count += std::max<std::int64_t>(0, span.end - run.end);
-        run.end = std::max(run.end, span.end);
+            plan.key_runs.push_back(part);
+            plan.column_count += part.end - part.begin;
+        });
     }
-    if (every_key) return;
-    for (const Range& span : spans) {
-        if (span.begin == span.end) {
-            plan.key_words.push_back({0, 0});
-            continue;
+    if (every_key) {
+        for (const Range& run : plan.key_runs) {
+            for (std::int64_t key = run.begin; key < run.end; key += block_columns) {
+                plan.key_blocks.push_back({key, std::min(key + block_columns, run.end)});
+            }
         }
-        const auto begins_after = [](std::int64_t key, const Range& run) { return key < run.begin; };
-        const auto next = std::upper_bound(plan.key_runs.begin(), plan.key_runs.end(), span.begin, begins_after);
+        if (plan.key_blocks.empty()) plan.key_blocks.push_back({0, 0});
+        return;
+    }
+    const auto columns_before = [&](std::int64_t key) -> std::int64_t {
+        const auto begins_after = [](std::int64_t at, const Range& run) { return at < run.begin; };
+        const auto next = std::upper_bound(plan.key_runs.begin(), plan.key_runs.end(), key, begins_after);
+        if (next == plan.key_runs.begin()) return 0;
         const std::int64_t index = next - plan.key_runs.begin() - 1;
-        const std::int64_t first = before[index] + span.begin - plan.key_runs[index].begin;
-        plan.key_words.push_back({first, first + span.end - span.begin});
-    }
+        return before[index] + std::min(key, plan.key_runs[index].end) - plan.key_runs[index].begin;
+    };
+    for (const Range& span : spans) plan.key_words.push_back({columns_before(span.begin), columns_before(span.end)});
 }
 
 }  // namespace
@@ -170,14 +203,18 @@ std::int64_t SpanPlan::rows() const {
 }
 
 std::vector<SpanPlan> plan_spans(
-    const View& row_spans, const View& key_spans, bool every_key, const SpanSizes& sizes, RowReduction reduction,
-    bool list_columns) {
+    const View& row_spans, const View& key_spans, bool every_key, const SpanSizes& sizes, const Padding& padding,
+    RowReduction reduction, bool list_columns) {
     std::vector<SpanPlan> plans(row_spans.sizes[0]);
     for (std::int64_t b = 0; b < row_spans.sizes[0]; ++b) {
         SpanPlan& plan = plans[b];
         plan.reduction = reduction;
-        plan_rows(spans_of(row_spans, b, sizes.rows), sizes.piece_rows, plan);
-        plan_keys(spans_of(key_spans, b, sizes.keys), every_key, plan);
+        const View* rows_mask = padding.causal ? padding.mask : nullptr;
+        const std::int64_t first = padding.first ? *padding.first->at<const std::int32_t>(b) : 0;
+        const std::vector<Range> rows = real_tokens(rows_mask, b, sizes.rows, -first);
+        plan_rows(spans_of(row_spans, b, sizes.rows), rows, sizes.piece_rows, plan);
+        const std::vector<Range> keys = real_tokens(padding.mask, b, sizes.keys, 0);
+        plan_keys(spans_of(key_spans, b, sizes.keys), keys, every_key, plan);
         if (!list_columns) continue;
         for (const Range& run : plan.key_runs) {
             for (std::int64_t key = run.begin; key < run.end; ++key) plan.columns.push_back(static_cast<std::int32_t>(key));

@@ -26,6 +26,9 @@ struct Run {
 // Rows of a run of several pieces: enough to hide the cost of a column block's keys, few enough to stay in the cache.
 constexpr std::int64_t run_rows = 64;
 
+// Columns that are multiplied at once: their products with a block's rows fit the L2 cache. Even, as packs are.
+constexpr std::int64_t block_columns = 64;
+
 enum class RowReduction { sum, mean, max };
 
 // Throws std::invalid_argument for any other name than "sum", "mean" and "max".
@@ -37,6 +40,7 @@ struct SpanPlan {
     std::vector<std::int32_t> columns;  // the keys in those; none where the plan is of every key and to be short
     std::int64_t column_count = 0;
     std::vector<Range> key_words;  // [M], of columns; none where every key is one
+    std::vector<Range> key_blocks; // where every key is one: the keys of each block of columns; at least one block
     std::vector<Range> pieces;     // of rows; only those that a step holds, ascending
     std::vector<Range> steps;      // [S], of pieces
     std::vector<std::int64_t> slots;  // [S]: which of the `joined` steps that several pieces make up it is, or -1
@@ -49,13 +53,20 @@ struct SpanPlan {
     std::int64_t rows() const;  // of all pieces
 };
 
+// mask bool [B, Tk], null where nothing is padding: no column is a key of padding and, where attention is causal, no piece has
+// a row at the position of one. first int32 [B]: the positions of the first rows, null where those are 0.
+struct Padding {
+    const View *mask, *first;
+    bool causal;
+};
+
 // A plan for each example of int32 row_spans [B, S, 2], of Tq rows in pieces of at most piece_rows, and key_spans [B, M, 2]
 // of Tk keys. With every_key the keys in any span are key words, each by itself.
 struct SpanSizes {
     std::int64_t rows, keys, piece_rows;
 };
 std::vector<SpanPlan> plan_spans(
-    const View& row_spans, const View& key_spans, bool every_key, const SpanSizes& sizes, RowReduction reduction,
-    bool list_columns);
+    const View& row_spans, const View& key_spans, bool every_key, const SpanSizes& sizes, const Padding& padding,
+    RowReduction reduction, bool list_columns);
 
 }  // namespace mold

@@ -14,13 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from mold_kernels._triton import tiles
 from mold_kernels._triton.scores import (
     LN_2,
     LOG2_E,
     capped_scores,
     first_position,
+    load_padding,
     load_rows,
+    padding_ends,
     product,
     score_slope,
     store_rows,
@@ -47,41 +48,6 @@ def _hide(scores, position, key, T, range_ptr, valid_ptr, CAUSAL: tl.constexpr):
     return tl.where(visible, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["T"])
-def _padding_kernel(valid_ptr, padding_ptr, T, BLOCK: tl.constexpr):
-    """Of each example: the first real key, the end of the real ones, and whether padding lies between."""
-    batch = tl.program_id(0).to(tl.int64)
-    begin = T
-    end = 0
-    count = 0
-    for start in range(0, T, BLOCK):
-        key = start + tl.arange(0, BLOCK)
-        real = tl.load(valid_ptr + batch * T + key, mask=key < T, other=0).to(tl.int1)
-        begin = tl.minimum(begin, tl.min(tl.where(real, key, T), 0))
-        end = tl.maximum(end, tl.max(tl.where(real, key + 1, 0), 0))
-        count += tl.sum(tl.where(real, 1, 0), 0)
-    tl.store(padding_ptr + batch * 3, begin)
-    tl.store(padding_ptr + batch * 3 + 1, end)
-    tl.store(padding_ptr + batch * 3 + 2, (count < end - begin).to(tl.int32))
-
-
-def _padding(valid: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(the mask, contiguous; int32 [B, 3] of what `_padding_kernel` finds in it), found without waiting for the GPU."""
-    if valid is None:
-        return None, None
-    valid = valid.contiguous()
-    padding = torch.empty(len(valid), 3, dtype=torch.int32, device=valid.device)
-    _padding_kernel[len(valid),](valid, padding, valid.shape[1], BLOCK=tiles.SCAN_BLOCK, enable_fp_fusion=True)
-    return valid, padding
-
-
-@triton.jit
-def _load_padding(padding_ptr, batch):
-    """(first real key, end of the real ones, whether padding lies between)"""
-    padding_ptr += batch * 3
-    return tl.load(padding_ptr), tl.load(padding_ptr + 1), tl.load(padding_ptr + 2) != 0
-
-
 @triton.jit
 def _seen_keys(range_ptr, padding_ptr, batch, position, end, T, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
     """(first, first that some row may not see, end) of the keys that rows at [position, end) see, in tiles.
@@ -97,7 +63,7 @@ def _seen_keys(range_ptr, padding_ptr, batch, position, end, T, BLOCK_N: tl.cons
         if not CAUSAL:
             high = tl.load(range_ptr + T + end - 1)
     if padding_ptr is not None:
-        first_real, end_real, broken = _load_padding(padding_ptr, batch)
+        first_real, end_real, broken = load_padding(padding_ptr, batch)
         low = tl.maximum(low, first_real)
         high = tl.minimum(high, end_real)
         if CAUSAL:
@@ -434,7 +400,7 @@ def _attention_backward_dk_kernel(
     low = tl.maximum(low - position, 0) // BLOCK_M * BLOCK_M
     masked = tl.maximum(masked - position, 0)
     if padding_ptr is not None:
-        first_real, end_real, broken = _load_padding(padding_ptr, batch)
+        first_real, end_real, broken = load_padding(padding_ptr, batch)
         if CAUSAL:  # rows from there on are padding
             high = tl.minimum(tl.maximum(end_real - position, 0), TQ)
         if range_ptr is None:
@@ -475,7 +441,7 @@ def attention_with_lse_forward(
     causal: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(out [B, Hq, Tq, D], lse [B, Hq, Tq]); out is None without v."""
-    valid, padding = _padding(valid)
+    valid, padding = padding_ends(valid)
     batch, heads, length, _ = q.shape
     tile, options = tile_options("attention_forward", q)
     out = None if v is None else empty_heads(q)
@@ -507,7 +473,7 @@ def attention_with_lse_backward(
     """(dq, dk, dv). Without dout only lse has a gradient: neither v nor out is read, dv is 0, or None without v."""
     batch, heads, length, _ = q.shape
     kv_heads = k.shape[1]
-    valid, padding = _padding(valid)
+    valid, padding = padding_ends(valid)
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = empty_heads(q), empty_heads(k), None if v is None else empty_heads(v)
     if dout is None:

@@ -1,11 +1,11 @@
-"""Pieces that every attention kernel shares: rows, scores, soft-capping and its derivative, options of a launch."""
+"""Pieces that every attention kernel shares: rows, padding, scores, soft-capping and its slope, options of a launch."""
 
 import torch
 import triton
 import triton.language as tl
 
 from mold_kernels import _triton
-from mold_kernels._triton.tiles import Tile, choose_tile
+from mold_kernels._triton.tiles import SCAN_BLOCK, Tile, choose_tile
 
 _INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -61,6 +61,41 @@ def first_position(first_ptr, batch):
         return 0
     else:
         return tl.load(first_ptr + batch)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _padding_kernel(valid_ptr, padding_ptr, T, BLOCK: tl.constexpr):
+    """Of each example: the first real key, the end of the real ones, and whether padding lies between."""
+    batch = tl.program_id(0).to(tl.int64)
+    begin = T
+    end = 0
+    count = 0
+    for start in range(0, T, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        real = tl.load(valid_ptr + batch * T + key, mask=key < T, other=0).to(tl.int1)
+        begin = tl.minimum(begin, tl.min(tl.where(real, key, T), 0))
+        end = tl.maximum(end, tl.max(tl.where(real, key + 1, 0), 0))
+        count += tl.sum(tl.where(real, 1, 0), 0)
+    tl.store(padding_ptr + batch * 3, begin)
+    tl.store(padding_ptr + batch * 3 + 1, end)
+    tl.store(padding_ptr + batch * 3 + 2, (count < end - begin).to(tl.int32))
+
+
+def padding_ends(valid: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(the mask, contiguous; int32 [B, 3] of what `_padding_kernel` finds in it), found without waiting for the GPU."""
+    if valid is None:
+        return None, None
+    valid = valid.contiguous()
+    padding = torch.empty(len(valid), 3, dtype=torch.int32, device=valid.device)
+    _padding_kernel[len(valid),](valid, padding, valid.shape[1], BLOCK=SCAN_BLOCK, enable_fp_fusion=True)
+    return valid, padding
+
+
+@triton.jit
+def load_padding(padding_ptr, batch):
+    """(first real key, end of the real ones, whether padding lies between)"""
+    padding_ptr += batch * 3
+    return tl.load(padding_ptr), tl.load(padding_ptr + 1), tl.load(padding_ptr + 2) != 0
 
 
 @triton.jit

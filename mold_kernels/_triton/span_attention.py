@@ -23,7 +23,9 @@ import triton.language as tl
 from mold_kernels._triton.scores import (
     capped_scores,
     first_position,
+    load_padding,
     load_rows,
+    padding_ends,
     product,
     score_slope,
     store_rows,
@@ -60,7 +62,7 @@ def _piece_rows(row_start_ptr, piece):
 
 
 @triton.jit
-def _seen_columns(before_ptr, range_ptr, low, high, begin, end, T, CAUSAL: tl.constexpr):
+def _seen_columns(before_ptr, range_ptr, padding_ptr, batch, low, high, begin, end, T, CAUSAL: tl.constexpr):
     """Of the columns [low, high) those that some row at the positions [begin, end) may see."""
     if CAUSAL:
         high = tl.minimum(high, tl.load(before_ptr + end))
@@ -68,7 +70,44 @@ def _seen_columns(before_ptr, range_ptr, low, high, begin, end, T, CAUSAL: tl.co
         low = tl.maximum(low, tl.load(before_ptr + tl.load(range_ptr + begin)))
         if not CAUSAL:
             high = tl.minimum(high, tl.load(before_ptr + tl.load(range_ptr + T + end - 1)))
+    if padding_ptr is not None:
+        first_real, end_real, _ = load_padding(padding_ptr, batch)
+        low = tl.maximum(low, tl.load(before_ptr + first_real))
+        high = tl.minimum(high, tl.load(before_ptr + end_real))
+        if CAUSAL:
+            high = tl.where(begin < end_real, high, low)
     return low, high
+
+
+@triton.jit
+def _load_columns(columns_ptr, valid_ptr, place, end, T):
+    """The keys of the columns at `place`; T, which no row sees and nobody reads, for padding and from `end` on."""
+    column = tl.load(columns_ptr + place, mask=place < end, other=T)
+    if valid_ptr is not None:
+        column = tl.where(tl.load(valid_ptr + column, mask=column < T, other=0).to(tl.int1), column, T)
+    return column
+
+
+@triton.jit
+def _load_queries(
+    q,
+    lse_ptr,
+    valid_ptr,
+    batch,
+    head,
+    row,
+    position,
+    inside,
+    TQ,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(queries, lse) of the rows `inside`, which stand at `position`; (0, +inf) of others and of padding: P is 0."""
+    if valid_ptr is not None and CAUSAL:
+        inside = inside & tl.load(valid_ptr + position, mask=inside, other=0).to(tl.int1)
+    lse_ptr += head * TQ + row
+    return load_rows(q, batch, head, row, inside, D, BLOCK_D), tl.load(lse_ptr, mask=inside, other=float("inf"))
 
 
 @triton.jit
@@ -98,6 +137,8 @@ def _span_attention_forward_kernel(
     lse_ptr,
     pairs_ptr,
     pieces,
+    valid_ptr,
+    padding_ptr,
     first_ptr,
     range_ptr,
     groups,
@@ -128,6 +169,9 @@ def _span_attention_forward_kernel(
     _, row_start_ptr, _, key_first_ptr, before_ptr, columns_ptr, column_piece_ptr = _of_example(
         pieces, batch, TQ, TK, row_count, key_count
     )
+    lse_ptr += batch * groups * units * members * TQ
+    if valid_ptr is not None:
+        valid_ptr += batch * TK
 
     first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
     offset = first_position(first_ptr, batch)
@@ -135,7 +179,9 @@ def _span_attention_forward_kernel(
     high = tl.load(key_first_ptr + tl.minimum(key_block + PIECES, key_count))
     high = tl.where(held, high, 0)
     if held:
-        low, high = _seen_columns(before_ptr, range_ptr, low, high, offset + first_row, offset + end_row, TK, CAUSAL)
+        low, high = _seen_columns(
+            before_ptr, range_ptr, padding_ptr, batch, low, high, offset + first_row, offset + end_row, TK, CAUSAL
+        )
     length = end_row - first_row
     tiles = tl.cdiv(length * members, BLOCK_M)
     key_piece = key_block + tl.arange(0, BLOCK_N)
@@ -143,7 +189,7 @@ def _span_attention_forward_kernel(
     upper = tl.zeros([BLOCK_N], tl.float32)
     for start in range(low, high, BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
-        column = tl.load(columns_ptr + place, mask=place < high, other=TK)
+        column = _load_columns(columns_ptr, valid_ptr, place, high, TK)
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for x in range(units * part // parts * tiles, units * (part + 1) // parts * tiles):
             first_head = ((first_unit + x // tiles) * members).to(tl.int64)
@@ -151,13 +197,10 @@ def _span_attention_forward_kernel(
             inside = pair < length * members
             head = first_head + pair // length
             row = first_row + pair % length
-            lse = tl.load(
-                lse_ptr + (batch * groups * units * members + head) * TQ + row,
-                mask=inside,
-                other=float("inf"),
-            )
             keys = load_rows(k, batch, first_head // group, column, column < TK, D, BLOCK_D)
-            queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
+            queries, lse = _load_queries(
+                q, lse_ptr, valid_ptr, batch, head, row, offset + row, inside, TQ, CAUSAL, D, BLOCK_D
+            )
             scores = capped_scores(product(keys, queries.T, None), scale, softcap, 1.0)
             acc += _probabilities(scores, lse[None, :], (offset + row)[None, :], column[:, None], range_ptr, TK, CAUSAL)
         column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=-1)
@@ -179,6 +222,8 @@ def _span_attention_backward_dq_kernel(
     unit_ptr,
     dlse_ptr,
     pieces,
+    valid_ptr,
+    padding_ptr,
     first_ptr,
     range_ptr,
     groups,
@@ -206,6 +251,9 @@ def _span_attention_backward_dq_kernel(
         pieces, batch, TQ, TK, row_count, key_count
     )
     pairs_ptr += ((batch * groups + first_head * groups // heads) * row_count + row_piece) * key_count
+    lse_ptr += batch * heads * TQ
+    if valid_ptr is not None:
+        valid_ptr += batch * TK
 
     first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
     offset = first_position(first_ptr, batch)
@@ -213,7 +261,9 @@ def _span_attention_backward_dq_kernel(
     high = 0
     if held:
         high = tl.load(before_ptr + TK)
-        low, high = _seen_columns(before_ptr, range_ptr, low, high, offset + first_row, offset + end_row, TK, CAUSAL)
+        low, high = _seen_columns(
+            before_ptr, range_ptr, padding_ptr, batch, low, high, offset + first_row, offset + end_row, TK, CAUSAL
+        )
     length = end_row - first_row
     unit = 1.0
     if unit_ptr is not None:
@@ -223,13 +273,14 @@ def _span_attention_backward_dq_kernel(
         inside = pair < length * members
         head = first_head + pair // length
         row = first_row + pair % length
-        queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
-        lse = tl.load(lse_ptr + (batch * heads + head) * TQ + row, mask=inside, other=float("inf"))
+        queries, lse = _load_queries(
+            q, lse_ptr, valid_ptr, batch, head, row, offset + row, inside, TQ, CAUSAL, D, BLOCK_D
+        )
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         dlse = tl.zeros([BLOCK_M], tl.float32)
         for start in range(low, high, BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
-            column = tl.load(columns_ptr + place, mask=place < high, other=TK)
+            column = _load_columns(columns_ptr, valid_ptr, place, high, TK)
             column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=0)
             g = tl.load(pairs_ptr + column_piece)
             keys = load_rows(k, batch, kv_head, column, column < TK, D, BLOCK_D)
@@ -259,6 +310,8 @@ def _span_attention_backward_dk_kernel(
     pairs_ptr,
     slots_ptr,
     pieces,
+    valid_ptr,
+    padding_ptr,
     first_ptr,
     range_ptr,
     groups,
@@ -281,6 +334,9 @@ def _span_attention_backward_dk_kernel(
     row_piece_ptr, row_start_ptr, _, _, before_ptr, columns_ptr, column_piece_ptr = _of_example(
         pieces, batch, TQ, TK, row_count, key_count
     )
+    lse_ptr += batch * kv_heads * group * TQ
+    if valid_ptr is not None:
+        valid_ptr += batch * TK
     offset = first_position(first_ptr, batch)
     count = tl.load(before_ptr + TK)
     tiles, shares = _shares(count, tl.num_programs(0), BLOCK_N)
@@ -288,19 +344,26 @@ def _span_attention_backward_dk_kernel(
     start = tl.program_id(0) % tiles * BLOCK_N
     if (start < count) & (share < shares):
         place = start + tl.arange(0, BLOCK_N)
-        column = tl.load(columns_ptr + place, mask=place < count, other=TK)
+        column = _load_columns(columns_ptr, valid_ptr, place, count, TK)
         column_piece = tl.load(column_piece_ptr + place, mask=place < count, other=0)
         keys = load_rows(k, batch, kv_head, column, column < TK, D, BLOCK_D)
         first_column = tl.load(columns_ptr + start)
+        last_column = tl.load(columns_ptr + tl.minimum(start + BLOCK_N, count) - 1)
         begin = 0
         end = offset + TQ
         if CAUSAL:
             begin = first_column
         if range_ptr is not None:
-            last_column = tl.load(columns_ptr + tl.minimum(start + BLOCK_N, count) - 1)
             end = tl.load(range_ptr + TK + last_column)
             if not CAUSAL:
                 begin = tl.load(range_ptr + first_column)
+        if padding_ptr is not None:
+            # Not `_`, which has another type above: Triton 3.6 takes that for a variable that the block changes.
+            first_real, end_real, _broken = load_padding(padding_ptr, batch)
+            if CAUSAL:
+                begin = tl.maximum(begin, first_real)
+                end = tl.minimum(end, end_real)
+            end = tl.where((last_column < first_real) | (first_column >= end_real), begin, end)
         # Of the rows at [begin, end) the pieces; a column that no row may see has none or one.
         low = tl.load(row_piece_ptr + tl.minimum(tl.maximum(begin - offset, 0), TQ))
         last_row = tl.minimum(tl.maximum(end - offset, 1), TQ) - 1
@@ -309,17 +372,13 @@ def _span_attention_backward_dk_kernel(
         for x in range((low + seeing * share // shares) * group, (low + seeing * (share + 1) // shares) * group):
             row_piece = (x // group).to(tl.int64)
             head = kv_head * group + x % group
-            # Not `_`, which has another type above: Triton 3.6 takes that for a variable that the loop changes.
             first_row, end_row, _held = _piece_rows(row_start_ptr, row_piece)
             row = first_row + tl.arange(0, BLOCK_M)
             inside = row < end_row
             result = batch * groups + head * groups // (kv_heads * group)
             g = tl.load(pairs_ptr + (result * row_count + row_piece) * key_count + column_piece)
-            queries = load_rows(q, batch, head, row, inside, D, BLOCK_D)
-            lse = tl.load(
-                lse_ptr + (batch * kv_heads * group + head) * TQ + row,
-                mask=inside,
-                other=float("inf"),
+            queries, lse = _load_queries(
+                q, lse_ptr, valid_ptr, batch, head, row, offset + row, inside, TQ, CAUSAL, D, BLOCK_D
             )
             scores = capped_scores(product(keys, queries.T, None), scale, softcap, 1.0)
             weights = g[:, None] * score_slope(scores, softcap, 1.0)
@@ -394,7 +453,7 @@ def span_attention_forward(
     parts = min(units, triton.cdiv(2 * _PROGRAMS, programs * batch * groups))
     pairs = lse.new_empty(parts, batch * groups, pieces.row_count, pieces.key_count)
     _span_attention_forward_kernel[programs, batch * groups * parts](
-        *(with_strides(q), with_strides(k), lse, pairs, tuple(pieces), first, ranges),
+        *(with_strides(q), with_strides(k), lse, pairs, tuple(pieces), *padding_ends(mask), first, ranges),
         *(groups, units, members, heads // kv_heads, parts),
         *(pieces.row_count, pieces.key_count, length, k.shape[2], scale, softcap),
         CAUSAL=causal,
@@ -469,11 +528,12 @@ def span_attention_backward(
         pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, **rows)
 
     dq, dk, dlse = torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(batch, heads, length)
+    seen = tuple(pieces), *padding_ends(mask), first, ranges
     sizes = pieces.row_count, pieces.key_count, length, k.shape[2], scale, softcap
     members = min(heads // kv_heads, heads // groups)
     _, options = tile_options("span_attention_backward_dq", q)
     _span_attention_backward_dq_kernel[pieces.row_count, batch * heads // members](
-        *(*map(with_strides, (q, k, dq)), lse, pairs, unit, dlse, tuple(pieces), first, ranges),
+        *(*map(with_strides, (q, k, dq)), lse, pairs, unit, dlse, *seen),
         *(groups, heads, members, heads // kv_heads, *sizes),
         CAUSAL=causal,
         **options,
@@ -482,7 +542,7 @@ def span_attention_backward(
     slots = max(triton.cdiv(k.shape[2], tile.n), triton.cdiv(_PROGRAMS, batch * kv_heads))
     partial = lse.new_empty(batch * kv_heads, slots, tile.n, head_dim)
     _span_attention_backward_dk_kernel[slots, batch * kv_heads](
-        *(with_strides(q), with_strides(k), lse, pairs, partial, tuple(pieces), first, ranges),
+        *(with_strides(q), with_strides(k), lse, pairs, partial, *seen),
         *(groups, kv_heads, heads // kv_heads, *sizes),
         CAUSAL=causal,
         **options,

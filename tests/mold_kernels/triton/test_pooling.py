@@ -3,11 +3,17 @@
 import pytest
 import torch
 
-from mold_kernels import attention_lse, attention_with_lse, reference
+from mold_kernels import attention_lse, attention_with_lse, reference, span_attention
 from mold_kernels._triton import span_attention as kernels
 from mold_kernels.testing import random_spans
-from tests.mold_kernels.test_pooling import check_attention, check_packed_sequences, make_qkv
-from tests.mold_kernels.test_span_attention import assert_matches_reference
+from tests.mold_kernels.test_pooling import (
+    check_attention,
+    check_packed_sequences,
+    check_padding,
+    make_qkv,
+    paddings,
+)
+from tests.mold_kernels.test_span_attention import assert_matches_reference, values_and_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +98,34 @@ def test_span_attention(rows, keys, options, every_key):
     row_spans, key_spans = random_spans(generator, batch, 6, rows), random_spans(generator, batch, 9, keys)
     key_spans = None if every_key else key_spans
     assert_matches_reference(q, k, row_spans, key_spans, "mean", "triton", heads="all", **options)
+
+
+@pytest.mark.parametrize("every_key", [False, True])
+@pytest.mark.parametrize(("rows", "keys", "options"), CASES[3:5])
+def test_span_attention_with_padding(rows, keys, options, every_key):
+    check_padding(rows, keys, options, "mean", "group", every_key, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_is_not_read(causal):
+    q, k, _ = make_qkv(53, 53, (2, 1), dtype=torch.float32, batch=5)
+    mask = paddings(53)
+    generator = torch.Generator().manual_seed(2)
+    spans = random_spans(generator, 5, 6, 53), random_spans(generator, 5, 9, 53)
+    options = {"causal": causal, "key_padding_mask": mask}
+    lse = attention_lse(q, k, backend="reference", **options)
+    upstream = torch.randn(5, 6, 9, generator=generator)
+    hidden = ~mask[:, None, :, None]
+    poisoned = q.masked_fill(hidden, torch.nan) if causal else q, k.masked_fill(hidden, torch.nan)
+    results = []
+    for tensors in ((q, k, lse), (*poisoned, lse)):
+
+        def pooled(q, k, lse):
+            return span_attention(q, k, lse, *spans, backend="triton", **options)
+
+        results.append(values_and_gradients(pooled, *tensors, upstream, torch.float32))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
 
 
 @pytest.mark.parametrize("every_key", [False, True])
