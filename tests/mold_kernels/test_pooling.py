@@ -271,6 +271,8 @@ def check_packed_sequences(borders, heads, every_key, dtype, name, row_reduction
     sizes = cu_seqlens.diff().tolist()
     row_spans = torch.cat([random_spans(generator, 1, 3, size) if size else torch.zeros(1, 3, 2) for size in sizes])
     key_spans = torch.cat([random_spans(generator, 1, 4, size) if size else torch.zeros(1, 4, 2) for size in sizes])
+    if row_reduction == "max":  # as above
+        key_spans[..., 1] = key_spans[..., 1].minimum(key_spans[..., 0] + 1)
     row_spans, key_spans = row_spans.int(), None if every_key else key_spans.int()
     mask = paddings(37)[2:3] if takes_padding(name) else torch.ones(1, 37, dtype=torch.bool)
     lse = reference.attention_lse(q, k, cu_seqlens=cu_seqlens)
