@@ -67,21 +67,42 @@ def _piece_rows(row_start_ptr, piece):
 
 
 @triton.jit
-def _seen_columns(before_ptr, range_ptr, padding_ptr, batch, low, high, begin, end, T, CAUSAL: tl.constexpr):
-    """Of the columns [low, high) those that some row at the positions [begin, end) may see."""
-    if CAUSAL:
-        high = tl.minimum(high, tl.load(before_ptr + end))
-    if range_ptr is not None:
-        low = tl.maximum(low, tl.load(before_ptr + tl.load(range_ptr + begin)))
-        if not CAUSAL:
-            high = tl.minimum(high, tl.load(before_ptr + tl.load(range_ptr + T + end - 1)))
-    if padding_ptr is not None:
-        first_real, end_real, _ = load_padding(padding_ptr, batch)
-        low = tl.maximum(low, tl.load(before_ptr + first_real))
-        high = tl.minimum(high, tl.load(before_ptr + end_real))
+def _piece_and_columns(
+    row_start_ptr,
+    row_piece,
+    low,
+    high,
+    before_ptr,
+    padding_ptr,
+    first_ptr,
+    range_ptr,
+    batch,
+    T,
+    CAUSAL: tl.constexpr,
+):
+    """(a piece's first row, row after its last, position of row 0, first, end of the columns that its rows may see)
+
+    Of the columns [low, high); of none where no step holds the piece.
+    """
+    first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
+    offset = first_position(first_ptr, batch)
+    high = tl.where(held, high, low)
+    if held:
+        begin = offset + first_row
+        end = offset + end_row
         if CAUSAL:
-            high = tl.where(begin < end_real, high, low)
-    return low, high
+            high = tl.minimum(high, tl.load(before_ptr + end))
+        if range_ptr is not None:
+            low = tl.maximum(low, tl.load(before_ptr + tl.load(range_ptr + begin)))
+            if not CAUSAL:
+                high = tl.minimum(high, tl.load(before_ptr + tl.load(range_ptr + T + end - 1)))
+        if padding_ptr is not None:
+            first_real, end_real, _ = load_padding(padding_ptr, batch)
+            low = tl.maximum(low, tl.load(before_ptr + first_real))
+            high = tl.minimum(high, tl.load(before_ptr + end_real))
+            if CAUSAL:
+                high = tl.where(begin < end_real, high, low)
+    return first_row, end_row, offset, low, high
 
 
 @triton.jit
@@ -178,15 +199,11 @@ def _span_attention_forward_kernel(
     if valid_ptr is not None:
         valid_ptr += batch * TK
 
-    first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
-    offset = first_position(first_ptr, batch)
     low = tl.load(key_first_ptr + key_block)
     high = tl.load(key_first_ptr + tl.minimum(key_block + PIECES, key_count))
-    high = tl.where(held, high, 0)
-    if held:
-        low, high = _seen_columns(
-            before_ptr, range_ptr, padding_ptr, batch, low, high, offset + first_row, offset + end_row, TK, CAUSAL
-        )
+    first_row, end_row, offset, low, high = _piece_and_columns(
+        row_start_ptr, row_piece, low, high, before_ptr, padding_ptr, first_ptr, range_ptr, batch, TK, CAUSAL
+    )
     length = end_row - first_row
     tiles = tl.cdiv(length * members, BLOCK_M)
     key_piece = key_block + tl.arange(0, BLOCK_N)
@@ -259,8 +276,6 @@ def _span_attention_maxima_kernel(
     if valid_ptr is not None:
         valid_ptr += batch * TK
 
-    first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
-    offset = first_position(first_ptr, batch)
     if key_spans_ptr is None:
         start = tl.minimum(word, TK)
         end = tl.minimum(word + 1, TK)
@@ -268,11 +283,9 @@ def _span_attention_maxima_kernel(
         start, end = load_span(key_spans_ptr + batch * words * 2, word, words, TK)
     low = tl.min(tl.where(start < end, tl.load(before_ptr + start), TK), 0)
     high = tl.max(tl.where(start < end, tl.load(before_ptr + end), 0), 0)
-    high = tl.where(held, high, 0)
-    if held:
-        low, high = _seen_columns(
-            before_ptr, range_ptr, padding_ptr, batch, low, high, offset + first_row, offset + end_row, TK, CAUSAL
-        )
+    first_row, end_row, offset, low, high = _piece_and_columns(
+        row_start_ptr, row_piece, low, high, before_ptr, padding_ptr, first_ptr, range_ptr, batch, TK, CAUSAL
+    )
     if key_spans_ptr is None:  # a column is a word: one tile, wherever in it the seen ones begin
         low = tl.where(low < high, first_word, high)
     row = first_row + tl.arange(0, BLOCK_M)
@@ -347,15 +360,11 @@ def _span_attention_backward_dq_kernel(
     if valid_ptr is not None:
         valid_ptr += batch * TK
 
-    first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
-    offset = first_position(first_ptr, batch)
-    low = 0
-    high = 0
-    if held:
-        high = tl.load(before_ptr + TK)
-        low, high = _seen_columns(
-            before_ptr, range_ptr, padding_ptr, batch, low, high, offset + first_row, offset + end_row, TK, CAUSAL
-        )
+    low = tl.load(before_ptr)
+    high = tl.load(before_ptr + TK)
+    first_row, end_row, offset, low, high = _piece_and_columns(
+        row_start_ptr, row_piece, low, high, before_ptr, padding_ptr, first_ptr, range_ptr, batch, TK, CAUSAL
+    )
     length = end_row - first_row
     unit = 1.0
     if unit_ptr is not None:
