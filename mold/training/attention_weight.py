@@ -91,8 +91,7 @@ class AttentionWeight(TrainerMixin):
         """Norm of the gradient of the weighted losses of one batch with respect to the model."""
         self.model.train()
         with torch.enable_grad():  # an evaluation may be what asks first
-            with self.compute_loss_context_manager():
-                sums, _, _ = self._term_sums(self.model, inputs)
+            sums, _, _ = self._term_sums(self.model, inputs)
             loss = self._weigh(sums, self.term_counts(inputs), attention, cross_entropy)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

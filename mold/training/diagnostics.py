@@ -32,8 +32,7 @@ class Diagnostics(TrainerMixin):
 
     def _term_gradient_norm(self, inputs, index: int) -> float:
         """Of the term's sum. What one term makes is gone before the next one's forward."""
-        with self.compute_loss_context_manager():
-            sums = self._term_sums(self.model, inputs)[0]
+        sums = self._term_sums(self.model, inputs)[0]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(sums[index], parameters, allow_unused=True)
         return math.sqrt(sum(g.float().square().sum().item() for g in gradients if g is not None))
@@ -55,7 +54,8 @@ class Diagnostics(TrainerMixin):
                 continue
             first_task = {name: value for name, value in item.items() if name != "predict"}
             inputs = self._prepare_inputs(self.data_collator([first_task]))
-            outputs = self._forward(model, inputs, with_attention=True)
+            with self.accelerator.autocast():
+                outputs = self._forward(model, inputs, with_attention=True)
             counts = inputs["num_steps"], inputs["num_keys"]
             teacher, student = inputs["teacher_attention"], stack_attention(outputs.attentions)
             teacher_weights, layers = self.mold_loss.teacher_weights(teacher, *counts), self.mold_loss.student_layers

@@ -188,6 +188,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
             optimizers=optimizers,
         )
         self._refuse_unsupported_parallelism()
+        self._enable_checkpointing()
         self.mold_loss.to(self.args.device)
         self._head: Any = make_head(without_adapter(self.model), args.cross_entropy)
         # Every term is normalised over the whole accumulation window here: Trainer must not divide again. The first
@@ -208,6 +209,15 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
             model.eval(), {"input_ids": one, "attention_mask": one, "row_spans": spans, "key_spans": spans}
         )
         model.train(training)
+
+    def _enable_checkpointing(self):
+        """As `train` does, too late for the gradients that are measured before its first step."""
+        name = self.args.checkpointing_option
+        if not getattr(self.args, name):
+            return
+        kwargs = dict(getattr(self.args, f"{name}_kwargs") or {})
+        layers = {key: kwargs.pop(key) for key in ("every_n_layers", "offload") if key in kwargs}
+        getattr(self.model, f"{name}_enable")(kwargs or None, **layers)
 
     def _refuse_unsupported_parallelism(self):
         for name in ("fsdp", "deepspeed"):
@@ -311,8 +321,10 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         """Sums [3] of the terms over the batch, the router's weights [B, L2] or None, the model's output."""
         with_attention = "teacher_attention" in inputs and self._wants_attention()
         learned = self._head.learned(inputs)
-        outputs = self._forward(model, inputs, with_attention, **self._head.arguments(learned))
-        cross_entropy = self._head.cross_entropy(outputs, inputs["input_ids"], inputs["regions"], learned)
+        # accelerate has it in a prepared model's forward alone: the head, and a model before `train`, need it too.
+        with self.accelerator.autocast():
+            outputs = self._forward(model, inputs, with_attention, **self._head.arguments(learned))
+            cross_entropy = self._head.cross_entropy(outputs, inputs["input_ids"], inputs["regions"], learned)
         if not with_attention:
             return torch.cat([cross_entropy, cross_entropy.new_zeros(1)]), None, outputs
         self.mold_loss.train(model.training)
@@ -510,8 +522,7 @@ class MoldTrainer(AttentionWeight, RouterTraining, Diagnostics, Trainer):
         loader: DataLoader = DataLoader(items, self.args.eval_batch_size, collate_fn=self.data_collator)
         for inputs in tqdm(loader, desc="Evaluating", disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(inputs)
-            with self.compute_loss_context_manager():
-                sums += self._term_sums(model, inputs)[0]
+            sums += self._term_sums(model, inputs)[0]
             counts += denominators(inputs)
         sums, counts = self.accelerator.reduce(sums), self.accelerator.reduce(counts)
         model.train(was_training)

@@ -1,5 +1,6 @@
 """Memory savers, alone and together: training equals training without them, in every family."""
 
+import collections
 import copy
 
 import pytest
@@ -114,6 +115,46 @@ def test_bf16_follows_float32(tmp_path, signals, family):
             actual, expected = ([row[term] for row in rows[kind]] for kind in (name, "plain"))
             assert actual == pytest.approx(expected, rel=2e-2), f"{name} {term}"
             assert actual != expected
+
+
+@pytest.mark.parametrize("options", [{}, {"cross_entropy": "chunked"}], ids=["full", "chunked"])
+def test_what_is_measured_before_training_takes_what_a_step_takes(tmp_path, signals, monkeypatch, options):
+    """Gradient norms and beta="auto" run before transformers has switched on checkpointing, and before accelerate's
+    autocast: they must keep no more than a step."""
+    kept = []
+
+    def pack(tensor):
+        kept[-1][tensor.dtype] += tensor.numel() if tensor.numel() > 1 else 0
+        return tensor
+
+    def counting(*args, **kwargs):
+        kept.append(collections.Counter())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return term_sums(*args, **kwargs)
+
+    options |= BF16 | SAVERS["checkpointing"] | {"beta": "auto", "max_steps": 1, "per_device_train_batch_size": 4}
+    trainer = make_trainer(tmp_path, signals, make_student(layers=2, dtype=torch.float32), EXAMPLES[:4], **options)
+    term_sums = trainer._term_sums
+    monkeypatch.setattr(trainer, "_term_sums", counting)
+    trainer.term_gradient_norms(trainer.train_dataset[:4])
+    trainer.train()
+    *before, step = kept
+    assert len(before) == 5  # a term each, and both sides of beta
+    assert before == [step] * 5
+    assert step[torch.bfloat16]
+
+
+def test_the_head_of_a_step_is_autocast_too(tmp_path, signals, monkeypatch):
+    dtypes = set()
+    forward = chunked_module.ChunkedCrossEntropy.forward
+
+    def seen(ctx, hidden, weight, *args):
+        dtypes.update((hidden.dtype, weight.dtype))
+        return forward(ctx, hidden, weight, *args)
+
+    monkeypatch.setattr(chunked_module.ChunkedCrossEntropy, "forward", seen)
+    train(tmp_path, signals, dtype=torch.float32, cross_entropy="chunked", **BF16)
+    assert dtypes == {torch.bfloat16}
 
 
 # Cross-entropy in chunks
