@@ -229,15 +229,21 @@ def check_all(bench: Bench, length: int) -> None:
         )
         generator = torch.Generator().manual_seed(dim)
         spans = [random_spans(generator, batch, count, length).to(bench.device) for count in (7, 12)]
-        lse = reference.attention_lse(q.double(), k.double(), **options).float()
-        compare(
-            bench,
-            f"span_attention D {dim} {' '.join(options)}",
-            lambda *t, spans=spans, options=options: span_attention(*t, *spans, **options, backend="triton"),
-            lambda *t, spans=spans, options=options: reference.span_attention(*t, *spans, **options),
-            (q, k),
-            wide=(lse,),
-        )
+        for padding in {} if "cu_seqlens" in options else {"key_padding_mask": mask}, {}:
+            lse = reference.attention_lse(q.double(), k.double(), **options, **padding).float()
+            # Of rows that few bits, or a span with all their attention, make nearly equal either is the largest.
+            short = torch.cat([spans[1][..., :1], (spans[1][..., :1] + 1).clamp(max=length)], -1)
+            for reduction, keys in (("sum", spans[1]), ("max", short))[: 1 + (dtype == torch.float32)]:
+                each = options | padding | {"row_reduction": reduction}
+                pair = spans[0], keys
+                compare(
+                    bench,
+                    f"span_attention D {dim} {' '.join([reduction, *options, *padding])}",
+                    lambda *t, pair=pair, each=each: span_attention(*t, *pair, **each, backend="triton"),
+                    lambda *t, pair=pair, each=each: reference.span_attention(*t, *pair, **each),
+                    (q, k),
+                    wide=(lse,),
+                )
         compare(
             bench,
             f"value_pool D {dim}",

@@ -31,6 +31,8 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that a program may have. The tiles of sm_80 serve GPUs with less, see CONSUMER."""
 CONSUMER_SHARED_MEMORY = 99 * 1024
 MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TILE_OF = {"span_attention_maxima": "span_attention_backward_dk"}
+"""Kernels that take another's tile."""
 OUTPUT = Path(__file__).parent / "results" / "triton_resources.md"
 
 
@@ -136,11 +138,12 @@ def launch_all(case: Case, length: int = 4096, steps: int = 90, keys: int = 300)
     span_pieces.span_pieces(*spans, rows, pieces)
     each_key = Pieces(*SPAN_PIECES.fake(spans[0], tensor(batch, length, 2, dtype=torch.int32), length, length, rows))
     for causal, groups in ((True, heads), (False, kv_heads)) if case.options else ((True, 1),):
-        seen = None, first if causal else None, ranges
-        tail = 0.1, softcap, causal, groups, "mean" if case.options else "sum"
-        for given in ((*spans, *seen, pieces), (spans[0], None, *seen, each_key)):
-            pooled = span_attention.span_attention_forward(q, k, lse, *given, *tail)
-            span_attention.span_attention_backward(pooled, q, k, lse, *given, *tail)
+        seen = valid, first if causal else None, ranges
+        for reduction in ("mean" if case.options else "sum", "max"):
+            tail = 0.1, softcap, causal, groups, reduction
+            for given in ((*spans, *seen, pieces), (spans[0], None, *seen, each_key)):
+                pooled = span_attention.span_attention_forward(q, k, lse, *given, *tail)
+                span_attention.span_attention_backward(pooled, q, k, lse, *given, *tail)
     for borders in (None, tensor(4, dtype=torch.int32)) if case.options else (None,):
         upstream = value_pool.value_pool_forward(v, mask, borders, 1e-6)
         value_pool.value_pool_backward(upstream, v, mask, borders, 1e-6)
@@ -159,8 +162,9 @@ def compile_kernels(arch: int, case: Case) -> list[Kernel]:
         kernels = []
         for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
             tile = None
-            if (name, arch) in tiles.TABLE:
-                tile = tiles.table_tile(name, arch, case.dtype.itemsize, case.head_dim)
+            of_tile = TILE_OF.get(name, name)
+            if (of_tile, arch) in tiles.TABLE:
+                tile = tiles.table_tile(of_tile, arch, case.dtype.itemsize, case.head_dim)
             registers, spilled = _read_cubin(kernel.asm["cubin"])
             metadata, ptx = kernel.metadata, kernel.asm["ptx"]
             unit = next((unit for unit in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if unit in ptx), "")

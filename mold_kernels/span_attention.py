@@ -358,7 +358,6 @@ SPAN_ATTENTION = Op(
             "span_attention",
             "span_attention",
             head_dim=_triton.HEAD_DIM,
-            options=tuple(option for option in _OPTIONS if option != 'row_reduction="max"'),
         ),
         Backend(
             "cuda",

@@ -55,6 +55,15 @@ def product(a, b, acc):
 
 
 @triton.jit
+def selected_sums(a, b, acc):
+    """acc + a b in float32, where one factor is 0 or 1 alone: three products of matrix units, exact to 2^-22.
+
+    Without them both factors would lie in registers, whole.
+    """
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
 def first_position(first_ptr, batch):
     """The position of an example's first row."""
     if first_ptr is None:

@@ -9,6 +9,9 @@ rows and columns at the end, so that one number a pair of pieces leaves the prog
 over pairs of pieces, g is one number a column and row piece. dq: a program takes one row piece and a key head and walks
 the columns. dk: a program takes a tile of columns and a share of the row pieces; shares are added in a fixed order.
 
+Maxima: a program takes one row piece and a block of key words, adds up the tiles over heads and over each word's
+columns, and keeps the largest row (`span_maxima` does the rest); in the backward g is then one number a row and column.
+
 Cost with P = B Hq T N / 2 pairs: forward 2 P D FLOPs, reading q once a tile of columns and the columns once a row
 piece; backward 4 P D for dq and 4 P D for dk. Stored: G x E floats for the pairs of pieces.
 """
@@ -28,12 +31,14 @@ from mold_kernels._triton.scores import (
     padding_ends,
     product,
     score_slope,
+    selected_sums,
     store_rows,
     tile_options,
     with_strides,
 )
-from mold_kernels._triton.span_pieces import pool_spans
-from mold_kernels._triton.tiles import GATHERED_TOKENS
+from mold_kernels._triton.span_maxima import maximum_gradient, spans_of_pieces, step_maxima
+from mold_kernels._triton.span_pieces import load_span, pool_spans
+from mold_kernels._triton.tiles import GATHERED_TOKENS, MAXIMA_WARPS
 from mold_kernels.span_pieces import Pieces
 
 _PROGRAMS = 512
@@ -62,21 +67,42 @@ def _piece_rows(row_start_ptr, piece):
 
 
 @triton.jit
-def _seen_columns(before_ptr, range_ptr, padding_ptr, batch, low, high, begin, end, T, CAUSAL: tl.constexpr):
-    """Of the columns [low, high) those that some row at the positions [begin, end) may see."""
-    if CAUSAL:
-        high = tl.minimum(high, tl.load(before_ptr + end))
-    if range_ptr is not None:
-        low = tl.maximum(low, tl.load(before_ptr + tl.load(range_ptr + begin)))
-        if not CAUSAL:
-            high = tl.minimum(high, tl.load(before_ptr + tl.load(range_ptr + T + end - 1)))
-    if padding_ptr is not None:
-        first_real, end_real, _ = load_padding(padding_ptr, batch)
-        low = tl.maximum(low, tl.load(before_ptr + first_real))
-        high = tl.minimum(high, tl.load(before_ptr + end_real))
+def _piece_and_columns(
+    row_start_ptr,
+    row_piece,
+    low,
+    high,
+    before_ptr,
+    padding_ptr,
+    first_ptr,
+    range_ptr,
+    batch,
+    T,
+    CAUSAL: tl.constexpr,
+):
+    """(a piece's first row, row after its last, position of row 0, first, end of the columns that its rows may see)
+
+    Of the columns [low, high); of none where no step holds the piece.
+    """
+    first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
+    offset = first_position(first_ptr, batch)
+    high = tl.where(held, high, low)
+    if held:
+        begin = offset + first_row
+        end = offset + end_row
         if CAUSAL:
-            high = tl.where(begin < end_real, high, low)
-    return low, high
+            high = tl.minimum(high, tl.load(before_ptr + end))
+        if range_ptr is not None:
+            low = tl.maximum(low, tl.load(before_ptr + tl.load(range_ptr + begin)))
+            if not CAUSAL:
+                high = tl.minimum(high, tl.load(before_ptr + tl.load(range_ptr + T + end - 1)))
+        if padding_ptr is not None:
+            first_real, end_real, _ = load_padding(padding_ptr, batch)
+            low = tl.maximum(low, tl.load(before_ptr + first_real))
+            high = tl.minimum(high, tl.load(before_ptr + end_real))
+            if CAUSAL:
+                high = tl.where(begin < end_real, high, low)
+    return first_row, end_row, offset, low, high
 
 
 @triton.jit
@@ -173,15 +199,11 @@ def _span_attention_forward_kernel(
     if valid_ptr is not None:
         valid_ptr += batch * TK
 
-    first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
-    offset = first_position(first_ptr, batch)
     low = tl.load(key_first_ptr + key_block)
     high = tl.load(key_first_ptr + tl.minimum(key_block + PIECES, key_count))
-    high = tl.where(held, high, 0)
-    if held:
-        low, high = _seen_columns(
-            before_ptr, range_ptr, padding_ptr, batch, low, high, offset + first_row, offset + end_row, TK, CAUSAL
-        )
+    first_row, end_row, offset, low, high = _piece_and_columns(
+        row_start_ptr, row_piece, low, high, before_ptr, padding_ptr, first_ptr, range_ptr, batch, TK, CAUSAL
+    )
     length = end_row - first_row
     tiles = tl.cdiv(length * members, BLOCK_M)
     key_piece = key_block + tl.arange(0, BLOCK_N)
@@ -212,13 +234,94 @@ def _span_attention_forward_kernel(
     tl.store(pairs_ptr + line + key_piece + BLOCK_N, upper, mask=key_piece + BLOCK_N < key_count)
 
 
-@triton.jit(do_not_specialize=["row_count", "key_count", "TQ", "TK"])
+@triton.jit(do_not_specialize=["words", "row_count", "key_count", "TQ", "TK"])
+def _span_attention_maxima_kernel(
+    q,
+    k,
+    lse_ptr,
+    largest_ptr,
+    rows_ptr,
+    key_spans_ptr,
+    pieces,
+    valid_ptr,
+    padding_ptr,
+    first_ptr,
+    range_ptr,
+    groups,
+    heads,
+    group,
+    words,
+    row_count,
+    key_count,
+    TQ,
+    TK,
+    scale,
+    softcap,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    blocks = tl.cdiv(words, WORDS)
+    row_piece = tl.program_id(0) // blocks
+    first_word = tl.program_id(0) % blocks * WORDS
+    word = first_word + tl.arange(0, WORDS)
+    result = tl.program_id(1).to(tl.int64)
+    batch = result // groups
+    first_head = tl.program_id(1) % groups * heads
+    _, row_start_ptr, _, _, before_ptr, columns_ptr, _ = _of_example(pieces, batch, TQ, TK, row_count, key_count)
+    lse_ptr += batch * groups * heads * TQ
+    if valid_ptr is not None:
+        valid_ptr += batch * TK
+
+    if key_spans_ptr is None:
+        start = tl.minimum(word, TK)
+        end = tl.minimum(word + 1, TK)
+    else:
+        start, end = load_span(key_spans_ptr + batch * words * 2, word, words, TK)
+    low = tl.min(tl.where(start < end, tl.load(before_ptr + start), TK), 0)
+    high = tl.max(tl.where(start < end, tl.load(before_ptr + end), 0), 0)
+    first_row, end_row, offset, low, high = _piece_and_columns(
+        row_start_ptr, row_piece, low, high, before_ptr, padding_ptr, first_ptr, range_ptr, batch, TK, CAUSAL
+    )
+    if key_spans_ptr is None:  # a column is a word: one tile, wherever in it the seen ones begin
+        low = tl.where(low < high, first_word, high)
+    row = first_row + tl.arange(0, BLOCK_M)
+    total = tl.zeros([WORDS, BLOCK_M], tl.float32)
+    for first in range(low, high, BLOCK_N):
+        column = _load_columns(columns_ptr, valid_ptr, first + tl.arange(0, BLOCK_N), high, TK)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for x in range(heads):
+            head = (first_head + x).to(tl.int64)
+            keys = load_rows(k, batch, head // group, column, column < TK, D, BLOCK_D)
+            queries, lse = _load_queries(
+                q, lse_ptr, valid_ptr, batch, head, row, offset + row, row < end_row, TQ, CAUSAL, D, BLOCK_D
+            )
+            scores = capped_scores(product(keys, queries.T, None), scale, softcap, 1.0)
+            acc += _probabilities(scores, lse[None, :], (offset + row)[None, :], column[:, None], range_ptr, TK, CAUSAL)
+        if key_spans_ptr is None:
+            total += acc
+        else:
+            holds = (start[:, None] <= column[None, :]) & (column[None, :] < end[:, None])
+            total = selected_sums(holds.to(tl.float32), acc, total)
+    total = tl.where(total == total, total, float("inf"))  # NaN is more than any number
+    largest = tl.max(total, 1)
+    largest_row = tl.min(tl.where(total == largest[:, None], row[None, :], TQ), 1)
+    at = (result * row_count + row_piece) * words + word
+    tl.store(largest_ptr + at, largest, mask=word < words)
+    tl.store(rows_ptr + at, largest_row, mask=word < words)
+
+
+@triton.jit(do_not_specialize=["steps", "words", "row_count", "key_count", "TQ", "TK"])
 def _span_attention_backward_dq_kernel(
     q,
     k,
     dq,
     lse_ptr,
     pairs_ptr,
+    maxima,
     unit_ptr,
     dlse_ptr,
     pieces,
@@ -230,6 +333,8 @@ def _span_attention_backward_dq_kernel(
     heads,
     members,
     group,
+    steps,
+    words,
     row_count,
     key_count,
     TQ,
@@ -250,20 +355,16 @@ def _span_attention_backward_dq_kernel(
     _, row_start_ptr, _, _, before_ptr, columns_ptr, column_piece_ptr = _of_example(
         pieces, batch, TQ, TK, row_count, key_count
     )
-    pairs_ptr += ((batch * groups + first_head * groups // heads) * row_count + row_piece) * key_count
+    result = batch * groups + first_head * groups // heads
     lse_ptr += batch * heads * TQ
     if valid_ptr is not None:
         valid_ptr += batch * TK
 
-    first_row, end_row, held = _piece_rows(row_start_ptr, row_piece)
-    offset = first_position(first_ptr, batch)
-    low = 0
-    high = 0
-    if held:
-        high = tl.load(before_ptr + TK)
-        low, high = _seen_columns(
-            before_ptr, range_ptr, padding_ptr, batch, low, high, offset + first_row, offset + end_row, TK, CAUSAL
-        )
+    low = tl.load(before_ptr)
+    high = tl.load(before_ptr + TK)
+    first_row, end_row, offset, low, high = _piece_and_columns(
+        row_start_ptr, row_piece, low, high, before_ptr, padding_ptr, first_ptr, range_ptr, batch, TK, CAUSAL
+    )
     length = end_row - first_row
     unit = 1.0
     if unit_ptr is not None:
@@ -282,11 +383,17 @@ def _span_attention_backward_dq_kernel(
             place = start + tl.arange(0, BLOCK_N)
             column = _load_columns(columns_ptr, valid_ptr, place, high, TK)
             column_piece = tl.load(column_piece_ptr + place, mask=place < high, other=0)
-            g = tl.load(pairs_ptr + column_piece)
+            if maxima is None:
+                g = tl.load(pairs_ptr + (result * row_count + row_piece) * key_count + column_piece)[None, :]
+            else:
+                g = maximum_gradient(
+                    maxima, batch, result, row_piece, row_count, key_count, steps, words, row, column, column_piece, TK,
+                    BLOCK_M, BLOCK_N,
+                )  # fmt: skip
             keys = load_rows(k, batch, kv_head, column, column < TK, D, BLOCK_D)
             scores = capped_scores(product(queries, keys.T, None), scale, softcap, 1.0)
             slope = score_slope(scores, softcap, 1.0)
-            weights = g[None, :] * _probabilities(
+            weights = g * _probabilities(
                 scores, lse[:, None], (offset + row)[:, None], column[None, :], range_ptr, TK, CAUSAL
             )
             dlse -= tl.sum(weights, 1)
@@ -302,12 +409,13 @@ def _shares(columns, slots, BLOCK_N: tl.constexpr):
     return tiles, tl.minimum(slots // tiles, 32)
 
 
-@triton.jit(do_not_specialize=["row_count", "key_count", "TQ", "TK"])
+@triton.jit(do_not_specialize=["steps", "words", "row_count", "key_count", "TQ", "TK"])
 def _span_attention_backward_dk_kernel(
     q,
     k,
     lse_ptr,
     pairs_ptr,
+    maxima,
     slots_ptr,
     pieces,
     valid_ptr,
@@ -317,6 +425,8 @@ def _span_attention_backward_dk_kernel(
     groups,
     kv_heads,
     group,
+    steps,
+    words,
     row_count,
     key_count,
     TQ,
@@ -376,12 +486,18 @@ def _span_attention_backward_dk_kernel(
             row = first_row + tl.arange(0, BLOCK_M)
             inside = row < end_row
             result = batch * groups + head * groups // (kv_heads * group)
-            g = tl.load(pairs_ptr + (result * row_count + row_piece) * key_count + column_piece)
+            if maxima is None:
+                g = tl.load(pairs_ptr + (result * row_count + row_piece) * key_count + column_piece)[:, None]
+            else:
+                g = maximum_gradient(
+                    maxima, batch, result, row_piece, row_count, key_count, steps, words, row, column, column_piece, TK,
+                    BLOCK_M, BLOCK_N,
+                ).T  # fmt: skip
             queries, lse = _load_queries(
                 q, lse_ptr, valid_ptr, batch, head, row, offset + row, inside, TQ, CAUSAL, D, BLOCK_D
             )
             scores = capped_scores(product(keys, queries.T, None), scale, softcap, 1.0)
-            weights = g[:, None] * score_slope(scores, softcap, 1.0)
+            weights = g * score_slope(scores, softcap, 1.0)
             weights *= _probabilities(
                 scores, lse[None, :], (offset + row)[None, :], column[:, None], range_ptr, TK, CAUSAL
             )
@@ -444,8 +560,12 @@ def span_attention_forward(
     every_key = key_spans is None
     batch, heads, length, _ = q.shape
     kv_heads, steps, keys = k.shape[1], row_spans.shape[1], k.shape[2] if every_key else key_spans.shape[1]
-    pooled = lse.new_empty(batch * groups, steps, keys)
     lse, pieces = lse.contiguous(), Pieces(*pieces)
+    seen = tuple(pieces), *padding_ends(mask), first, ranges
+    if row_reduction == "max":
+        pooled, _ = _maxima(q, k, lse, row_spans, key_spans, pieces, seen, scale, softcap, causal, groups)
+        return _of_batch(pooled.view(batch, groups, steps, keys), sequences, every_key)
+    pooled = lse.new_empty(batch * groups, steps, keys)
     tile, options = tile_options("span_attention_forward", q)
     programs = pieces.row_count * triton.cdiv(pieces.key_count, 2 * tile.n)
     members = min(heads // kv_heads, heads // groups)
@@ -453,7 +573,7 @@ def span_attention_forward(
     parts = min(units, triton.cdiv(2 * _PROGRAMS, programs * batch * groups))
     pairs = lse.new_empty(parts, batch * groups, pieces.row_count, pieces.key_count)
     _span_attention_forward_kernel[programs, batch * groups * parts](
-        *(with_strides(q), with_strides(k), lse, pairs, tuple(pieces), *padding_ends(mask), first, ranges),
+        *(with_strides(q), with_strides(k), lse, pairs, *seen),
         *(groups, units, members, heads // kv_heads, parts),
         *(pieces.row_count, pieces.key_count, length, k.shape[2], scale, softcap),
         CAUSAL=causal,
@@ -466,7 +586,29 @@ def span_attention_forward(
         by_step = lse.new_empty(batch * groups, steps, pieces.key_count)
         pool_spans(by_step, pairs, row_spans, pieces.row_piece, **rows)
         pool_spans(pooled.mT, by_step.mT[None], key_spans, pieces.key_piece, spread=False)
-    pooled = pooled.view(batch, groups, steps, keys)
+    return _of_batch(pooled.view(batch, groups, steps, keys), sequences, every_key)
+
+
+def _maxima(q, k, lse, row_spans, key_spans, pieces, seen, scale, softcap, causal, groups):
+    """(pooled [B H', S, M], the first row that has each maximum)"""
+    batch, heads, length, _ = q.shape
+    words = k.shape[2] if key_spans is None else key_spans.shape[1]
+    largest = lse.new_empty(batch * groups, pieces.row_count, words)
+    rows = torch.empty_like(largest, dtype=torch.int32)
+    tile, options = tile_options("span_attention_backward_dk", q)  # whose rows those of a piece are
+    block = tile.n if key_spans is None else max(16, tile.n // 2)
+    _span_attention_maxima_kernel[pieces.row_count * triton.cdiv(words, block), batch * groups](
+        *(with_strides(q), with_strides(k), lse, largest, rows, key_spans, *seen),
+        *(groups, heads // groups, heads // k.shape[1], words, pieces.row_count, pieces.key_count),
+        *(length, k.shape[2], scale, softcap),
+        CAUSAL=causal,
+        WORDS=block,
+        **(options | {"num_warps": MAXIMA_WARPS}),
+    )
+    return step_maxima(largest, rows, row_spans, pieces.row_piece, groups / heads)
+
+
+def _of_batch(pooled, sequences, every_key):
     return _own_blocks(pooled, sequences, every_key).contiguous() if sequences else pooled
 
 
@@ -484,6 +626,18 @@ def _own_blocks(pooled, sequences, every_key):
         return pooled[0].unflatten(-2, (sequences, -1)).movedim(1, 0)
     blocks = pooled[0].unflatten(-1, (sequences, -1)).unflatten(-3, (sequences, -1))
     return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, 0)
+
+
+def _spread(grad, row_spans, key_spans, pieces, **rows):
+    """The gradient [B H', S, M] of spans as that of pairs of pieces, [B H', G, E]."""
+    pairs = grad.new_empty(len(grad), pieces.row_count, pieces.key_count)
+    if key_spans is None:  # a key is a piece and a key word
+        pool_spans(pairs[..., : grad.shape[2]], grad[None], row_spans, pieces.row_piece, spread=True, **rows)
+    else:
+        by_step = grad.new_empty(len(grad), grad.shape[1], pieces.key_count)
+        pool_spans(by_step.mT, grad.mT[None], key_spans, pieces.key_piece, spread=True)
+        pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, spread=True, **rows)
+    return pairs
 
 
 def span_attention_backward(
@@ -518,34 +672,35 @@ def span_attention_backward(
         unit = grad.abs().amax().clamp_min(1e-30)
         grad = grad / unit
     lse, pieces = lse.contiguous(), Pieces(*pieces)
-    pairs = lse.new_empty(batch * groups, pieces.row_count, pieces.key_count)
-    rows: dict[str, Any] = {"spread": True, "mean": row_reduction == "mean", "factor": groups / heads}
-    if every_key:
-        pool_spans(pairs[..., : k.shape[2]], grad[None], row_spans, pieces.row_piece, **rows)
+    seen = tuple(pieces), *padding_ends(mask), first, ranges
+    pairs = maxima = None
+    if row_reduction == "max":
+        _, largest_rows = _maxima(q, k, lse, row_spans, key_spans, pieces, seen, scale, softcap, causal, groups)
+        of_rows = spans_of_pieces(row_spans, pieces.row_piece, pieces.row_count)
+        of_keys = None if every_key else spans_of_pieces(key_spans, pieces.key_piece, pieces.key_count)
+        maxima = largest_rows, (grad * (groups / heads)).contiguous(), of_rows, of_keys, key_spans
     else:
-        by_step = lse.new_empty(batch * groups, steps, pieces.key_count)
-        pool_spans(by_step.mT, grad.mT[None], key_spans, pieces.key_piece, spread=True)
-        pool_spans(pairs, by_step[None], row_spans, pieces.row_piece, **rows)
+        pairs = _spread(grad, row_spans, key_spans, pieces, mean=row_reduction == "mean", factor=groups / heads)
 
     dq, dk, dlse = torch.empty_like(q), k.new_empty(k.shape), lse.new_empty(batch, heads, length)
-    seen = tuple(pieces), *padding_ends(mask), first, ranges
-    sizes = pieces.row_count, pieces.key_count, length, k.shape[2], scale, softcap
+    sizes = steps, grad.shape[2], pieces.row_count, pieces.key_count, length, k.shape[2], scale, softcap
     members = min(heads // kv_heads, heads // groups)
+    warps = {} if maxima is None else {"num_warps": MAXIMA_WARPS}
     _, options = tile_options("span_attention_backward_dq", q)
     _span_attention_backward_dq_kernel[pieces.row_count, batch * heads // members](
-        *(*map(with_strides, (q, k, dq)), lse, pairs, unit, dlse, *seen),
+        *(*map(with_strides, (q, k, dq)), lse, pairs, maxima, unit, dlse, *seen),
         *(groups, heads, members, heads // kv_heads, *sizes),
         CAUSAL=causal,
-        **options,
+        **(options | warps),
     )
     tile, options = tile_options("span_attention_backward_dk", q)
     slots = max(triton.cdiv(k.shape[2], tile.n), triton.cdiv(_PROGRAMS, batch * kv_heads))
     partial = lse.new_empty(batch * kv_heads, slots, tile.n, head_dim)
     _span_attention_backward_dk_kernel[slots, batch * kv_heads](
-        *(with_strides(q), with_strides(k), lse, pairs, partial, *seen),
+        *(with_strides(q), with_strides(k), lse, pairs, maxima, partial, *seen),
         *(groups, kv_heads, heads // kv_heads, *sizes),
         CAUSAL=causal,
-        **options,
+        **(options | warps),
     )
     _span_attention_gather_dk_kernel[triton.cdiv(k.shape[2], GATHERED_TOKENS), batch * kv_heads](
         *(partial, unit, with_strides(dk), pieces.before, kv_heads, slots, k.shape[2], scale),

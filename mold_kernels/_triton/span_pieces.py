@@ -17,7 +17,7 @@ _CLOSED = tl.constexpr(1 << 32)
 
 
 @triton.jit
-def _load_span(spans_ptr, index, count, T):
+def load_span(spans_ptr, index, count, T):
     """(start, end) of the spans, within [0, T] whatever they hold; (0, 0) from `count` on."""
     start = tl.load(spans_ptr + 2 * index, mask=index < count, other=0)
     end = tl.load(spans_ptr + 2 * index + 1, mask=index < count, other=0)
@@ -28,7 +28,7 @@ def _load_span(spans_ptr, index, count, T):
 @triton.jit
 def _mark(marks_ptr, spans_ptr, count, T, BLOCK: tl.constexpr):
     index = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    start, end = _load_span(spans_ptr, index, count, T)
+    start, end = load_span(spans_ptr, index, count, T)
     tl.atomic_add(marks_ptr + start, tl.full([BLOCK], 1, tl.int64), mask=index < count, sem="relaxed")
     tl.atomic_add(marks_ptr + end, tl.full([BLOCK], _CLOSED, tl.int64), mask=index < count, sem="relaxed")
 
@@ -217,7 +217,7 @@ def _pool_spans_kernel(
     high = inputs
     weight = tl.full([BLOCK], factor, tl.float32)
     if not SPREAD:
-        start, end = _load_span(spans_ptr, output, count, T)
+        start, end = load_span(spans_ptr, output, count, T)
         from_piece = tl.load(piece_ptr + start)
         to_piece = tl.load(piece_ptr + end)
         low = tl.min(tl.where(start < end, from_piece, inputs), 0)
@@ -228,7 +228,7 @@ def _pool_spans_kernel(
     for first in range(low, high, BLOCK):
         index = first + tl.arange(0, BLOCK)
         if SPREAD:
-            start, end = _load_span(spans_ptr, index, count, T)
+            start, end = load_span(spans_ptr, index, count, T)
             from_piece = tl.load(piece_ptr + start)
             to_piece = tl.load(piece_ptr + end)
             holds = (

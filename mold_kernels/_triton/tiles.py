@@ -30,6 +30,10 @@ POOL_BLOCK = 32
 """Spans, pieces and columns a side of a tile of `pool_spans`."""
 GATHERED_TOKENS = 32
 """Tokens whose dk a program of span attention adds up."""
+MAXIMA_WARPS = 8
+"""Of the kernels of span attention where they seek the largest row or spread its gradient, which takes registers."""
+MAXIMA_WORDS = 16
+"""Key words whose gradients are spread over a tile at once."""
 VALUE_POOL_ELEMENTS = 8192
 """Values that a program of value_pool holds: 16 tokens at most, since short sums round less."""
 MIXTURE_ELEMENTS = 2048

@@ -263,7 +263,7 @@ def test_packed_sequences(borders, heads, every_key, name):
     check_packed_sequences(borders, heads, every_key, torch.float64, use_backend(name))
 
 
-def check_packed_sequences(borders, heads, every_key, dtype, name):
+def check_packed_sequences(borders, heads, every_key, dtype, name, row_reduction="sum"):
     """Spans count from each sequence's start; a sequence's result is what it would be alone."""
     q, k, _ = make_qkv(37, 37, (6, 2), batch=1, dtype=dtype)
     cu_seqlens = torch.tensor(borders).int()
@@ -271,10 +271,12 @@ def check_packed_sequences(borders, heads, every_key, dtype, name):
     sizes = cu_seqlens.diff().tolist()
     row_spans = torch.cat([random_spans(generator, 1, 3, size) if size else torch.zeros(1, 3, 2) for size in sizes])
     key_spans = torch.cat([random_spans(generator, 1, 4, size) if size else torch.zeros(1, 4, 2) for size in sizes])
+    if row_reduction == "max":  # as above
+        key_spans[..., 1] = key_spans[..., 1].minimum(key_spans[..., 0] + 1)
     row_spans, key_spans = row_spans.int(), None if every_key else key_spans.int()
     mask = paddings(37)[2:3] if takes_padding(name) else torch.ones(1, 37, dtype=torch.bool)
     lse = reference.attention_lse(q, k, cu_seqlens=cu_seqlens)
-    options = {"cu_seqlens": cu_seqlens, "heads": heads, "backend": name}
+    options = {"cu_seqlens": cu_seqlens, "heads": heads, "row_reduction": row_reduction, "backend": name}
     options["key_padding_mask"] = mask if takes_padding(name) else None
     tensors = [tensor.detach().requires_grad_() for tensor in (q, k, lse)]
     packed = span_attention(*tensors, row_spans, key_spans, **options)
@@ -284,8 +286,8 @@ def check_packed_sequences(borders, heads, every_key, dtype, name):
     for index, (start, end) in enumerate(itertools.pairwise(borders)):
         spans = row_spans[index, None], None if every_key else key_spans[index, None]
         text = [tensor[:, :, start:end] for tensor in tensors]
-        alone_options = {"heads": heads, "key_padding_mask": mask[:, start:end], "backend": "reference"}
-        one = span_attention(*text, *spans, **alone_options)
+        of_one = {"heads": heads, "row_reduction": row_reduction, "key_padding_mask": mask[:, start:end]}
+        one = span_attention(*text, *spans, backend="reference", **of_one)
         alone.append(torch.nn.functional.pad(one, (start, 37 - end)) if every_key else one)
     torch.testing.assert_close(packed, torch.cat(alone))
     expected = torch.autograd.grad((torch.cat(alone) * upstream).sum(), tensors)

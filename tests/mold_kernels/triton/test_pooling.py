@@ -106,6 +106,57 @@ def test_span_attention_with_padding(rows, keys, options, every_key):
     check_padding(rows, keys, options, "mean", "group", every_key, torch.float32, "triton")
 
 
+def check_maxima(rows, keys, options, every_key, heads, batch=1):
+    q, k, _ = make_qkv(rows, keys, (4, 2), dtype=torch.float32, batch=batch)
+    generator = torch.Generator().manual_seed(2)
+    row_spans, key_spans = random_spans(generator, batch, 6, rows), random_spans(generator, batch, 20, keys)
+    key_spans[:, 1:, 1] = torch.minimum(key_spans[:, 1:, 1], key_spans[:, 1:, 0] + 3)
+    key_spans[:, 0] = torch.tensor([keys // 3, keys - 1])  # over several tiles
+    spans = row_spans, None if every_key else key_spans
+    return assert_matches_reference(q, k, *spans, "max", "triton", heads=heads, **options)
+
+
+@pytest.mark.parametrize("every_key", [False, True])
+@pytest.mark.parametrize(("case", "heads"), [(0, "group"), (2, "all"), (3, "group"), (4, "mean"), (6, "all")])
+def test_maxima(case, heads, every_key):
+    rows, keys, options = CASES[case].values
+    check_maxima(rows, keys, options, every_key, heads, batch=2 if "query_start" in options else 1)
+
+
+@pytest.mark.parametrize("every_key", [False, True])
+def test_maxima_with_padding(every_key):
+    mask = paddings(53)[:3]
+    options = {"key_padding_mask": mask, "query_start": torch.tensor([32, 9, 20])}
+    check_maxima(21, 53, options, every_key, "group", batch=3)
+
+
+@pytest.mark.parametrize("every_key", [False, True])
+def test_the_first_of_equal_rows_has_the_gradient(every_key):
+    """Of rows in one piece and in several."""
+    q, k, _ = make_qkv(53, 53, (2, 1), dtype=torch.float32, batch=1)
+    q = q[:, :, :1].expand(-1, -1, 53, -1).clone().requires_grad_()
+    row_spans, key_spans = torch.tensor([[[7, 50], [20, 23], [4, 4]]]), torch.tensor([[[2, 4], [0, 53]]])
+    lse = reference.attention_lse(q, k, causal=False)
+    options = {"row_reduction": "max", "causal": False, "backend": "triton"}
+    pooled = span_attention(q, k, lse, row_spans, None if every_key else key_spans, **options)
+    (grad,) = torch.autograd.grad(pooled.sum(), q)
+    assert grad[0].any(-1).any(0).nonzero().flatten().tolist() == [7, 20]
+
+
+@pytest.mark.parametrize("every_key", [False, True])
+def test_a_score_that_is_not_a_number_is_seen_in_its_maximum(every_key):
+    q, k, _ = make_qkv(40, 40, (2, 1), dtype=torch.float32, batch=1)
+    lse, row_spans = reference.attention_lse(q, k), torch.tensor([[[0, 9], [3, 40], [30, 40]]])
+    q[0, 0, 20] = torch.nan
+    key_spans = None if every_key else torch.tensor([[[2, 4], [25, 26]]])
+    results = [
+        span_attention(q, k, lse, row_spans, key_spans, row_reduction="max", backend=backend).isnan()
+        for backend in ("triton", "reference")
+    ]
+    assert results[1].any()
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_is_not_read(causal):
     q, k, _ = make_qkv(53, 53, (2, 1), dtype=torch.float32, batch=5)
@@ -140,4 +191,5 @@ def test_seven_heads_of_a_key_head(heads, every_key):
 @pytest.mark.parametrize("every_key", [False, True])
 @pytest.mark.parametrize("heads", ["mean", "all"])
 def test_packed_sequences(heads, every_key):
-    check_packed_sequences([0, 5, 5, 20, 37], heads, every_key, torch.float32, "triton")
+    reduction = "sum" if heads == "mean" else "max"
+    check_packed_sequences([0, 5, 5, 20, 37], heads, every_key, torch.float32, "triton", reduction)
