@@ -97,7 +97,8 @@ def test_span_attention(rows, keys, options, every_key):
     generator = torch.Generator().manual_seed(2)
     row_spans, key_spans = random_spans(generator, batch, 6, rows), random_spans(generator, batch, 9, keys)
     key_spans = None if every_key else key_spans
-    assert_matches_reference(q, k, row_spans, key_spans, "mean", "triton", heads="all", **options)
+    # exp2 rounds the scores once more than exp, which in float32 a few large probabilities alone may show.
+    assert_matches_reference(q, k, row_spans, key_spans, "mean", "triton", heads="all", factor=3, **options)
 
 
 @pytest.mark.parametrize("every_key", [False, True])
