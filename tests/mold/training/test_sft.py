@@ -126,7 +126,8 @@ def test_every_parameter_of_student_and_router_moves_and_the_loss_goes_down(tmp_
     trainer.train()
     for name, value in parameters(trainer).items():
         assert not torch.equal(value, before[name]), name
-    assert losses(trainer, "loss_attention")[-1] < 0.7 * losses(trainer, "loss_attention")[0]
+    found = losses(trainer, "loss_attention")
+    assert sum(found[-5:]) < 0.7 * sum(found[:5])  # batches differ
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
