@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 ids = tokenizer("Question: 2 + 3?", return_tensors="pt").input_ids
-out = model.generate(ids, max_new_tokens=4, do_sample=False)
+out = model.generate(ids, min_new_tokens=4, max_new_tokens=4, do_sample=False)
 wrong = {k: len(v) for k, v in info.items() if v}
 print(json.dumps({"wrong": wrong, "ids": out[0].tolist(), "attention": model.config._attn_implementation}))
 """
@@ -39,7 +39,7 @@ def test_the_saved_student_needs_no_mold(tmp_path, signals):
     assert not result["wrong"]
     assert result["attention"] in ("sdpa", "eager")
     ids = torch.tensor([result["ids"][:-4]])
-    expected = trainer.model.eval().generate(ids, max_new_tokens=4, do_sample=False)
+    expected = trainer.model.eval().generate(ids, min_new_tokens=4, max_new_tokens=4, do_sample=False)
     assert result["ids"] == expected[0].tolist()
 
 
