@@ -190,7 +190,11 @@ def compare(bench: Bench, name: str, fast: Callable, slow: Callable, tensors, wi
     for index, (a, b, c) in enumerate(zip(*results, strict=True)):
         lost = c.isinf()
         assert_as_accurate_as(
-            a.masked_fill(lost, 0), b.masked_fill(lost, 0), c.masked_fill(lost, 0), f"{name}, tensor {index}"
+            a.masked_fill(lost, 0),
+            b.masked_fill(lost, 0),
+            c.masked_fill(lost, 0),
+            f"{name}, tensor {index}",
+            factor=3,  # of fresh inputs a few large entries may decide
         )
     bench.add(Row("check", f"{name} {str(dtype).removeprefix('torch.')}", tensors[0].shape[-2], note="right"))
 
@@ -229,13 +233,14 @@ def check_all(bench: Bench, length: int) -> None:
         )
         generator = torch.Generator().manual_seed(dim)
         spans = [random_spans(generator, batch, count, length).to(bench.device) for count in (7, 12)]
+        # Rows are about equally large by few bits, by a span with all their attention, or by a sharp softmax.
+        short = torch.cat([spans[1][..., :1], (spans[1][..., :1] + 1).clamp(max=length)], -1)
+        reductions = [("sum", spans[1], None), ("max", short, 0.02)][: 1 + (dtype == torch.float32)]
         for padding in {} if "cu_seqlens" in options else {"key_padding_mask": mask}, {}:
-            lse = reference.attention_lse(q.double(), k.double(), **options, **padding).float()
-            # Of rows that few bits, or a span with all their attention, make nearly equal either is the largest.
-            short = torch.cat([spans[1][..., :1], (spans[1][..., :1] + 1).clamp(max=length)], -1)
-            for reduction, keys in (("sum", spans[1]), ("max", short))[: 1 + (dtype == torch.float32)]:
-                each = options | padding | {"row_reduction": reduction}
-                pair = spans[0], keys
+            for reduction, keys, scale in reductions:
+                seen = options | padding | {"scale": scale}
+                lse = reference.attention_lse(q.double(), k.double(), **seen).float()
+                each, pair = seen | {"row_reduction": reduction}, (spans[0], keys)
                 compare(
                     bench,
                     f"span_attention D {dim} {' '.join([reduction, *options, *padding])}",
