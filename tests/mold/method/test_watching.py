@@ -71,6 +71,7 @@ def assert_equal(seen, expected):
         torch.testing.assert_close(actual, maps, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_every_row_of_a_generation_is_that_of_eager(family, attention, cache, monkeypatch):
