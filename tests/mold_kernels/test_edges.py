@@ -104,11 +104,11 @@ def test_what_has_no_result_is_refused(op, backend, nothing, names):
 def test_any_scale_is_right(op, backend, padded, scale):
     tensors, others = make_inputs(op, length=70)
     options = {"scale": scale}
-    if padded and op != "span_attention":
+    if padded:
         options["key_padding_mask"] = torch.ones(2, 70, dtype=torch.bool)
         options["key_padding_mask"][0, :20] = False
     if op == "span_attention":
-        tensors[2] = reference.attention_lse(*tensors[:2], scale=scale)
+        tensors[2] = reference.attention_lse(*tensors[:2], **options)
         others = [random_spans(torch.Generator().manual_seed(count), 2, count, 70) for count in (3, 4)]
 
     def run(backend, dtype):

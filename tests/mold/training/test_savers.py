@@ -132,7 +132,9 @@ def test_what_is_measured_before_training_takes_what_a_step_takes(tmp_path, sign
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             return term_sums(*args, **kwargs)
 
-    options |= BF16 | SAVERS["checkpointing"] | {"beta": "auto", "max_steps": 1, "per_device_train_batch_size": 4}
+    options = (
+        options | BF16 | SAVERS["checkpointing"] | {"beta": "auto", "max_steps": 1, "per_device_train_batch_size": 4}
+    )
     trainer = make_trainer(tmp_path, signals, make_student(layers=2, dtype=torch.float32), EXAMPLES[:4], **options)
     term_sums = trainer._term_sums
     monkeypatch.setattr(trainer, "_term_sums", counting)

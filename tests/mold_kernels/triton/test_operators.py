@@ -44,8 +44,8 @@ CASES = {
     ("attention_lse", "torch"): (SHORT, K, MASK, FIRST, RANGES, 0.3, 5.0, True),
     ("attention_lse", "triton"): LSE_ONLY,
     ("span_attention", "torch"): (*POOLED, MASK, None, None, COLUMNS, 0.3, None, False, 2, "max"),
-    ("span_attention", "native"): (*POOLED, None, None, RANGES, PIECES, 0.3, 5.0, True, 1, "mean"),
-    ("span_attention", "triton"): (*POOLED, None, None, RANGES, PIECES, 0.3, 5.0, True, 1, "mean"),
+    ("span_attention", "native"): (*POOLED, MASK, None, RANGES, PIECES, 0.3, 5.0, True, 1, "mean"),
+    ("span_attention", "triton"): (*POOLED, MASK, None, RANGES, PIECES, 0.3, 5.0, True, 1, "mean"),
     **{("value_pool", backend): (V, MASK, None, 1e-6) for backend in ("native", "torch", "triton")},
     **{("layer_mixture_kl", backend): MIXTURE for backend in ("native", "torch", "triton")},
 }
