@@ -27,6 +27,7 @@ from mold_kernels._triton.scores import (
     store_rows,
     tile_options,
     with_strides,
+    within_ranges,
 )
 from mold_kernels.native import empty_heads
 
@@ -39,10 +40,7 @@ def _hide(scores, position, key, T, range_ptr, valid_ptr, CAUSAL: tl.constexpr):
     visible = key < T
     if CAUSAL:
         visible = visible & (key <= position)
-    if range_ptr is not None:
-        visible = visible & (key >= tl.load(range_ptr + position, mask=position < T, other=0))
-        if not CAUSAL:
-            visible = visible & (key < tl.load(range_ptr + T + position, mask=position < T, other=0))
+    visible = within_ranges(visible, position, key, range_ptr, T, CAUSAL)
     if valid_ptr is not None:
         visible = visible & tl.load(valid_ptr + key, mask=key < T, other=0).to(tl.int1)
     return tl.where(visible, scores, float("-inf"))

@@ -136,6 +136,16 @@ def score_slope(scores, softcap, UNIT: tl.constexpr):
         return 1.0 - ratio * ratio
 
 
+@triton.jit
+def within_ranges(visible, position, key, range_ptr, T, CAUSAL: tl.constexpr):
+    """`visible` where the ranges, if any, let the row at `position` see the key; all broadcast."""
+    if range_ptr is not None:
+        visible = visible & (key >= tl.load(range_ptr + position, mask=position < T, other=0))
+        if not CAUSAL:
+            visible = visible & (key < tl.load(range_ptr + T + position, mask=position < T, other=0))
+    return visible
+
+
 def tile_options(kernel: str, q: torch.Tensor) -> tuple[Tile, dict]:
     """The kernel's tile, and what its launch takes beside its arguments."""
     tile = choose_tile(kernel, q)

@@ -1,20 +1,100 @@
 """The largest row of a step: found from those of its pieces, and its gradient spread to the row again.
 
-The forward of `mold_kernels._triton.span_attention` leaves, of each row piece and key word, the largest entry and the
-first row that has it. `step_maxima` takes the first piece of each step that has the most. `maximum_gradient` makes the
-gradient by a tile of rows and columns where the backward kernels need it, out of one row and one number a step and key
-word; `spans_of_pieces` says which steps and key words those can be. Stored: two numbers a row piece and key word.
+Forward: a program takes one row piece and a block of key words, adds up the tiles of probabilities over heads and over
+each word's columns, and leaves of each word the largest entry and the first row that has it; a second launch takes the
+first piece of each step that has the most. Backward: `maximum_gradient` makes the gradient by a tile of rows and
+columns where the kernels of `span_gradient` need it, out of one row and one number a step and key word;
+`spans_of_pieces` says which steps and key words those can be. Stored: two numbers a row piece and key word.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from mold_kernels._triton.scores import selected_sums
+from mold_kernels._triton.scores import load_rows, selected_sums, tile_options, with_strides
 from mold_kernels._triton.span_pieces import load_span
-from mold_kernels._triton.tiles import MARK_BLOCK, MAXIMA_WORDS, POOL_BLOCK
+from mold_kernels._triton.span_probabilities import (
+    Seen,
+    column_probabilities,
+    load_columns,
+    of_example,
+    piece_and_columns,
+)
+from mold_kernels._triton.tiles import MARK_BLOCK, MAXIMA_WARPS, MAXIMA_WORDS, POOL_BLOCK
 
 _WORDS = tl.constexpr(MAXIMA_WORDS)
+
+
+@triton.jit(do_not_specialize=["words", "row_count", "key_count", "TQ", "TK"])
+def _span_attention_maxima_kernel(
+    q,
+    k,
+    lse_ptr,
+    largest_ptr,
+    rows_ptr,
+    key_spans_ptr,
+    seen,
+    groups,
+    heads,
+    group,
+    words,
+    row_count,
+    key_count,
+    TQ,
+    TK,
+    scale,
+    softcap,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    blocks = tl.cdiv(words, WORDS)
+    row_piece = tl.program_id(0) // blocks
+    first_word = tl.program_id(0) % blocks * WORDS
+    word = first_word + tl.arange(0, WORDS)
+    result = tl.program_id(1).to(tl.int64)
+    batch = result // groups
+    first_head = tl.program_id(1) % groups * heads
+    seen = of_example(seen, batch, TQ, TK, row_count, key_count)
+    lse_ptr += batch * groups * heads * TQ
+
+    if key_spans_ptr is None:
+        start = tl.minimum(word, TK)
+        end = tl.minimum(word + 1, TK)
+    else:
+        start, end = load_span(key_spans_ptr + batch * words * 2, word, words, TK)
+    low = tl.min(tl.where(start < end, tl.load(seen.pieces.before + start), TK), 0)
+    high = tl.max(tl.where(start < end, tl.load(seen.pieces.before + end), 0), 0)
+    first_row, end_row, offset, low, high = piece_and_columns(seen, row_piece, low, high, batch, TK, CAUSAL)
+    if key_spans_ptr is None:  # a column is a word: one tile, wherever in it the seen ones begin
+        low = tl.where(low < high, first_word, high)
+    row = first_row + tl.arange(0, BLOCK_M)
+    total = tl.zeros([WORDS, BLOCK_M], tl.float32)
+    for first in range(low, high, BLOCK_N):
+        column = load_columns(seen, first + tl.arange(0, BLOCK_N), high, TK)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for x in range(heads):
+            head = (first_head + x).to(tl.int64)
+            keys = load_rows(k, batch, head // group, column, column < TK, D, BLOCK_D)
+            p, _scores, _queries = column_probabilities(
+                keys, column, q, lse_ptr, seen, batch, head, row, offset + row, row < end_row, TQ, TK, scale, softcap,
+                CAUSAL, D, BLOCK_D,
+            )  # fmt: skip
+            acc += p
+        if key_spans_ptr is None:
+            total += acc
+        else:
+            holds = (start[:, None] <= column[None, :]) & (column[None, :] < end[:, None])
+            total = selected_sums(holds.to(tl.float32), acc, total)
+    total = tl.where(total == total, total, float("inf"))  # NaN is more than any number
+    largest = tl.max(total, 1)
+    largest_row = tl.min(tl.where(total == largest[:, None], row[None, :], TQ), 1)
+    at = (result * row_count + row_piece) * words + word
+    tl.store(largest_ptr + at, largest, mask=word < words)
+    tl.store(rows_ptr + at, largest_row, mask=word < words)
 
 
 @triton.jit(do_not_specialize=["row_count", "steps", "words", "T"])
@@ -54,7 +134,7 @@ def _step_maxima_kernel(
     tl.store(rows_ptr + at, row, mask=word < words)
 
 
-def step_maxima(
+def _step_maxima(
     largest: torch.Tensor, first: torch.Tensor, row_spans: torch.Tensor, row_piece: torch.Tensor, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the largest entries of each step [B H', S, M], times `factor`; int32, the first row that has each, -1: it is 0)
@@ -71,6 +151,36 @@ def step_maxima(
         enable_fp_fusion=True,
     )
     return pooled, rows
+
+
+def span_attention_maxima(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    row_spans: torch.Tensor,
+    key_spans: torch.Tensor | None,
+    seen: Seen,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the largest entries of each step [B H', S, M]; int32, the first row that has each, -1: it is 0)"""
+    batch, heads, length, _ = q.shape
+    pieces, words = seen.pieces, k.shape[2] if key_spans is None else key_spans.shape[1]
+    largest = lse.new_empty(batch * groups, pieces.row_count, words)
+    rows = torch.empty_like(largest, dtype=torch.int32)
+    tile, options = tile_options("span_attention_backward_dk", q)  # whose rows those of a piece are
+    block = tile.n if key_spans is None else max(16, tile.n // 2)
+    _span_attention_maxima_kernel[pieces.row_count * triton.cdiv(words, block), batch * groups](
+        *(with_strides(q), with_strides(k), lse, largest, rows, key_spans, seen),
+        *(groups, heads // groups, heads // k.shape[1], words, pieces.row_count, pieces.key_count),
+        *(length, k.shape[2], scale, softcap),
+        CAUSAL=causal,
+        WORDS=block,
+        **(options | {"num_warps": MAXIMA_WARPS}),
+    )
+    return _step_maxima(largest, rows, row_spans, pieces.row_piece, groups / heads)
 
 
 @triton.jit(do_not_specialize=["spans", "pieces", "T"])

@@ -28,6 +28,8 @@ MARK_BLOCK, SCAN_BLOCK = 128, 1024
 """Spans that a program of `span_pieces` marks, tokens that one walks at once."""
 POOL_BLOCK = 32
 """Spans, pieces and columns a side of a tile of `pool_spans`."""
+SPAN_PROGRAMS = 512
+"""Of span attention, enough to fill a GPU of 132 to 148 multiprocessors: work is split until there are as many."""
 GATHERED_TOKENS = 32
 """Tokens whose dk a program of span attention adds up."""
 MAXIMA_WARPS = 8

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mold_kernels import attention_lse, attention_with_lse, reference, span_attention
-from mold_kernels._triton import span_attention as kernels
+from mold_kernels._triton import tiles
 from mold_kernels.testing import random_spans
 from tests.mold_kernels.test_pooling import (
     check_attention,
@@ -19,7 +19,7 @@ from tests.mold_kernels.test_span_attention import assert_matches_reference, val
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter runs one after another."""
-    monkeypatch.setattr(kernels, "_PROGRAMS", 12)
+    monkeypatch.setattr(tiles, "SPAN_PROGRAMS", 12)
 
 
 CASES = [

@@ -55,10 +55,8 @@ def test_more_tokens_than_a_block_of_the_scan(monkeypatch):
 
 
 def test_shares_of_rows_and_of_heads(monkeypatch):
-    from mold_kernels._triton import span_attention as kernels
-
     for programs in (1, 30):
-        monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+        monkeypatch.setattr(tiles, "SPAN_PROGRAMS", programs)
         check(1, 6, 3, 61, 16, 5, 7, torch.float32)
 
 
