@@ -11,8 +11,6 @@ so D_i - dlse_i takes the place of D_i and nothing else changes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from mold_kernels import _triton, foreign_attention, native, reference
@@ -84,8 +82,7 @@ def attention_with_lse(
         raise ValueError(
             f"v: is {v.dtype} {list(v.shape)} on {v.device}, must be {q.dtype} {list(k.shape)} on {q.device} as k"
         )
-    check_scale(scale)
-    options: dict[str, Any] = {
+    options = {
         "causal": causal,
         "query_start": query_start,
         "key_padding_mask": key_padding_mask,
@@ -93,14 +90,7 @@ def attention_with_lse(
         "softcap": softcap,
         "cu_seqlens": cu_seqlens,
     }
-    check_visibility(q, k, **options)
-    chosen = ATTENTION_WITH_LSE.choose(backend, q, given_options(q, k, **options), _needs_gradient(q, k, v))
-    if chosen.backward is None:
-        return chosen.forward(q, k, v, scale=scale, **options)
-    q, scale = positive_scale(q, scale)
-    first = first_positions(q, k, causal, query_start)
-    ranges = visible_ranges(k.shape[2], sliding_window, cu_seqlens, q.device)
-    return ATTENTION_WITH_LSE(q, k, v, key_padding_mask, first, ranges, scale, softcap, causal, chosen.name)
+    return _attend(ATTENTION_WITH_LSE, (q, k, v), scale, options, backend)
 
 
 def attention_lse(
@@ -138,8 +128,7 @@ def attention_lse(
     Source: dq_i = scale dlse_i sum_j P_ij k_j and dk_j = scale sum_i dlse_i P_ij q_i, from dlse_i/dS_ij = P_ij.
     """
     check_heads(q, k, causal)
-    check_scale(scale)
-    options: dict[str, Any] = {
+    options = {
         "causal": causal,
         "query_start": query_start,
         "key_padding_mask": key_padding_mask,
@@ -147,18 +136,23 @@ def attention_lse(
         "softcap": softcap,
         "cu_seqlens": cu_seqlens,
     }
+    return _attend(ATTENTION_LSE, (q, k), scale, options, backend)
+
+
+def _attend(op, tensors, scale, options, backend):
+    """`op` of the tensors q, k and others, whose shapes were checked, by the backend that is chosen."""
+    q, k, *others = tensors
+    check_scale(scale)
     check_visibility(q, k, **options)
-    chosen = ATTENTION_LSE.choose(backend, q, given_options(q, k, **options), _needs_gradient(q, k))
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    chosen = op.choose(backend, q, given_options(q, k, **options), needs_gradient)
     if chosen.backward is None:
-        return chosen.forward(q, k, scale=scale, **options)
+        return chosen.forward(*tensors, scale=scale, **options)
     q, scale = positive_scale(q, scale)
-    first = first_positions(q, k, causal, query_start)
-    ranges = visible_ranges(k.shape[2], sliding_window, cu_seqlens, q.device)
-    return ATTENTION_LSE(q, k, key_padding_mask, first, ranges, scale, softcap, causal, chosen.name)
-
-
-def _needs_gradient(*tensors):
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    first = first_positions(q, k, options["causal"], options["query_start"])
+    ranges = visible_ranges(k.shape[2], options["sliding_window"], options["cu_seqlens"], q.device)
+    seen = options["key_padding_mask"], first, ranges, scale, options["softcap"], options["causal"]
+    return op(q, k, *others, *seen, chosen.name)
 
 
 def _torch_lse_forward(q, k, mask, first, ranges, scale, softcap, causal):
