@@ -68,7 +68,7 @@ TABLE = {
         (_exact(64, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("attention_forward", 100): (
-        (Tile(128, 64, 4, 3, "24 bytes, and only with padding"), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         (_exact(64, 32, 8), _exact(32, 32, 8, 1), _exact(16, 32, 8, 1)),
     ),
     ("attention_backward_dq", 80): (
