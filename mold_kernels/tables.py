@@ -1,6 +1,6 @@
-"""Which backend of which op takes what: the ops' tables as one, for `mold info` and the README.
+"""Which backend of which op takes what: the ops' tables as one.
 
-python -m mold_kernels.tables      # prints the README's
+python -m mold_kernels.tables      # prints it, as the README has it
 """
 
 from mold_kernels.attention import ATTENTION_LSE, ATTENTION_WITH_LSE
