@@ -229,8 +229,8 @@ def main() -> None:
         header = (
             "# What the Triton kernels take\n\n"
             f"Written by `python -m benchmarks.triton_resources` with Triton {triton.__version__}; compiled, not run. "
-            "A kernel with several lines of one kind has variants (with and without values, padding, key spans or maxima; "
-            "spread or gathered).\n"
+            "A kernel with several lines of one kind has variants (with and without values, padding, key spans or "
+            "maxima; spread or gathered).\n"
         )
         arguments.output.write_text(header + text)
 
