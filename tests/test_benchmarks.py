@@ -254,5 +254,7 @@ def test_watch(tmp_path):
     assert "4 tokens behind 32" in output_of("watch", *small, "--output", output)
     rows = {row["contender"]: row for row in json.loads(output.read_text())["rows"]}
     assert list(rows) == ["plain", "watch", "watch mean", "watch spans", "watch two", "eager"]
-    assert rows["plain"]["ratio"] == 1
-    assert all(row["median"] > 0 for row in rows.values())
+    for clock in ("passed", "processor"):
+        assert rows["plain"][clock]["ratio"] == 1
+        assert rows["plain"][clock]["extra"] == 0
+        assert all(row[clock]["median"] > 0 for row in rows.values())

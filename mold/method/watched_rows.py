@@ -1,7 +1,8 @@
 """What rows of one call of an attention function look at.
 
-Many rows that see all before them, or all there are, but padding, take the kernels of `mold_kernels`; a single row, and
-one behind a mask that says more, is a product and a softmax in blocks of rows.
+Many rows that see all before them, or all there are, but padding, take the kernels of `mold_kernels`. A few rows,
+those behind a mask that says more, and on a CPU maps that nothing is summed over, are a product and a softmax, in
+blocks of rows.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, Cache, DynamicCache, StaticCache
 from transformers.models.bloom.modeling_bloom import BloomConfig, BloomForCausalLM
 
 import mold
-from mold.method import watched_rows, watching
+from mold.method import watched_interfaces, watched_layer, watched_rows
 from tests.tiny_models import FAMILIES, make_model, plain_attention
 
 CASES = [
@@ -75,7 +75,7 @@ def assert_equal(seen, expected):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_every_row_of_a_generation_is_that_of_eager(family, attention, cache, monkeypatch):
-    monkeypatch.setattr(watching, "_WAITING", 5)
+    monkeypatch.setattr(watched_layer, "_WAITING", 5)
     if cache == "dynamic":
         monkeypatch.setattr(watched_rows, "_BLOCK_ELEMENTS", 500)
     model = make_model(family, attention=attention, dtype=torch.float64).eval()
@@ -250,7 +250,7 @@ def test_rows_of_a_prompt_wait_for_those_of_its_tokens(rows, monkeypatch):
     model = make_model("llama", attention="sdpa", dtype=torch.float64).eval()
     inputs, found = make_inputs(), []
     for waiting in (1, 7, 16, 256):
-        monkeypatch.setattr(watching, "_WAITING", waiting)
+        monkeypatch.setattr(watched_layer, "_WAITING", waiting)
         with mold.watch(model, rows=rows) as seen:
             tokens = generate(model, inputs)
         found.append(seen)
@@ -519,13 +519,13 @@ def test_a_vision_language_model():
 
 def is_open():
     return (AttentionInterface.get_interface, Cache.crop) != tuple(
-        watching._plain[key] for key in ((AttentionInterface, "get_interface"), (Cache, "crop"))
+        watched_interfaces._plain[key] for key in ((AttentionInterface, "get_interface"), (Cache, "crop"))
     )
 
 
 def assert_closed(model):
     assert not is_open()
-    assert not watching._watched
+    assert not watched_interfaces._watched
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
