@@ -162,7 +162,7 @@ def test_cuda_resources(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_gpu(tmp_path):
     pytest.importorskip("triton")
-    output_of("gpu", "--smoke", "--output", tmp_path / "gpu.json", environment={"TRITON_INTERPRET": "1"})
+    output_of("tests.interpreter", "benchmarks.gpu", "--smoke", "--output", tmp_path / "gpu.json", module="")
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert {row["section"] for row in rows} == {"check", "op", "engine", "columns", "step", "longest"}
     assert all(row["median"] or "not here: " in row["note"] for row in rows if row["section"] != "check")

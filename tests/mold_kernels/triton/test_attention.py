@@ -37,8 +37,12 @@ def check(batch, heads, kv_heads, length, head_dim, dtype, layout=lambda tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_odd_length_and_grouped_heads(tile, dtype):
+def test_odd_length_and_grouped_heads(dtype):
     check(2, 4, 2, 37, 16, dtype)
+
+
+def test_every_tile(tile):
+    check(1, 4, 2, 37, 16, torch.float32)
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 96, 128])
