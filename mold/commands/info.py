@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
-from rich import box, get_console
+from rich import get_console
 from rich.table import Column, Table
 
 from mold.commands.train import versions
 from mold_kernels import cuda, native
-from mold_kernels.backends import available_backends
-from mold_kernels.tables import HEADER, backend_rows
+from mold_kernels.backends import RUNTIMES, available_backends
+from mold_kernels.tables import OPS
 
 
 def help_text() -> str:
@@ -37,10 +36,10 @@ def main(arguments: Sequence[str]) -> None:
         table.add_row(f"backend {name}", "available" if reason is None else f"missing: {reason}")
     console = get_console()
     console.print(table)
-    for op, rows in itertools.groupby(backend_rows(), key=lambda row: row[0]):
-        columns = [Column(name, overflow="fold") for name in (HEADER[1], "here", *HEADER[2:])]
-        table = Table(*columns, title=op, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.columns[HEADER.index("options")].min_width = len("key_padding_mask,")
-        for _, name, *cells in rows:
-            table.add_row(name, "missing" if reasons[name] else "yes", *cells)
-        console.print(table)
+    table = Table("op", "backends here, in the order of auto", "and by name only")
+    for op in OPS:
+        here = [name for name in op.backends if reasons[name] is None]
+        by_name = [name for name in here if RUNTIMES[name].auto == ()]
+        table.add_row(op.name, ", ".join(name for name in here if name not in by_name), ", ".join(by_name))
+    console.print(table)
+    console.print("What each takes: python -m mold_kernels.tables", soft_wrap=True, highlight=False)

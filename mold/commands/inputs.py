@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from mold.commands.options import DataOptions, Options, StudentOptions
@@ -22,7 +22,9 @@ from mold.models import (
     config_of_layers,
     load_config,
     load_model,
+    load_tokenizer,
     spread_layers,
+    start_from_scratch,
     take_layers,
     weights_fingerprint,
 )
@@ -136,6 +138,9 @@ def student_config(options: Options, load: Callable[..., PretrainedConfig] = loa
         if taken in given:
             raise ValueError(f"model_init_kwargs: has {taken!r}, must not: {ours} says it")
     check_model_init_kwargs(config, given)
+    if student.from_scratch:
+        _check_from_scratch(options, config)
+        config = type(config).from_dict(config.to_dict() | given, name_or_path=name)
     layers = _layers(student, config)
     return config if layers is None else config_of_layers(config, layers)
 
@@ -148,6 +153,11 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
         teacher: (model, tokenizer) if it is loaded already.
     """
     student = options.student
+    if student.from_scratch:
+        config = student_config(options)
+        set_seed(options.training.seed)
+        model = start_from_scratch(config, student.model_dtype)
+        return model, load_tokenizer(str(student.model_name_or_path), revision=student.model_revision)
     if student.model_name_or_path is not None:
         given: Any = options.training.model_init_kwargs or {}
         init = dict(given)
@@ -162,6 +172,19 @@ def make_student(options: Options, teacher=None) -> tuple[PreTrainedModel, PreTr
     if layers is not None:
         model = take_layers(model, layers)
     return model if student.load_in_4bit else model.to(getattr(torch, student.model_dtype)), tokenizer
+
+
+def _check_from_scratch(options: Options, config: PretrainedConfig) -> None:
+    """Raise a ValueError if something is asked of the student that needs weights which it does not have yet."""
+    student = options.student
+    for name in ("use_peft", "load_in_4bit", "student_num_layers", "student_layers"):
+        if value := getattr(student, name):
+            raise ValueError(f"{name}: is {value!r}, must not be given with from_scratch: there are no weights yet")
+    for name in options.training.model_init_kwargs or ():
+        if not hasattr(config, name):
+            raise ValueError(
+                f"model_init_kwargs: has {name!r}, must have fields of {type(config).__name__} alone with from_scratch"
+            )
 
 
 def _layers(student: StudentOptions, config: PretrainedConfig) -> Sequence[int] | None:

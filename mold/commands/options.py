@@ -91,6 +91,9 @@ class StudentOptions(_Group):
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision on the hub."})
     model_dtype: str = field(default="float32", metadata={"help": "dtype of the student's weights.", "choices": DTYPES})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Random weights, in the model's shape with model_init_kwargs."}
+    )
     student_num_layers: int | None = field(
         default=None, metadata={"help": "Keep so many layers, evenly spread.", "at_least": 1}
     )

@@ -53,7 +53,7 @@ def add_method_section(
         facts |= {f"signals: {name}": code(repr(value)) for name, value in signals.about().items()}
     layers = student.get_text_config().num_hidden_layers
     examples = "" if num_examples is None else f", trained on {num_examples} examples"
-    name = code(name_of(student)) if student.name_or_path else "a model that was made in Python"
+    name = code(name_of(student)) if student.name_or_path else escaped(name_of(student))
     parts = [_NOT_TAUGHT]
     if trains_attention:
         teacher = "its teacher" if signals is None else code(signals.settings.teacher)

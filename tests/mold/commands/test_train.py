@@ -319,6 +319,40 @@ def test_what_is_refused_before_a_model_is_loaded(mold, models, problems, tmp_pa
     assert message in refusal(mold("train", *options_of(models, problems, tmp_path / "run", **option)))
 
 
+def test_a_student_from_scratch(mold, models, problems, tmp_path):
+    assert mold("extract", *extract_options(models, problems, tmp_path))[0] == 0
+    shape = json.dumps({"hidden_size": 24, "num_hidden_layers": 2})
+    starts = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        there = {"signals_dir": tmp_path / "signals", "from_scratch": "true", "model_init_kwargs": shape}
+        there |= {"seed": seed, "learning_rate": 0.0, "predict_before": "false"}
+        assert mold("train", *options_of(models, problems, tmp_path / name, **there))[0] == 0
+        starts[name] = load_file(tmp_path / name / "model.safetensors")["model.embed_tokens.weight"]
+    given = load_file(models / "student/model.safetensors")["model.embed_tokens.weight"]
+    assert starts["a"].shape == (len(given), 24)
+    assert torch.equal(starts["a"], starts["b"])  # the seed's, and no model's
+    assert not torch.equal(starts["a"], starts["c"])
+    config = load_config(str(tmp_path / "a"))
+    assert (config.num_hidden_layers, config.shape_of) == (2, str(models / "student"))
+    card = (tmp_path / "a/README.md").read_text()
+    assert "its weights are from a random start in the shape of" in " ".join(card.split())
+    assert "base_model" not in card
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"use_peft": "true"}, "use_peft: is True, must not be given with from_scratch"),
+        ({"student_num_layers": 2}, "student_num_layers: is 2, must not be given with from_scratch"),
+        ({"model_init_kwargs": '{"device_map": "auto"}'}, "has 'device_map', must have fields of LlamaConfig alone"),
+    ],
+)
+def test_what_a_student_from_scratch_cannot_be(mold, models, problems, tmp_path, option, message):
+    assert mold("extract", *extract_options(models, problems, tmp_path / "run"))[0] == 0
+    options = options_of(models, problems, tmp_path / "run", **{"from_scratch": "true"} | option)
+    assert message in refusal(mold("train", *options))
+
+
 def test_a_folder_without_tokenizer(mold, models, problems, tmp_path, monkeypatch):
     bare = tmp_path / "bare"
     for name in ("student", "teacher"):  # of some families transformers makes an empty tokenizer
