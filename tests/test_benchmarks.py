@@ -173,7 +173,8 @@ def test_cuda_resources(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_gpu(tmp_path):
     pytest.importorskip("triton")
-    output_of("tests.interpreter", "benchmarks.gpu", "--smoke", "--output", tmp_path / "gpu.json", module="")
+    options = ["--smoke", "--seconds", 3600, "--output", tmp_path / "gpu.json"]
+    output_of("tests.interpreter", "benchmarks.gpu", *options, module="")
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert {row["section"] for row in rows} == {"check", "op", "engine", "columns", "step", "longest"}
     assert all(row["median"] or "not here: " in row["note"] for row in rows if row["section"] != "check")
