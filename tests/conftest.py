@@ -10,6 +10,11 @@ import torch
 from mold_kernels import native
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first, or in the end one process has them and the others nothing."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations():
     """Fills fresh torch.empty with NaN, so that an output which a kernel leaves unwritten fails its test."""

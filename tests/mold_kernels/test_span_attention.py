@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from mold_kernels import attention_with_lse, native, reference, span_attention
 from mold_kernels.testing import assert_as_accurate_as, random_qkv, random_spans
+from tests.conftest import LEVELS
+from tests.covering import covering
 from tests.mold_kernels.test_attention import visibilities
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason=str(native.why_missing()))
@@ -58,17 +60,25 @@ def assert_matches_reference(
     return actual
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("row_reduction", ["sum", "mean"])
+SHAPES = [
+    pytest.param(5, 6, 2, 1, 16, 1, 1, id="one-token"),
+    pytest.param(2, 4, 2, 37, 16, 5, 7, id="gqa-odd-length"),
+    pytest.param(1, 9, 3, 257, 64, 11, 20, id="smollm2-heads"),
+    pytest.param(3, 2, 2, 65, 80, 4, 3, id="head-dim-80"),
+    pytest.param(2, 6, 1, 301, 20, 7, 9, id="pieces-cut-and-odd-head-dim"),
+]
+
+
 @pytest.mark.parametrize(
-    ("batch", "heads", "kv_heads", "length", "head_dim", "steps", "keys"),
-    [
-        pytest.param(5, 6, 2, 1, 16, 1, 1, id="one-token"),
-        pytest.param(2, 4, 2, 37, 16, 5, 7, id="gqa-odd-length"),
-        pytest.param(1, 9, 3, 257, 64, 11, 20, id="smollm2-heads"),
-        pytest.param(3, 2, 2, 65, 80, 4, 3, id="head-dim-80"),
-        pytest.param(2, 6, 1, 301, 20, 7, 9, id="pieces-cut-and-odd-head-dim"),
-    ],
+    ("batch", "heads", "kv_heads", "length", "head_dim", "steps", "keys", "row_reduction", "dtype", "backend"),
+    covering(
+        SHAPES,
+        ["sum", "mean"],
+        [torch.float64, torch.float32, torch.bfloat16, torch.float16],
+        ["torch", *LEVELS],
+        strength=3,
+    ),
+    indirect=["backend"],
 )
 def test_span_attention(batch, heads, kv_heads, length, head_dim, steps, keys, row_reduction, backend, dtype):
     if backend == "native" and dtype == torch.float16:

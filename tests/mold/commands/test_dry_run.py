@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mold import plan
 from mold.commands.dry_run import dry_run
 from mold.commands.recipe import load_recipe
 from mold.data.problems import generate_problems
@@ -45,6 +46,28 @@ def test_a_dry_run_says_what_there_is(mold, tiny):
     assert not (tiny.parent / "out").exists()
 
 
+def once(function):
+    """What a function finds for a model's configuration and other arguments; most recipes have the same."""
+    found = {}
+
+    def find(config, *arguments, **options):
+        key = config.to_json_string(use_diff=False), repr(arguments), repr(options)
+        if key not in found:
+            found[key] = function(config, *arguments, **options)
+        return found[key]
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def planned_once():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("plan_step", "inference_peak"):
+            monkeypatch.setattr(f"mold.commands.dry_run.{name}", once(getattr(plan, name)))
+        yield
+
+
+@pytest.mark.usefixtures("planned_once")
 @pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_recipes_pass_a_dry_run(name, tmp_path):
     """With files of the right names in place of the data sets."""

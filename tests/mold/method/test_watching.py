@@ -13,16 +13,18 @@ from transformers.models.bloom.modeling_bloom import BloomConfig, BloomForCausal
 
 import mold
 from mold.method import watched_interfaces, watched_layer, watched_rows
+from tests.covering import covering
 from tests.tiny_models import FAMILIES, make_model, plain_attention
 
-CASES = [
-    (family, attention)
-    for family in FAMILIES
-    for attention in ("eager", "sdpa", "mold")
-    if attention != "sdpa" or plain_attention(family) == "sdpa"
-]
 GENERATION = {"max_new_tokens": 17, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 PADDING = 3
+GENERATIONS = covering(
+    FAMILIES,
+    ["eager", "sdpa", "mold"],
+    ["dynamic", "static"],
+    [0, PADDING],
+    possible=lambda family, attention, *_: attention != "sdpa" or plain_attention(family) == "sdpa",
+)
 
 
 def make_inputs(padding=0, length=14, batch=2):
@@ -72,23 +74,21 @@ def assert_equal(seen, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize(("family", "attention"), CASES)
-def test_every_row_of_a_generation_is_that_of_eager(family, attention, cache, monkeypatch):
+@pytest.mark.parametrize(("family", "attention", "cache", "padding"), GENERATIONS)
+def test_every_row_of_a_generation_is_that_of_eager(family, attention, cache, padding, monkeypatch):
     monkeypatch.setattr(watched_layer, "_WAITING", 5)
     if cache == "dynamic":
         monkeypatch.setattr(watched_rows, "_BLOCK_ELEMENTS", 500)
     model = make_model(family, attention=attention, dtype=torch.float64).eval()
-    for padding in (0, PADDING):
-        inputs = make_inputs(padding)
-        with float64_softmax():
-            plain = generate(model, inputs, cache_implementation=cache)
-            with mold.watch(model, rows="all") as seen:
-                watched = generate(model, inputs, cache_implementation=cache)
-        assert torch.equal(plain, watched)
-        mask = grown(inputs["attention_mask"], plain.shape[1])[:, :-1]
-        assert_equal(seen.attention, eager_maps(model, plain[:, :-1], mask))
-        assert seen.positions == list(range(30))
+    inputs = make_inputs(padding)
+    with float64_softmax():
+        plain = generate(model, inputs, cache_implementation=cache)
+        with mold.watch(model, rows="all") as seen:
+            watched = generate(model, inputs, cache_implementation=cache)
+    assert torch.equal(plain, watched)
+    mask = grown(inputs["attention_mask"], plain.shape[1])[:, :-1]
+    assert_equal(seen.attention, eager_maps(model, plain[:, :-1], mask))
+    assert seen.positions == list(range(30))
 
 
 def test_flex_attention():
@@ -116,9 +116,12 @@ def block_size(request, monkeypatch):
         monkeypatch.setattr(watched_rows, "_BLOCK_ELEMENTS", 300)
 
 
+@pytest.mark.parametrize(
+    ("heads", "padding", "block_size"),
+    covering(["all", "group", "mean"], [0, PADDING], ["whole", "blocks"]),
+    indirect=["block_size"],
+)
 @pytest.mark.usefixtures("block_size")
-@pytest.mark.parametrize("heads", ["all", "group", "mean"])
-@pytest.mark.parametrize("padding", [0, PADDING])
 def test_last_rows_heads_and_key_spans(heads, padding):
     """Seven query heads of one key head, windows in some layers; spans of the prompt and of what is generated."""
     model = make_model("gemma3", attention="sdpa", heads=7, kv_heads=1, dtype=torch.float64).eval()
@@ -141,11 +144,12 @@ def of_heads(maps, heads, groups):
     return maps.unflatten(1, (groups if heads == "group" else 1, -1)).mean(2)
 
 
+@pytest.mark.parametrize(
+    ("reduction", "attention", "chunks", "padding", "block_size"),
+    covering(["mean", "sum", "max"], ["sdpa", "mold"], [False, True], [0, PADDING], ["whole", "blocks"], strength=3),
+    indirect=["block_size"],
+)
 @pytest.mark.usefixtures("block_size")
-@pytest.mark.parametrize("padding", [0, PADDING])
-@pytest.mark.parametrize("chunks", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "mold"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "max"])
 def test_row_spans_of_the_prompt_and_a_row_for_each_generated_token(reduction, attention, chunks, padding):
     model = make_model("mistral_window", attention=attention, dtype=torch.float64).eval()
     inputs, spans = make_inputs(padding), [[(0, 6), (5, 12)], [(4, 5), (0, 0)]]

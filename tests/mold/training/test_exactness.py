@@ -12,6 +12,7 @@ from mold.data.encoding import learned_places
 from mold.data.examples import ANSWER, RATIONALE
 from mold.method.loss import MoldLoss, region_cross_entropy
 from mold_kernels import reference
+from tests.covering import covering
 from tests.tiny_models import FAMILIES, make_model
 
 ALPHA, BETA = 0.3, 2.0
@@ -179,9 +180,9 @@ def test_logits_of_the_learned_positions_alone_give_the_same_loss():
     assert region_cross_entropy(logits[:, none], ids, nothing, none).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "padding", "dtype"), covering(FAMILIES, ["right", "left"], [torch.float32, torch.float64])
+)
 def test_loss_and_gradients_equal_the_eager_form(family, padding, dtype):
     families = list(FAMILIES)
     teacher_family = families[families.index(family) - 1]

@@ -1,6 +1,6 @@
 """These tests run the Triton kernels in Triton's interpreter, which must be switched on before Triton is imported:
 
-TRITON_INTERPRET=1 python -m pytest tests/mold_kernels/triton
+python -m tests.interpreter pytest tests/mold_kernels/triton
 
 `tests/mold_kernels/test_triton.py` does so in processes of their own; a plain run leaves the folder out.
 """

@@ -37,8 +37,12 @@ def check(batch, heads, kv_heads, length, head_dim, dtype, layout=lambda tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_odd_length_and_grouped_heads(tile, dtype):
+def test_odd_length_and_grouped_heads(dtype):
     check(2, 4, 2, 37, 16, dtype)
+
+
+def test_every_tile(tile):
+    check(1, 4, 2, 37, 16, torch.float32)
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 96, 128])
@@ -56,16 +60,20 @@ def test_padding(padding):
     check(2, 2, 1, 37, 16, torch.float32, key_padding_mask=padding_mask(padding, 2, 37))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dtype"),
     [
-        pytest.param({"sliding_window": 1}, id="window-1"),
-        pytest.param({"sliding_window": 20}, id="window-20"),
-        pytest.param({"sliding_window": 99}, id="window-longer-than-the-row"),
-        pytest.param({"softcap": 2.0}, id="softcap"),
-        pytest.param({"cu_seqlens": PACKED}, id="packed"),
-        pytest.param({"cu_seqlens": PACKED, "sliding_window": 4, "softcap": 30.0}, id="packed-window-softcap"),
+        pytest.param({"sliding_window": 1}, torch.float32, id="window-1"),
+        pytest.param({"sliding_window": 20}, torch.float32, id="window-20"),
+        pytest.param({"sliding_window": 99}, torch.float32, id="window-longer-than-the-row"),
+        pytest.param({"softcap": 2.0}, torch.float32, id="softcap"),
+        pytest.param({"cu_seqlens": PACKED}, torch.float32, id="packed"),
+        *(
+            pytest.param(
+                {"cu_seqlens": PACKED, "sliding_window": 4, "softcap": 30.0}, dtype, id=f"packed-window-softcap-{dtype}"
+            )
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
     ],
 )
 def test_options(options, dtype):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from mold_kernels import attention_lse, attention_with_lse, reference, span_attention
-from mold_kernels._triton import tiles
 from mold_kernels.testing import random_spans
 from tests.mold_kernels.test_pooling import (
     check_attention,
@@ -14,13 +13,6 @@ from tests.mold_kernels.test_pooling import (
     paddings,
 )
 from tests.mold_kernels.test_span_attention import assert_matches_reference, values_and_gradients
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter runs one after another."""
-    monkeypatch.setattr(tiles, "SPAN_PROGRAMS", 12)
-
 
 CASES = [
     pytest.param(1, 37, {}, id="decoding"),

@@ -24,8 +24,12 @@ def check(batch, heads, kv_heads, length, head_dim, steps, keys, dtype, row_redu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_overlapping_spans(tile, dtype):
+def test_overlapping_spans(dtype):
     check(2, 4, 2, 37, 16, 5, 7, dtype)
+
+
+def test_every_tile(tile):
+    check(1, 4, 2, 37, 16, 5, 7, torch.float32)
 
 
 def test_mean_over_rows():
@@ -55,7 +59,7 @@ def test_more_tokens_than_a_block_of_the_scan(monkeypatch):
 
 
 def test_shares_of_rows_and_of_heads(monkeypatch):
-    for programs in (1, 30):
+    for programs in (1, 30, 512):
         monkeypatch.setattr(tiles, "SPAN_PROGRAMS", programs)
         check(1, 6, 3, 61, 16, 5, 7, torch.float32)
 
