@@ -182,9 +182,9 @@ def test_gpu(tmp_path):
     for op in tables.OPS:
         for name in {"native", "triton"} & op.backends.keys():
             assert {f"{op.name} {name} {direction}" for direction in ("forward", "backward")} <= measured
-    assert [(row["what"], row["note"]) for row in rows if row["section"] == "engine"] == [
-        ("native", "auto takes it, rightly")
-    ]
+    (engine,) = (row for row in rows if row["section"] == "engine")
+    assert engine["what"] in tables.OPS[0].backends  # the fastest, which is a matter of time
+    assert "auto takes" in engine["note"]
 
 
 @pytest.fixture
