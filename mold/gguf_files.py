@@ -23,7 +23,7 @@ from mold.files import digest
 logger = logging.get_logger(__name__)
 
 MOST_BYTES = 2**30
-"""Of a file whose model is kept: four to eight times as much, in float32."""
+"""Of a file whose model is kept: up to eight times as much, in float32."""
 
 
 def kept_folder(path: Path) -> Path | None:
