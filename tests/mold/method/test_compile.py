@@ -50,6 +50,7 @@ def a_batch(length, steps, keys):
     return ids, mask, *spans, teacher, torch.full((2,), steps), torch.full((2,), keys)
 
 
+@pytest.mark.slow
 def test_a_step_with_the_loss_is_compiled_once_for_one_length_and_once_for_all():
     torch._dynamo.reset()
     model = make_model("llama").train()
@@ -73,6 +74,7 @@ def test_a_step_with_the_loss_is_compiled_once_for_one_length_and_once_for_all()
     assert graphs == [1, 1, *[0] * 8]
 
 
+@pytest.mark.slow
 def test_a_trainer_compiles_without_a_break(tmp_path, signals, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers sets both, and they would stay
     monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")

@@ -370,6 +370,7 @@ def test_nothing_is_stored_of_what_no_step_sees(tmp_path):
     assert seen < 0.8 * whole
 
 
+@pytest.mark.slow
 def test_signals_are_read_when_a_batch_is_made(tmp_path, monkeypatch):
     """In the process that makes it: this one, one that was forked, or one that opens the cache for itself."""
     cache, read = extract(tmp_path), []
