@@ -6,7 +6,7 @@
 Each case trains some steps of MoldTrainer in fresh processes (the optimizer's state is there from the second on), on a
 model of random weights and one text of exactly T tokens. One process of two steps is for its highest resident memory:
 it gives every block back at once (keep_freed_memory=False, MALLOC_MMAP_THRESHOLD_), for otherwise it holds more than
-the live tensors. Another one is for the time: the median of its third to sixth step, for the first ones touch memory
+the live tensors. Another one is for the time: the median of its third to last step, for the first ones touch memory
 that they never had. With eager attention there is no MoldTrainer: the loop there pools the T x T maps itself.
 """
 
@@ -194,10 +194,13 @@ def _train_eager(model, setup: Setup, steps: int) -> list[float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="places in the table, from 0")
+    parser.add_argument("--steps", type=int, default=6, help="of the process that is timed, at least 3")
     parser.add_argument("--measure", type=int, nargs=2, help="train this case here for so many steps")
     parser.add_argument("--keep", action="store_true", help="with --measure: keep freed memory")
     parser.add_argument("--output", type=Path, help="also write the rows and the versions as JSON")
     arguments = parser.parse_args()
+    if arguments.steps < 3:
+        parser.error(f"--steps: is {arguments.steps}, must be at least 3")
     if arguments.measure is not None:
         case, steps = arguments.measure
         measure(*CASES[case], steps, arguments.keep)
@@ -213,7 +216,7 @@ def main() -> int:
         command = [sys.executable, "-m", "benchmarks.plan", "--measure", str(number)]
         found = {}
         give_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-        for key, steps, env in (("peak", ["2"], give_back), ("seconds", ["6", "--keep"], None)):
+        for key, steps, env in (("peak", ["2"], give_back), ("seconds", [str(arguments.steps), "--keep"], None)):
             done = subprocess.run([*command, *steps], capture_output=True, text=True, check=True, env=env)
             found[key] = json.loads(done.stdout.splitlines()[-1])[key]
         peak, seconds = plan.peak(machine), plan.seconds(machine)

@@ -2,6 +2,7 @@
 and is for all kernels. `python -m tests.interpreter MODULE ...` runs a module so.
 """
 
+import functools
 import os
 import runpy
 import subprocess
@@ -24,7 +25,7 @@ def run_interpreted(file: Path, *options: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def patch_once() -> None:
+def spare_the_interpreter() -> None:
     """The interpreter replaces what triton.language holds at a launch, and again at every call of a function in it:
     more than half of its time. Here what is replaced already is left.
     """
@@ -41,10 +42,14 @@ def patch_once() -> None:
 
     interpreter._patch_lang = patch_what_is_not
 
+    # It also makes a table of all types to look up one, at every value.
+    known = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda dtype: known(language.uint64 if dtype.scalar.is_ptr() else dtype.scalar)
+
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
-    patch_once()
+    spare_the_interpreter()
     from mold_kernels._triton import tiles
 
     tiles.SPAN_PROGRAMS = 12  # they run one after another

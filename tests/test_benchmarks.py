@@ -127,7 +127,7 @@ def test_pooled_attention(printed, tmp_path):
 def test_plan(tmp_path):
     """Of its smallest case; its exit status says that the predicted peak is the measured one."""
     output = tmp_path / "rows.json"
-    output_of("plan", "--cases", 0, "--output", output)
+    output_of("plan", "--cases", 0, "--steps", 3, "--output", output)
     (row,) = json.loads(output.read_text())["rows"]
     assert min(row["peak"], row["predicted_peak"], row["seconds"], row["predicted_seconds"]) > 0
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 
 import torch
+import transformers
 from rich import get_console
 from rich.table import Column, Table
 
-from mold.commands.train import versions
+import mold
 from mold_kernels import cuda, native
 from mold_kernels.backends import RUNTIMES, available_backends
 from mold_kernels.tables import OPS
@@ -43,3 +45,13 @@ def main(arguments: Sequence[str]) -> None:
         table.add_row(op.name, ", ".join(name for name in here if name not in by_name), ", ".join(by_name))
     console.print(table)
     console.print("What each takes: python -m mold_kernels.tables", soft_wrap=True, highlight=False)
+
+
+def versions() -> dict[str, str]:
+    """Versions that matter to a result."""
+    return {
+        "mold": mold.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

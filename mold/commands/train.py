@@ -7,7 +7,6 @@ predictions, log-likelihoods, attention_maps.json, summary.json and report.html.
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 import time
 from collections.abc import Sequence
@@ -16,8 +15,6 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import torch
-import transformers
 import yaml
 from accelerate import PartialState
 from rich import get_console
@@ -25,7 +22,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-import mold
+from mold.commands.info import versions
 from mold.commands.inputs import load_split, load_teacher, lora_config, make_student, student_config, teaching
 from mold.commands.options import Options
 from mold.commands.parsing import parse, read_yaml
@@ -293,16 +290,6 @@ def _outcome_rows(folder: Path) -> list[dict]:
             intervals |= {when: wilson_interval(share * len(values), len(values)) for when, share in shares.items()}
         rows.append(row | means | {"intervals": intervals})
     return rows
-
-
-def versions() -> dict[str, str]:
-    """Versions that matter to a result."""
-    return {
-        "mold": mold.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def show_summary(summary: dict) -> None:

@@ -42,6 +42,7 @@ ORDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_attention_is_there_whatever_is_imported_first(tmp_path, order):
     model = make_model("llama", vocab=64)

@@ -132,6 +132,7 @@ def test_attention_has_a_rate_of_its_own():
     assert planned.seconds(slow) - planned.seconds(MACHINE) == pytest.approx(attention * (1e-11 - 1e-12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["mold", "eager"])
 def test_the_largest_length_fits_and_little_more_does_not(attention):
     setup = Setup(256, attention=attention)
@@ -143,6 +144,7 @@ def test_the_largest_length_fits_and_little_more_does_not(attention):
     assert largest_length(config(), setup, MACHINE, 0.1 * GIB) == 0
 
 
+@pytest.mark.slow
 def test_the_command_names_the_best_saver_and_the_largest_length(tmp_path, capsys, monkeypatch):
     GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=5000).save_pretrained(tmp_path)
     options = ["--model_name_or_path", str(tmp_path), "--max_length", "256"]
@@ -264,6 +266,7 @@ def test_steps_and_key_words_of_a_long_text(options, spans):
     assert Setup(4096, **options).spans == spans
 
 
+@pytest.mark.slow
 def test_checkpoints_in_the_hosts_memory():
     """What is left on the device does not grow with the layers, and a layer's backward takes what it took."""
 
@@ -279,6 +282,7 @@ def test_checkpoints_in_the_hosts_memory():
         Setup(8, offload=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")])
 def test_two_chunks_of_an_mlp_stand_for_all(monkeypatch, adapter):
     options = {"activation_checkpointing": True, "cross_entropy": "chunked", "peft_config": adapter}
@@ -306,6 +310,7 @@ def test_nothing_grows_with_the_square_of_the_length():
     assert activations(1 << 17) / activations(1 << 15) == pytest.approx(4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_quarter_million_tokens_on_80_gb():
     """A student of 1B parameters with LoRA, on the mixture of a teacher of 32 layers, a paragraph a step."""
     llama = LlamaConfig(

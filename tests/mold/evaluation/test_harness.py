@@ -39,6 +39,7 @@ def questions(tmp_path):
     return tmp_path / "tasks", rows
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_the_models_own_likelihoods(models, questions):
     folder, rows = questions
     model, tokenizer = load_model(str(models / "student"))
@@ -58,6 +59,7 @@ def test_accuracy_is_that_of_the_models_own_likelihoods(models, questions):
     assert entry["stderr"] > 0 or right in (0, len(rows))
 
 
+@pytest.mark.slow
 def test_the_command_line_asks_every_model(mold, models, questions, tmp_path):
     folder, _ = questions
     options = ["--models", models / "student", models / "teacher", "--output_dir", tmp_path / "run"]

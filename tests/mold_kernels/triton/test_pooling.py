@@ -175,9 +175,9 @@ def test_padding_is_not_read(causal):
 @pytest.mark.parametrize("every_key", [False, True])
 @pytest.mark.parametrize("heads", ["mean", "group", "all"])
 def test_seven_heads_of_a_key_head(heads, every_key):
-    q, k, _ = make_qkv(21, 53, (7, 1), dtype=torch.bfloat16)
+    q, k, _ = make_qkv(21, 53, (7, 1), dtype=torch.bfloat16, batch=1)
     generator = torch.Generator().manual_seed(2)
-    row_spans, key_spans = random_spans(generator, 2, 6, 21), random_spans(generator, 2, 9, 53)
+    row_spans, key_spans = random_spans(generator, 1, 6, 21), random_spans(generator, 1, 9, 53)
     assert_matches_reference(q, k, row_spans, None if every_key else key_spans, "sum", "triton", heads=heads)
 
 
